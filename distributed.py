@@ -1,0 +1,80 @@
+"""torchrun helpers and the two habits all commands share: clear input errors and whole files.
+
+A command started without torchrun is a world of one process and takes the same path.
+"""
+import contextlib
+import datetime
+import os
+import pathlib
+import sys
+
+import torch
+import torch.distributed as dist
+
+
+class InputError(Exception):
+    """Something the user gave is wrong: the message names the file, the value and the remedy."""
+
+
+def setup():
+    """Join the torchrun world, if there is one -> (rank, world size, torch.device)."""
+    rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    cuda = torch.cuda.is_available()
+    mps = not cuda and torch.backends.mps.is_available()
+    device = torch.device(f"cuda:{local}" if cuda else "mps" if mps else "cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    elif "OMP_NUM_THREADS" not in os.environ or world > 1:
+        local_world = int(os.environ.get("LOCAL_WORLD_SIZE", world))  # torchrun itself sets OMP_NUM_THREADS=1
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world if hasattr(os, "sched_getaffinity") else 1))
+    if world > 1:
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=2))
+    return rank, world, device
+
+
+def barrier():
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def all_reduce(tensor):
+    """Sum over the processes, in place; returns the tensor."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+@contextlib.contextmanager
+def whole_file(path):
+    """Open a temporary neighbour of path for writing bytes; it takes the final name only when complete."""
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def run(main):
+    """Run a command's main: an InputError or a failing disk ends it with one line and exit code 2."""
+    try:
+        main()
+    except InputError as error:
+        message = str(error)
+    except OSError as error:  # full disk, no permission, no such folder
+        message = f"{error.filename or 'output'}: {error.strerror or error}; check the path and the free space"
+    except KeyboardInterrupt:
+        message = "interrupted; run the same command again to continue"
+    else:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        return
+    print(f"{pathlib.Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(2)  # a waiting collective of another process must not keep this one alive

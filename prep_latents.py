@@ -1,0 +1,437 @@
+"""Stage 2: encode every modality once into a memory-mapped cache that train.py reads.
+
+    python prep_latents.py --toy 20000                                    # the toy world -> data/cache
+    torchrun --nproc_per_node=8 prep_latents.py --data imagenet_mm        # <root>/{rgb,depth,normal,seg}/<class>/<name>.png
+
+The cache is a folder: <modality>.npy float16 (n, 2, C, H, W), mean and log-std of the VAE posterior (unscaled);
+dino.npy int8 (n, T, 768), alignment targets for REPA; labels.npy, names.txt, done.npy, meta.json.
+An interrupted run continues with the same command. Blocks of --batch-size consecutive rows are encoded
+together whatever the number of processes, so that the cache depends on neither it nor on interruptions.
+"""
+import argparse
+import concurrent.futures
+import hashlib
+import io
+import json
+import pathlib
+import time
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from tqdm import tqdm
+
+import toy_scenes
+from distributed import InputError, barrier, run, setup, whole_file
+from model import MODALITIES
+from vae import load_vae, sha256
+
+FORMAT = "mmgen-cache-1"
+DEFAULT_CACHE = pathlib.Path("data/cache")
+EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".npy")
+MAX_PIXELS = 100_000_000  # a larger picture is refused before it is decoded
+Image.MAX_IMAGE_PIXELS = MAX_PIXELS
+
+
+# ------------------------------------------------------------------------------------------------
+# Pictures of any kind -> arrays.
+
+def read_picture(path):
+    """A picture file as PIL image in mode RGB or, for a single channel of more than 8 bits, F with values in [0, 1].
+
+    Orientation tags are applied, transparency is laid over white, CMYK and palettes are converted.
+    Raises InputError naming the file when it is missing, empty, cut short, too large or no picture.
+    """
+    try:
+        with Image.open(path) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise InputError(f"{path}: {image.width}x{image.height} is over {MAX_PIXELS / 1e6:.0f} megapixels; make it smaller")
+            image.load()
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I") or image.mode == "F":  # 16-bit files arrive as I;16 or I
+                values = np.asarray(image, np.float32)
+                return Image.fromarray(values / (65535 if image.mode.startswith("I") else max(float(values.max()), 1e-8)))
+            if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            return image.convert("RGB")
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file")
+    except Image.DecompressionBombError:
+        raise InputError(f"{path}: over {MAX_PIXELS / 1e6:.0f} megapixels; make it smaller")
+    except (OSError, SyntaxError, ValueError, EOFError) as error:
+        size = pathlib.Path(path).stat().st_size
+        raise InputError(f"{path}: not a readable picture ({size} bytes: {error}); replace it or leave it out with --skip-broken")
+
+
+def centre_crop(image, size):
+    """ADM's centre crop of a PIL image to size x size: halve by boxes, then bicubic (nearest, bilinear below), then crop."""
+    flat = image.info.get("flat", False)
+    if flat:
+        resample, reducing = Image.Resampling.NEAREST, Image.Resampling.NEAREST
+    else:
+        resample = Image.Resampling.BILINEAR if image.mode == "F" else Image.Resampling.BICUBIC
+        reducing = Image.Resampling.BOX
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), reducing)
+    scale = size / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), resample)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+def read_modality(path, modality, fit, depth_space="disparity"):
+    """A file of one modality as the registry's array; fit maps a PIL image (RGB, or F per channel) to the wanted size.
+
+    colour, flat: uint8 (H, W, 3); vector: float32 (H, W, 3) in [-1, 1]; scalar: float32 (H, W) disparity.
+    Raises InputError for unreadable files, non-finite values and wrong shapes.
+    """
+    kind, path = MODALITIES[modality].file, pathlib.Path(path)
+    if path.suffix == ".npy":
+        try:
+            array = np.load(path, allow_pickle=False).astype(np.float32)
+        except (ValueError, EOFError, OSError) as error:
+            raise InputError(f"{path}: not a readable .npy array ({error})")
+        wanted = 2 if kind == "scalar" else 3
+        if array.ndim != wanted or (wanted == 3 and array.shape[2] != 3) or not np.isfinite(array).all():
+            raise InputError(f"{path}: shape {array.shape}, finite {bool(np.isfinite(array).all())}; "
+                             f"{modality} needs finite (H, W{', 3' if wanted == 3 else ''})")
+        channels = [Image.fromarray(np.ascontiguousarray(c)) for c in (array[None] if wanted == 2 else array.transpose(2, 0, 1))]
+    else:
+        image = read_picture(path)
+        image.info["flat"] = kind == "flat"
+        channels = [image]
+    if kind == "scalar":
+        grey = channels[0] if channels[0].mode == "F" else channels[0].convert("L")
+        value = np.asarray(fit(grey), np.float32)
+        return np.where(value > 0, 1 / np.where(value > 0, value, 1), 0) if depth_space == "depth" else value
+    if channels[0].mode == "F":
+        array = np.stack([np.asarray(fit(c)) for c in channels], -1)
+        if path.suffix != ".npy":  # a 16-bit grey picture where colours are expected
+            array = np.repeat((array * 255).round().astype(np.uint8), 3, 2)
+    else:
+        array = np.asarray(fit(channels[0]))
+    return array.astype(np.float32) / 127.5 - 1 if kind == "vector" and array.dtype == np.uint8 else array
+
+
+# ------------------------------------------------------------------------------------------------
+# Sources: names, labels, classes, and load(i) -> {modality: pixels (3, S, S)}, scene or None.
+
+class ToySource:
+    def __init__(self, args):
+        self.start = 0 if args.toy_start is None else args.toy_start
+        if args.toy_start is None and args.toy > toy_scenes.HELD_OUT:
+            raise InputError(f"--toy {args.toy}: seeds from {toy_scenes.HELD_OUT} on are held out; name them with --toy-start")
+        if self.start < toy_scenes.HELD_OUT < self.start + args.toy:
+            raise InputError(f"--toy-start {self.start} --toy {args.toy}: runs into the held-out seeds from {toy_scenes.HELD_OUT} on")
+        self.size, self.modalities = args.size, tuple(args.modalities or ("rgb", "depth", "normal", "seg"))
+        self.names = [str(seed) for seed in range(self.start, self.start + args.toy)]
+        self.classes, self.palette = toy_scenes.CLASSES, toy_scenes.PALETTE.tolist()
+        self.labels = None  # known once rendered
+        self.describe = dict(source="toy", seg_mode="semantic", depth_space="disparity")
+
+    def load(self, i):
+        scene = toy_scenes.render(self.start + i, self.size)
+        arrays = toy_scenes.maps(scene)
+        return {m: MODALITIES[m].to_pixels(arrays[m]) for m in self.modalities}, scene
+
+
+class FolderSource:
+    def __init__(self, args):
+        self.root, self.size, self.depth_space = args.data, args.size, args.depth_space
+        found = [m for m in MODALITIES if (self.root / m).is_dir()]
+        self.modalities = tuple(args.modalities or found)
+        missing = [m for m in self.modalities if m not in found]
+        if "rgb" not in self.modalities or missing:
+            raise InputError(f"{self.root / (missing or ['rgb'])[0]}: no such folder; --data needs <root>/rgb/<class>/<name>.png "
+                             f"and one folder for each of --modalities (found: {', '.join(found) or 'none'})")
+        self.files = {m: self._index(m) for m in self.modalities}
+        self.names = sorted(self.files["rgb"])
+        if not self.names:
+            raise InputError(f"{self.root / 'rgb'}: no pictures; the layout is rgb/<class>/<name>.png")
+        for m in self.modalities:
+            odd = sorted(self.files[m].keys() ^ self.files["rgb"].keys())
+            if odd:
+                here, there = (m, "rgb") if odd[0] in self.files[m] else ("rgb", m)
+                raise InputError(f"{self.files[here][odd[0]]}: no file with this stem in {self.root / there} "
+                                 f"({len(odd)} such); every modality needs the same stems")
+        folders = [pathlib.PurePosixPath(name).parent.as_posix() for name in self.names]
+        self.classes = tuple(sorted(set(folders)))
+        index = {name: i for i, name in enumerate(self.classes)}
+        self.labels = np.array([index[f] for f in folders], np.int64)
+        self.palette = None
+        self.describe = dict(source="folder", seg_mode=args.seg_mode, depth_space=args.depth_space)
+
+    def _index(self, modality):
+        base, files = self.root / modality, {}
+        for path in sorted(base.rglob("*")):
+            if path.suffix.lower() in EXTENSIONS and path.is_file():
+                stem = path.relative_to(base).with_suffix("").as_posix()
+                if stem in files:
+                    raise InputError(f"{path}: the stem {stem} is there twice ({files[stem].name}); keep one")
+                files[stem] = path
+        return files
+
+    def load(self, i):
+        pixels, sizes = {}, {}
+        for m in self.modalities:
+            def fit(image):
+                sizes[m] = image.width / image.height
+                return centre_crop(image, self.size)
+            path = self.files[m][self.names[i]]
+            pixels[m] = MODALITIES[m].to_pixels(read_modality(path, m, fit, self.depth_space))
+            if abs(sizes[m] / sizes["rgb"] - 1) > 0.02:
+                raise InputError(f"{path}: aspect {sizes[m]:.3f}, its RGB has {sizes['rgb']:.3f}; the maps would not align")
+        return pixels, None
+
+
+# ------------------------------------------------------------------------------------------------
+# Alignment targets.
+
+class Dino:
+    """DINOv2-B/14 patch tokens after the final norm, 14 px per token (224 px for a 16x16 grid)."""
+
+    id = "dinov2-vitb14"
+
+    def __init__(self, file, grid, device):
+        import timm
+        overlay = dict(file=str(file)) if file else None
+        if file and not pathlib.Path(file).is_file():
+            raise InputError(f"--dino {file}: no such file; give vit_base_patch14_dinov2 weights or --no-dino")
+        try:
+            self.model = timm.create_model("vit_base_patch14_dinov2.lvd142m", pretrained=True, img_size=14 * grid,
+                                           num_classes=0, pretrained_cfg_overlay=overlay).to(device).eval()
+        except (OSError, RuntimeError, KeyError) as error:
+            raise InputError(f"DINOv2 weights: {type(error).__name__} for {file or 'timm/vit_base_patch14_dinov2.lvd142m'}; "
+                             "pass a local file with --dino FILE, or --no-dino to train without REPA")
+        self.grid, self.device = grid, device
+
+    def __call__(self, rgb, scenes):
+        """rgb (B, 3, S, S) in [-1, 1] -> (B, T, 768)."""
+        mean, std = (torch.tensor(v, device=self.device).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+        x = F.interpolate(((rgb.to(self.device) + 1) / 2 - mean) / std, 14 * self.grid, mode="bicubic")
+        return self.model.forward_features(x)[:, 1:].float().cpu().numpy()  # without the class token
+
+
+class ToyTeacher:
+    id = "toy-teacher"
+
+    def __init__(self, grid):
+        self.grid = grid
+
+    def __call__(self, rgb, scenes):
+        return np.stack([toy_scenes.teacher(scene, self.grid) for scene in scenes])
+
+
+def to_int8(tokens):
+    """Each token scaled so that its largest entry is 127: a cosine needs no scale."""
+    return (tokens / np.maximum(np.abs(tokens).max(-1, keepdims=True), 1e-8) * 127).round().astype(np.int8)
+
+
+# ------------------------------------------------------------------------------------------------
+
+def encode(vae, pixels, device):
+    """Pixels (B, 3, S, S) -> float16 (B, 2, C, H, W), mean and log-std; without a VAE uint8 pixels (B, 3, S, S)."""
+    if vae is None:
+        return ((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).numpy()
+    mean, logvar = vae.encode(pixels.to(device))
+    return torch.stack([mean, logvar / 2], 1).half().cpu().numpy()
+
+
+def load_block(rows, source, skip_broken):
+    """The pixels of one block of rows -> [(pixels, scene)], {broken row: why}.
+
+    A broken row keeps its place (as zeros), so that the other rows of its block are encoded as ever.
+    """
+    loaded, broken = [], {}
+    for i in rows:
+        try:
+            loaded.append(source.load(i))
+        except InputError as error:
+            if not skip_broken:
+                raise
+            broken[i] = str(error)
+            loaded.append(({m: np.zeros((3, source.size, source.size), np.float32) for m in source.modalities}, None))
+    return loaded, broken
+
+
+def entries(loaded, modalities, vae, teacher, device):
+    """Loaded rows -> {file stem: array of the block}."""
+    pixels = {m: torch.from_numpy(np.stack([p[m] for p, _ in loaded])) for m in modalities}
+    out = {m: encode(vae, pixels[m], device) for m in modalities}
+    if teacher is not None:
+        out["dino"] = to_int8(teacher(pixels["rgb"], [scene for _, scene in loaded]))
+    if loaded[0][1] is not None:
+        out["labels"] = np.array([scene.label for _, scene in loaded], np.int64)
+    return out
+
+
+def open_cache(out, meta, source, shapes, rank):
+    """Create the cache's files, or check that those present belong to the same cache -> {stem: memmap r+}."""
+    n, path = len(source.names), out / "meta.json"
+    if rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            old = json.loads(path.read_text())
+            for key, value in meta.items():
+                if old.get(key) != value:
+                    raise InputError(f"{path}: {key} is {str(old.get(key))[:80]}, this run has {str(value)[:80]}; use another --out")
+        else:
+            with whole_file(out / "names.txt") as file:
+                file.write("\n".join(source.names).encode() + b"\n")
+            if source.labels is not None:
+                with whole_file(out / "labels.npy") as file:
+                    np.save(file, source.labels)
+            for stem, (dtype, shape) in shapes.items():
+                with whole_file(out / f"{stem}.npy") as file:  # a header and a hole of the right length
+                    header = io.BytesIO()
+                    np.lib.format.write_array_header_1_0(header, dict(descr=np.dtype(dtype).str, fortran_order=False, shape=(n, *shape)))
+                    file.write(header.getvalue())
+                    file.truncate(file.tell() + n * int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize)
+            with whole_file(path) as file:  # last: its presence says that all files are there
+                file.write(json.dumps(meta, indent=1).encode())
+    barrier()
+    return {stem: np.load(out / f"{stem}.npy", mmap_mode="r+") for stem in shapes}
+
+
+def read_meta(folder):
+    """meta.json of a cache. Raises InputError where there is none or it is of another format."""
+    path = pathlib.Path(folder) / "meta.json"
+    if not path.is_file():
+        raise InputError(f"{folder}: no cache there; make one with `python prep_latents.py --toy 20000 --out {folder}` "
+                         "(toy world) or `--data DIR` (your pictures)")
+    try:
+        meta = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}: not JSON ({error}); run prep_latents.py again")
+    if meta.get("format") != FORMAT:
+        raise InputError(f"{path}: format is {meta.get('format')!r}, expected {FORMAT!r}; run prep_latents.py again")
+    return meta
+
+
+def open_array(folder, stem, count):
+    """One array of a cache, read-only memory map with `count` rows; InputError when missing or cut short."""
+    path = pathlib.Path(folder) / f"{stem}.npy"
+    try:
+        array = np.load(path, mmap_mode="r")
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(f"{path}: missing or cut short ({error}); run prep_latents.py again with the same arguments")
+    if len(array) != count:
+        raise InputError(f"{path}: {len(array)} rows, meta.json says {count}; run prep_latents.py again")
+    return array
+
+
+def verify(out, meta, source, vae, teacher, device, batch_size):
+    """Re-encode up to 8 whole blocks and compare; InputError at more than one fp16 ulp (two int8 levels for dino)."""
+    n = len(source.names)
+    blocks = np.unique(np.linspace(0, (n - 1) // batch_size, 8).astype(int)) * batch_size
+    worst, rows = 0.0, 0
+    for start in blocks:
+        block = range(start, min(start + batch_size, n))
+        keep = open_array(out, "done", n)[block.start:block.stop] == 1
+        loaded, _ = load_block(block, source, skip_broken=True)
+        for stem, fresh in entries(loaded, source.modalities, vae, teacher, device).items():
+            stored = open_array(out, stem, n)[block.start:block.stop][keep]
+            fresh = fresh[keep]
+            tolerance = np.spacing(np.maximum(np.abs(stored), np.abs(fresh))) if stored.dtype == np.float16 else (2 if stem == "dino" else 0)
+            gap = np.abs(stored.astype(np.float32) - fresh.astype(np.float32))
+            worst = max(worst, float(gap.max(initial=0)))
+            if (gap > tolerance).any():
+                row = block.start + int(np.flatnonzero(keep)[np.argwhere(gap > tolerance)[0, 0]])
+                raise InputError(f"{out / stem}.npy: row {row} ({source.names[row]}) differs by {gap.max():.4g} from a fresh encoding; "
+                                 "the cache is damaged or of other pictures, make it again")
+        rows += int(keep.sum())
+    print(f"{out}: {rows} of {n} rows re-encoded, largest difference {worst:.2g}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--toy", type=int, metavar="N", help="N toy scenes")
+    what.add_argument("--data", type=pathlib.Path, help="folder tree <root>/<modality>/<class>/<name>.png")
+    parser.add_argument("--toy-start", type=int, metavar="SEED", help="first seed (0); held-out scenes start at 2147483648")
+    parser.add_argument("--out", type=pathlib.Path, default=DEFAULT_CACHE)
+    parser.add_argument("--modalities", nargs="+", choices=list(MODALITIES), help="default: all that are there")
+    parser.add_argument("--size", type=int, help="pixels, square; 256, toy 64")
+    parser.add_argument("--vae", help="sd-mse (default for --data), sd-ema, toy (default for --toy), a file, or none for pixels")
+    parser.add_argument("--dino", type=pathlib.Path, metavar="FILE", help="local DINOv2-B/14 weights instead of the hub's")
+    parser.add_argument("--no-dino", action="store_true", help="no alignment targets: training runs without REPA")
+    parser.add_argument("--depth-space", choices=("disparity", "depth"), default="disparity", help="what the depth files hold")
+    parser.add_argument("--seg-mode", choices=("semantic", "instance"), default="instance", help="what the segmentation colours mean")
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--skip-broken", action="store_true", help="leave broken files out and list them in skipped.txt")
+    parser.add_argument("--verify", action="store_true", help="re-encode a sample of a finished cache and compare")
+    args = parser.parse_args()
+    args.size = args.size or (64 if args.toy else 256)
+    if args.toy is not None and args.toy < 1 or args.batch_size < 1:
+        raise InputError(f"--toy {args.toy} --batch-size {args.batch_size}: both must be at least 1")
+    rank, world, device = setup()
+    source = ToySource(args) if args.toy else FolderSource(args)
+    vae_name = args.vae or ("toy" if args.toy else "sd-mse")
+    vae = None if vae_name == "none" else load_vae(vae_name).to(device)
+    factor = 1 if vae is None else vae.factor
+    if args.size % (2 * factor):
+        raise InputError(f"--size {args.size}: must be a multiple of {2 * factor} (VAE factor {factor}, patches of 2)")
+    side = args.size // factor
+    teacher = None if args.no_dino else ToyTeacher(side // 2) if args.toy else Dino(args.dino, side // 2, device)
+    meta = dict(format=FORMAT, modalities=list(source.modalities), vae=vae_name, vae_sha256=sha256(vae.path) if vae else None,
+                scale=vae.scale if vae else 1.0, latent_channels=vae.latent_channels if vae else 3, latent_size=[side, side],
+                resolution=args.size, count=len(source.names), num_classes=len(source.classes), class_names=list(source.classes),
+                palette=source.palette, grid=[side // 2, side // 2], teacher=teacher.id if teacher else None,
+                names_sha256=hashlib.sha256("\n".join(source.names).encode()).hexdigest(), **source.describe)
+    with torch.inference_mode():
+        if args.verify:
+            return verify(args.out, read_meta(args.out), source, vae, teacher, device, args.batch_size)
+        fill(args, meta, source, vae, teacher, rank, world, device)
+
+
+def fill(args, meta, source, vae, teacher, rank, world, device):
+    """Encode the blocks that are not done yet; this process takes every world-th of them."""
+    n, B, side = len(source.names), args.batch_size, meta["latent_size"][0]
+    shapes = {m: (np.float16, (2, meta["latent_channels"], side, side)) if vae else (np.uint8, (3, side, side)) for m in source.modalities}
+    if teacher is not None:
+        shapes["dino"] = (np.int8, (meta["grid"][0] * meta["grid"][1], 768))
+    if source.labels is None:
+        shapes["labels"] = (np.int64, ())
+    cache = open_cache(args.out, meta, source, {**shapes, "done": (np.uint8, ())}, rank)
+    done = cache["done"]
+    blocks = [range(s, min(s + B, n)) for s in range(0, n, B)]
+    todo = [b for b in blocks[rank::world] if not done[b.start:b.stop].all()]
+    pending, flushed = [], time.monotonic()
+
+    def flush():
+        for array in cache.values():
+            array.flush()  # the data first, then the mark
+        for block, broken in pending:
+            done[block.start:block.stop] = [2 if i in broken else 1 for i in block]
+        done.flush()
+        pending.clear()
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool, tqdm(total=n, initial=n - sum(map(len, todo)) if world == 1 else 0,
+                                                                desc="encode", disable=rank > 0) as bar:
+        read = lambda block: pool.submit(load_block, block, source, args.skip_broken)
+        ahead = [read(block) for block in todo[:2]]
+        for k, block in enumerate(todo):
+            loaded, broken = ahead.pop(0).result()
+            ahead += [read(todo[k + 2])] if k + 2 < len(todo) else []
+            for stem, values in entries(loaded, source.modalities, vae, teacher, device).items():
+                cache[stem][block.start:block.stop] = values
+            for i, message in broken.items():
+                with open(args.out / "skipped.txt", "a") as file:
+                    file.write(f"{source.names[i]}\t{message}\n")
+            pending.append((block, broken))
+            if time.monotonic() - flushed > 5 or k == len(todo) - 1:
+                flush()
+                flushed = time.monotonic()
+            bar.update(len(block) * world)
+    barrier()
+    if rank == 0:
+        skipped = int((np.load(args.out / "done.npy") == 2).sum())
+        print(f"{args.out}: {n - skipped} rows of {', '.join(source.modalities)}"
+              + (f", {skipped} broken left out, see {args.out / 'skipped.txt'}" if skipped else "")
+              + (f", REPA targets {teacher.id}" if teacher else ", no REPA targets"))
+
+
+if __name__ == "__main__":
+    run(main)

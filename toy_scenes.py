@@ -1,0 +1,253 @@
+"""Stage 0, the embedded data set: procedural scenes with exact depth, normals, segmentation and class.
+
+    python toy_scenes.py --num 8 --out scenes            # a picture tree as prep_latents.py --data reads it
+
+A scene is a pure function of its integer seed. Seeds below 2**31 are for training, those from
+2**31 (HELD_OUT) on are for evaluation. Everything is ray-cast analytically, so that every map is exact:
+
+    world    x right, y up, z towards the camera at azimuth 0; the floor is y = 0
+    depth    distance along the optical axis, in scene units (the main object is about 1.5 across)
+    normal   camera-facing unit vectors, +x left, +y up, +z towards the viewer (StableNormal / DSINE axes)
+    seg      index into SEGMENTS
+    label    index into CLASSES: the main object's type and family of hue
+"""
+import argparse
+import colorsys
+import pathlib
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from distributed import run
+from model import MODALITIES
+
+HELD_OUT = 2 ** 31
+SEGMENTS = ("floor", "wall", "sphere", "box", "cylinder", "cone")
+PALETTE = np.array([[70, 70, 70], [200, 200, 200], [235, 50, 50], [45, 190, 60], [50, 80, 235], [240, 200, 30]], np.uint8)
+TYPES = SEGMENTS[2:]
+HUES = {"red": (-0.03, 0.08), "green": (0.27, 0.42), "blue": (0.56, 0.70)}
+CLASSES = tuple(f"{hue} {shape}" for shape in TYPES for hue in HUES)
+
+
+class Scene(NamedTuple):
+    rgb: np.ndarray     # (S, S, 3) uint8
+    depth: np.ndarray   # (S, S) float32, scene units
+    normal: np.ndarray  # (S, S, 3) float32, unit length
+    seg: np.ndarray     # (S, S) uint8, index into SEGMENTS
+    label: int          # index into CLASSES
+    focal: float        # in half-widths of the image: u = focal * x / z lies in [-1, 1]
+
+
+# ------------------------------------------------------------------------------------------------
+# Ray casting. Rays o + t * d with d of unit component along the optical axis, so that t is the depth.
+# Each function returns t (P,), inf where there is no hit, and world normals (P, 3), for o (3,), d (P, 3).
+
+def _nearest(ts, normals):
+    """The closest of several candidate hits: ts (K, P), normals (K, P, 3)."""
+    k = np.argmin(ts, axis=0)
+    return np.take_along_axis(ts, k[None], 0)[0], np.take_along_axis(normals, k[None, :, None], 0)[0]
+
+
+def _plane(o, d, normal, offset):
+    """The plane normal . x = offset, seen from the side its normal points to."""
+    facing = d @ normal
+    t = np.where(facing < -1e-9, (offset - o @ normal) / np.where(facing < -1e-9, facing, -1.0), np.inf)
+    return np.where(t > 0, t, np.inf), np.broadcast_to(normal, d.shape)
+
+
+def _disk(o, d, height, radius, up):
+    """A horizontal disk around the y axis; up is +1 or -1."""
+    t, normal = _plane(o, d, np.array([0.0, up, 0.0]), up * height)
+    p = o + np.where(np.isfinite(t), t, 0.0)[:, None] * d
+    return np.where(p[:, 0] ** 2 + p[:, 2] ** 2 <= radius ** 2, t, np.inf), normal
+
+
+def _quadric_root(a, b, c):
+    """The smaller root of a t^2 + 2 b t + c, inf where there is none (a of either sign, not 0)."""
+    disc = b * b - a * c
+    root = np.sqrt(np.maximum(disc, 0.0))
+    t = np.minimum((-b - root) / a, (-b + root) / a), np.maximum((-b - root) / a, (-b + root) / a)
+    return np.where(disc > 0, t, np.inf)  # (2, P), near and far
+
+
+def _sphere(o, d, size):
+    q = o - np.array([0.0, size, 0.0])
+    t = _quadric_root((d * d).sum(1), d @ q, q @ q - size ** 2)[0]
+    t = np.where(t > 0, t, np.inf)
+    return t, (q + np.where(np.isfinite(t), t, 0.0)[:, None] * d) / size
+
+
+def _box(o, d, size):
+    half = size * np.array([0.8, 0.75, 0.8])
+    q = o - np.array([0.0, half[1], 0.0])
+    inverse = 1.0 / np.where(np.abs(d) < 1e-9, 1e-9, d)
+    near = np.minimum((-half - q) * inverse, (half - q) * inverse)  # (P, 3)
+    far = np.maximum((-half - q) * inverse, (half - q) * inverse)
+    t, axis = near.max(1), near.argmax(1)
+    normal = np.zeros_like(d)
+    rows = np.arange(len(d))
+    normal[rows, axis] = -np.sign(d[rows, axis])
+    return np.where((t < far.min(1)) & (t > 0), t, np.inf), normal
+
+
+def _cylinder(o, d, size):
+    radius, height = 0.7 * size, 1.7 * size
+    ts = _quadric_root(d[:, 0] ** 2 + d[:, 2] ** 2 + 1e-12, d[:, 0] * o[0] + d[:, 2] * o[2], o[0] ** 2 + o[2] ** 2 - radius ** 2)
+    t = ts[0]
+    p = o + np.where(np.isfinite(t), t, 0.0)[:, None] * d
+    t = np.where((t > 0) & (p[:, 1] >= 0) & (p[:, 1] <= height), t, np.inf)
+    side = p * np.array([1.0, 0.0, 1.0]) / radius
+    top, up = _disk(o, d, height, radius, 1)
+    return _nearest(np.stack([t, top]), np.stack([side, up]))
+
+
+def _cone(o, d, size):
+    radius, height = size, 1.8 * size
+    k = (radius / height) ** 2
+    q = o - np.array([0.0, height, 0.0])  # the apex at the origin
+    w = np.array([1.0, -k, 1.0])
+    a = (d * d) @ w
+    ts = _quadric_root(np.where(np.abs(a) < 1e-9, 1e-9, a), (d * q) @ w, (q * q) @ w)
+    p = q + np.where(np.isfinite(ts), ts, 0.0)[:, :, None] * d  # (2, P, 3): the near root may lie on the mirrored cone
+    ts = np.where((ts > 0) & (p[..., 1] <= 0) & (p[..., 1] >= -height), ts, np.inf)
+    normals = p * w
+    normals /= np.linalg.norm(normals, axis=-1, keepdims=True) + 1e-12
+    return _nearest(ts, normals)
+
+
+SHAPES = {"sphere": _sphere, "box": _box, "cylinder": _cylinder, "cone": _cone}
+
+
+def _cast(shape, o, d, size, position, turn):
+    """One object of SHAPES standing on the floor at position (x, z), turned about the vertical."""
+    c, s = np.cos(turn), np.sin(turn)
+    rotation = np.array([[c, 0, -s], [0, 1, 0], [s, 0, c]])  # world to object
+    t, normal = SHAPES[shape](rotation @ (o - np.array([position[0], 0.0, position[1]])), d @ rotation.T, size)
+    return t, normal @ rotation
+
+
+# ------------------------------------------------------------------------------------------------
+
+def _rays(size, focal, rotation):
+    """Directions (S*S, 3) of the pixel centres, row by row; rotation (3, 3) has rows right, up, forward."""
+    u = (np.arange(size) * 2 + 1) / size - 1
+    grid = np.stack(np.broadcast_arrays(u[None, :] / focal, -u[:, None] / focal, 1.0), -1)
+    return grid.reshape(-1, 3) @ rotation
+
+
+def _camera(rng, height):
+    """A camera that orbits the main object: target (3,), direction back from it (3,), rotation (3, 3), azimuth."""
+    azimuth, elevation = rng.uniform(-0.8, 0.8), rng.uniform(0.1, 0.8)
+    target = np.array([rng.uniform(-0.25, 0.25), height / 2 + rng.uniform(-0.2, 0.2), rng.uniform(-0.25, 0.25)])
+    away = np.array([np.sin(azimuth) * np.cos(elevation), np.sin(elevation), np.cos(azimuth) * np.cos(elevation)])
+    right = np.cross(-away, [0.0, 1.0, 0.0])
+    right /= np.linalg.norm(right)
+    up = np.cross(right, -away)
+    roll = rng.normal(0, 0.05)
+    right, up = np.cos(roll) * right + np.sin(roll) * up, np.cos(roll) * up - np.sin(roll) * right
+    return target, away, np.stack([right, up, -away]), azimuth
+
+
+def render(seed, size=64):
+    """The scene of an integer seed at size x size pixels -> Scene. The same seed gives the same scene.
+
+    The main object stands at the origin and fills about 15 to 40 % of the frame; up to two smaller
+    ones stand around it, one or two walls at random angles behind it, and a far wall closes the view.
+    """
+    rng = np.random.default_rng(seed)
+    label = int(rng.integers(len(CLASSES)))
+    hue_name, shape = CLASSES[label].split()
+    main = (shape, rng.uniform(0.65, 1.05), np.zeros(2), rng.uniform(0, 2 * np.pi))
+    target, away, rotation, azimuth = _camera(rng, 1.6 * main[1])
+    focal = rng.uniform(1.0, 2.0)
+    # The object's share of the frame falls with distance^2: cast it alone, coarsely, from afar, and step closer.
+    share = np.isfinite(_cast(main[0], target + 5.0 * away, _rays(24, focal, rotation), *main[1:])[0]).mean()
+    distance = np.clip(5.0 * np.sqrt(share / rng.uniform(0.15, 0.36)), 2.0 * main[1], 5.0)
+    o, d = target + distance * away, _rays(size, focal, rotation)
+
+    objects, colours = [main], [colorsys.hsv_to_rgb(rng.uniform(*HUES[hue_name]) % 1, rng.uniform(0.6, 0.9), rng.uniform(0.7, 0.95))]
+    for _ in range(rng.integers(3)):
+        small, side = rng.uniform(0.25, 0.45), azimuth + rng.choice([-1, 1]) * rng.uniform(0.9, 2.6)  # not before the main one
+        reach = main[1] + small + rng.uniform(0.05, 0.5)
+        objects.append((str(rng.choice(TYPES)), small, reach * np.array([np.sin(side), np.cos(side)]), rng.uniform(0, 2 * np.pi)))
+        colours.append(colorsys.hsv_to_rgb(rng.uniform(), rng.uniform(0.4, 0.9), rng.uniform(0.6, 0.95)))
+    first = azimuth + np.pi + rng.uniform(-0.9, 0.9)
+    walls = [(first, rng.uniform(1.2, 3.5))]
+    if rng.uniform() < 0.5:
+        walls.append((first + rng.choice([-1, 1]) * np.pi / 2, rng.uniform(1.2, 3.5)))
+    walls.append((azimuth + np.pi, 6.0))
+    walls = [wall for wall in walls if np.cos(wall[0] - azimuth) < 0.2]  # a wall beside the camera would hide the scene
+
+    hits = [_plane(o, d, np.array([0.0, 1.0, 0.0]), 0.0)]
+    hits += [_plane(o, d, -np.array([np.sin(a), 0.0, np.cos(a)]), -far) for a, far in walls]
+    hits += [_cast(shape_, o, d, *rest) for shape_, *rest in objects]
+    segment_of = [0] + [1] * len(walls) + [SEGMENTS.index(obj[0]) for obj in objects]
+    ground, paint = rng.uniform(0.35, 0.8, 3) * 0.5 + rng.uniform(0.2, 0.4), rng.uniform(0.4, 0.9, 3) * 0.5 + rng.uniform(0.2, 0.45)
+    albedo_of = np.array([ground] + [paint * f for f in rng.uniform(0.9, 1.1, len(walls))] + colours)
+
+    ts = np.stack([t for t, _ in hits])
+    which = np.argmin(ts, axis=0)
+    t = np.take_along_axis(ts, which[None], 0)[0]
+    normal = np.stack([n for _, n in hits])[which, np.arange(len(d))]
+    points = o + t[:, None] * d
+    rgb = _shade(rng, points, normal, which, albedo_of[which], objects, rotation)
+    camera_normal = normal @ rotation.T * np.array([-1.0, 1.0, -1.0])  # right, up, forward -> left, up, towards the viewer
+    return Scene((rgb.reshape(size, size, 3) * 255).round().astype(np.uint8), t.reshape(size, size).astype(np.float32),
+                 camera_normal.reshape(size, size, 3).astype(np.float32),
+                 np.array(segment_of, np.uint8)[which].reshape(size, size), label, focal)
+
+
+def _shade(rng, points, normal, which, albedo, objects, rotation):
+    """Lambert shading with one light, a broad pattern on the floor and soft contact shadows: (P, 3) in [0, 1]."""
+    turn, contrast, cell = rng.uniform(0, np.pi), rng.uniform(0.0, 0.12), rng.uniform(1.6, 2.4)
+    a = (points[:, 0] * np.cos(turn) + points[:, 2] * np.sin(turn)) * np.pi / cell
+    b = (points[:, 2] * np.cos(turn) - points[:, 0] * np.sin(turn)) * np.pi / cell
+    floor = which == 0
+    gain = np.where(floor, 1 + contrast * np.sin(a) * np.sin(b), 1.0)
+    for _, size, position, _ in objects:
+        distance2 = ((points[:, [0, 2]] - position) ** 2).sum(1)
+        gain *= np.where(floor, 1 - 0.45 * np.exp(-distance2 / (1.1 * size) ** 2), 1.0)
+    light = np.array([rng.uniform(-0.8, 0.8), rng.uniform(0.5, 1.0), rng.uniform(-1.0, -0.3)]) @ rotation
+    light /= np.linalg.norm(light)
+    ambient = rng.uniform(0.4, 0.55)
+    return np.clip(albedo * (gain * (ambient + (1.05 - ambient) * np.maximum(normal @ light, 0.0)))[:, None], 0, 1)
+
+
+def maps(scene):
+    """The scene as the registry's arrays: rgb uint8, depth as disparity, normal, seg as palette colours."""
+    return {"rgb": scene.rgb, "depth": 1 / scene.depth, "normal": scene.normal, "seg": PALETTE[scene.seg]}
+
+
+def teacher(scene, grid):
+    """Alignment targets for REPA without DINOv2: float32 (grid*grid, 768).
+
+    Patch means of the one-hot segmentation and of the normals through one fixed random matrix.
+    """
+    size = scene.seg.shape[0]
+    maps = np.concatenate([np.eye(len(SEGMENTS), dtype=np.float32)[scene.seg], scene.normal], -1)
+    patch = size // grid
+    means = maps.reshape(grid, patch, grid, patch, -1).mean((1, 3)).reshape(grid * grid, -1)
+    matrix = np.random.default_rng(0).standard_normal((means.shape[1], 768)).astype(np.float32)
+    return means @ matrix
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--num", type=int, default=8, help="how many scenes")
+    parser.add_argument("--start", type=int, default=HELD_OUT, help="first seed")
+    parser.add_argument("--size", type=int, default=64)
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("scenes"))
+    args = parser.parse_args()
+    for seed in range(args.start, args.start + args.num):
+        scene = render(seed, args.size)
+        for name, array in maps(scene).items():
+            row = MODALITIES[name]
+            path = args.out / name / CLASSES[scene.label].replace(" ", "_") / f"{seed}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(row.picture(row.from_pixels(row.to_pixels(array)))).save(path)
+    print(f"{args.num} scenes in {args.out}")
+
+
+if __name__ == "__main__":
+    run(main)

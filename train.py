@@ -1,0 +1,384 @@
+"""Stage 3: train MMGen (Sec. 3.3). The defaults are the paper's run.
+
+    torchrun --nproc_per_node=8 train.py                                            # ImageNet cache in data/cache
+    python train.py --data data/toy --model T/2 --steps 3000 --batch-size 64        # the toy world on a laptop
+
+The same command continues an interrupted run, bit for bit, on any number of processes: every random
+draw of a step is made for the whole global batch by one generator seeded with (seed, step), then sliced.
+"""
+import argparse
+import concurrent.futures
+import contextlib
+import copy
+import json
+import os
+import pathlib
+import time
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import sample
+from distributed import InputError, all_reduce, barrier, run, setup, whole_file
+from model import FORMAT, FUSIONS, MODALITIES, SIZES, build_model, load_checkpoint, load_weights
+from prep_latents import DEFAULT_CACHE, open_array, read_meta
+
+
+# ------------------------------------------------------------------------------------------------
+# The task mix. A row's role is its index in the global batch mod 4.
+
+class Role(NamedTuple):
+    given: str = "none"        # the condition: "none", "random" (one modality, any) or a modality's name
+    supervise: str = "all"     # "all" or "rgb"; a condition is never supervised
+    drop: float = 0.0          # probability that a non-RGB modality's supervision is dropped
+    clean: float = 0.99        # the condition's t is uniform in [clean, 1]
+    independent: bool = False  # one t per modality instead of one for all
+
+
+RGB_ONLY = Role(supervise="rgb")
+JOINT, JOINT_FULL = Role(drop=0.5), Role()
+DECOUPLED, DECOUPLED_FULL = Role("random", drop=0.5), Role("random")
+FROM_RGB = Role("rgb", clean=1.0)
+
+TASK_MIX = {
+    "mmgen": (RGB_ONLY, RGB_ONLY, JOINT, DECOUPLED),                      # Sec. 3.3 and 4.5
+    "gen-only": (RGB_ONLY, RGB_ONLY, JOINT, JOINT),                       # Table 4
+    "no-aug": (JOINT_FULL, JOINT_FULL, DECOUPLED_FULL, DECOUPLED_FULL),   # Table 4
+    "no-drop": (RGB_ONLY, RGB_ONLY, JOINT_FULL, DECOUPLED_FULL),
+    "independent-t": (RGB_ONLY, RGB_ONLY, JOINT, Role(drop=0.5, independent=True)),  # supplement 1.5
+    "rgb2x": (FROM_RGB,) * 4,                                             # released fine-tuning recipe
+}
+
+
+class Draws(NamedTuple):
+    """Everything random of one step, for the whole global batch of N rows."""
+    t: torch.Tensor          # (N, M) time, 0 noise, 1 data
+    given: torch.Tensor      # (N, M) bool
+    supervised: torch.Tensor # (N, M) bool
+    null: torch.Tensor       # (N,) bool: the class is dropped
+    posterior: torch.Tensor  # (N, M*C, H, W) normal
+    noise: torch.Tensor      # (N, M*C, H, W) normal
+
+
+def draw(seed, step, mix, modalities, present, shape, device, class_dropout=0.1):
+    """The Draws of a step. shape is (N, M*C, H, W); present (M,) bool says which modalities the data has."""
+    N, M = shape[0], len(modalities)
+    g = torch.Generator(device).manual_seed((seed * 2 ** 32 + step) % 2 ** 63)
+    rand = lambda *size: torch.rand(size, generator=g, device=device)
+    shared, separate, clean, drop, null = rand(N, 1), rand(N, M), rand(N, 1), rand(N, M), rand(N)
+    choices = present.nonzero().flatten()
+    chosen = choices[(rand(N) * len(choices)).long().clamp(max=len(choices) - 1)]  # the random condition
+    posterior, noise = (torch.randn(shape, generator=g, device=device) for _ in range(2))
+
+    roles = [TASK_MIX[mix][i % 4] for i in range(N)]
+    column = lambda f: torch.tensor([f(role) for role in roles], device=device)[:, None]
+    index = torch.arange(M, device=device)
+    fixed = column(lambda r: modalities.index(r.given) if r.given in modalities else -1)
+    given = (index == fixed) | (column(lambda r: r.given == "random") & (index == chosen[:, None]))
+    t = torch.where(column(lambda r: r.independent), separate, shared)
+    low = column(lambda r: r.clean)
+    t = torch.where(given, low + (1 - low) * clean, t)
+    kept = (drop >= column(lambda r: r.drop)) | (index == 0)
+    supervised = ~given & kept & present & (column(lambda r: r.supervise == "all") | (index == 0))
+    return Draws(t, given, supervised, null < class_dropout, posterior, noise)
+
+
+# ------------------------------------------------------------------------------------------------
+# The objective.
+
+def interpolate(x0, noise, t, channels):
+    """The linear path (Eq. 1): x_t = t x0 + (1 - t) eps and its velocity x0 - eps; t (N, M), C channels each."""
+    t = t.repeat_interleave(channels, 1)[:, :, None, None]  # (N, M*C, 1, 1)
+    return t * x0 + (1 - t) * noise, x0 - noise
+
+
+def losses(v, target, z, dino, supervised):
+    """Sums over the rows of a (micro-)batch, fp32: velocity error per modality (M,) and REPA error ().
+
+    The velocity error is each row's mean square over (C, H, W) where supervised (N, M); REPA is the
+    negative cosine between projected hidden states z and alignment targets (N, T, 768), mean over tokens.
+    """
+    error = (v.float() - target).square().unflatten(1, (supervised.shape[1], -1)).mean((2, 3, 4))  # (N, M)
+    velocity = torch.where(supervised, error, 0.0).sum(0)                                          # (M,)
+    if z is None:
+        return velocity, velocity.new_zeros(())
+    cosine = (F.normalize(z.float(), dim=-1) * F.normalize(dino.float(), dim=-1)).sum(-1)          # (N, T)
+    return velocity, -cosine.mean(1).sum()
+
+
+def total_loss(velocity, repa, counts, rows, weights, repa_weight):
+    """(M,), () sums -> the scalar loss: per-modality means over their supervised rows, weighted, plus REPA."""
+    return (weights * velocity / counts.clamp(min=1)).sum() + repa_weight * repa / rows
+
+
+# ------------------------------------------------------------------------------------------------
+# Data: rows of the memory-mapped cache, gathered in a thread while the device works.
+
+class Cache:
+    """A finished cache. Raises InputError when it is missing, unfinished or damaged."""
+
+    def __init__(self, folder, need_dino):
+        self.meta, n = read_meta(folder), None
+        n = self.meta["count"]
+        done = open_array(folder, "done", n)
+        if (done == 0).any():
+            raise InputError(f"{folder}: {int((done == 0).sum())} of {n} rows are not encoded yet; run the same prep_latents.py command again")
+        self.rows = np.flatnonzero(done == 1)
+        self.modalities = tuple(self.meta["modalities"])
+        self.dino = self.meta["teacher"] is not None and need_dino
+        stems = (*self.modalities, *(["dino"] if self.dino else []), "labels")
+        self.arrays = {stem: open_array(folder, stem, n) for stem in stems}
+        C, size = self.meta["latent_channels"], tuple(self.meta["latent_size"])
+        for m in self.modalities:
+            if self.arrays[m].shape[-3:] != (C, *size):
+                raise InputError(f"{folder}/{m}.npy: shape {self.arrays[m].shape}, meta.json says {C} channels of {size}; run prep_latents.py again")
+        self._epoch, self._order = None, None
+
+    def order(self, seed, start, count):
+        """Cache rows of the global samples start .. start + count: one permutation per epoch, seeded by (seed, epoch)."""
+        out = []
+        for k in range(start, start + count):
+            epoch, position = divmod(k, len(self.rows))
+            if epoch != self._epoch:
+                self._epoch, self._order = epoch, np.random.default_rng((seed, epoch)).permutation(self.rows)
+            out.append(self._order[position])
+        return np.array(out)
+
+    def gather(self, rows, pin):
+        """Rows -> {array: CPU tensor}."""
+        batch = {stem: torch.from_numpy(array[rows]) for stem, array in self.arrays.items()}
+        return {stem: x.pin_memory() for stem, x in batch.items()} if pin else batch
+
+
+def prefetch(cache, seed, steps, batch_size, part, device):
+    """Yield the part (a slice of the global batch) of each step's rows on the device, gathered two steps ahead."""
+    pin = device.type == "cuda"
+    load = lambda step: cache.gather(cache.order(seed, step * batch_size, batch_size)[part], pin)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        ahead = [pool.submit(load, step) for step in steps[:2]]
+        for k in range(len(steps)):
+            batch = ahead.pop(0).result()
+            ahead += [pool.submit(load, steps[k + 2])] if k + 2 < len(steps) else []
+            yield {stem: x.to(device, non_blocking=True) for stem, x in batch.items()}
+
+
+def latents(batch, modalities, posterior, scale, channels):
+    """Cached rows -> x0 (n, M*C, H, W): posterior samples times scale; uint8 pixels as they are; zeros where absent."""
+    parts = []
+    for m, xi in zip(modalities, posterior.split(channels, 1)):
+        if m not in batch:
+            parts.append(torch.zeros_like(xi))
+        elif batch[m].dtype == torch.uint8:
+            parts.append(batch[m].float() / 127.5 - 1)
+        else:
+            mean, log_std = batch[m].float().unbind(1)
+            parts.append((mean + log_std.exp() * xi) * scale)
+    return torch.cat(parts, 1)
+
+
+# ------------------------------------------------------------------------------------------------
+# The run folder: args.json, log.jsonl, previews/, ckpt/<step>.pt, latest.pt.
+
+def save_checkpoint(folder, model, ema, optimiser, step, config):
+    """Write ckpt/<step>.pt under a temporary name, then point latest.pt to it."""
+    path = folder / "ckpt" / f"{step:07d}.pt"
+    with whole_file(path) as file:
+        torch.save({"model": model.state_dict(), "ema": ema.state_dict(), "opt": optimiser.state_dict(), "step": step,
+                    "config": config, "format": FORMAT}, file)
+    link = folder / f".latest.{os.getpid()}"
+    link.unlink(missing_ok=True)
+    link.symlink_to(path.relative_to(folder))
+    os.replace(link, folder / "latest.pt")
+
+
+def resume(folder, model, ema, optimiser, config, rank):
+    """Load latest.pt, if there is one, and cut log.jsonl back to it -> its step, else 0.
+
+    Raises InputError when the checkpoint was trained with another configuration.
+    """
+    path = folder / "latest.pt"
+    if not path.exists():
+        step = 0
+    else:
+        checkpoint = load_checkpoint(path)
+        for part in ("model", "meta", "train"):
+            for key in config[part].keys() | checkpoint["config"][part].keys():
+                old, new = checkpoint["config"][part].get(key), config[part].get(key)
+                if old != new:
+                    raise InputError(f"{path}: was trained with {key} = {str(old)[:80]}, this command has {str(new)[:80]}; use another --run or the same arguments")
+        load_weights(model, checkpoint["model"], path)
+        load_weights(ema, checkpoint["ema"], path)
+        optimiser.load_state_dict(checkpoint["opt"])
+        step = checkpoint["step"]
+    log = folder / "log.jsonl"
+    if rank == 0 and log.exists():
+        lines = [line for line in log.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= step]
+        with whole_file(log) as file:
+            file.write("".join(line + "\n" for line in lines).encode())
+    return step
+
+
+def initialise(path, model):
+    """--init: take every weight of a checkpoint's EMA that fits, and print what was taken and what is left new."""
+    state, mine = load_checkpoint(path)["ema"], model.state_dict()
+    taken = {k: v for k, v in state.items() if k in mine and mine[k].shape == v.shape}
+    new = [k for k in mine if k not in taken]
+    if not taken:
+        raise InputError(f"--init {path}: none of its {len(state)} weights fits this model; check --model")
+    model.load_state_dict(taken, strict=False)
+    print(f"--init {path}: {len(taken)} weights taken, {len(new)} left new {new[:6]}, {len(state) - len(taken)} left out")
+
+
+@torch.no_grad()
+def update_ema(ema, model, step):
+    """EMA with the rate min(0.9999, (1 + n) / (10 + n)): a short run's average is not its initial weights."""
+    rate = min(0.9999, (1 + step) / (10 + step))
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - rate)
+
+
+# ------------------------------------------------------------------------------------------------
+
+def arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=pathlib.Path, default=DEFAULT_CACHE, help="cache written by prep_latents.py")
+    parser.add_argument("--run", type=pathlib.Path, default=pathlib.Path("runs/mmgen"), help="run folder; an unfinished run continues")
+    parser.add_argument("--model", default="XL/2", choices=list(SIZES))
+    parser.add_argument("--fusion", default="linear", choices=list(FUSIONS))
+    parser.add_argument("--modalities", nargs="+", choices=list(MODALITIES), help="default: the cache's; those the cache lacks are not supervised")
+    parser.add_argument("--no-task-embedding", action="store_true")
+    parser.add_argument("--steps", type=int, default=600_000)
+    parser.add_argument("--batch-size", type=int, default=256, help="global, whatever the number of processes")
+    parser.add_argument("--micro-batch", type=int, help="rows per process and forward pass; default: all")
+    parser.add_argument("--lr", type=float, default=1e-4)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--mix", default="mmgen", choices=list(TASK_MIX))
+    parser.add_argument("--equal-weights", action="store_true", help="loss weight 1 for every modality")
+    parser.add_argument("--repa-weight", type=float, default=0.5)
+    parser.add_argument("--precision", default="bf16", choices=("bf16", "fp32"))
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: on CUDA only")
+    parser.add_argument("--ckpt-every", type=int, default=50_000)
+    parser.add_argument("--preview-every", type=int, default=10_000)
+    parser.add_argument("--log-every", type=int, default=100)
+    parser.add_argument("--init", type=pathlib.Path, help="start from the EMA of this checkpoint")
+    return parser.parse_args()
+
+
+def check(args, world):
+    """Rows per process and per micro-batch. Raises InputError when the batch does not split into whole groups of four roles."""
+    rows, rest = divmod(args.batch_size, world)
+    micro = args.micro_batch or rows
+    if rest or rows % 4 or micro % 4 or rows % micro or rows == 0:
+        raise InputError(f"--batch-size {args.batch_size} on {world} processes with --micro-batch {micro}: rows per process and "
+                         "micro-batches must be multiples of 4 (the task mix), and the micro-batch must divide the rows")
+    return rows, micro
+
+
+def main():
+    args = arguments()
+    rank, world, device = setup()
+    rows, micro = check(args, world)
+    cache = Cache(args.data, need_dino=args.repa_weight > 0)
+    meta, modalities = cache.meta, args.modalities or list(cache.modalities)
+    if args.mix == "rgb2x" and len(modalities) < 2 or modalities[0] != "rgb":
+        raise InputError(f"modalities {modalities}: rgb comes first, and rgb2x needs another one")
+    repa_weight = args.repa_weight if cache.dino else 0.0
+    if rank == 0 and repa_weight == 0:
+        print("training without REPA: " + ("the cache has no alignment targets (--no-dino)" if args.repa_weight else "--repa-weight 0"))
+
+    torch.manual_seed(args.seed)
+    model = build_model(args.model, modalities, meta["num_classes"], meta["latent_channels"], meta["latent_size"],
+                        fusion=args.fusion, task_embedding=not args.no_task_embedding, projector=repa_weight > 0)
+    config = {"model": model.config, "meta": meta,
+              "train": dict(mix=args.mix, batch_size=args.batch_size, lr=args.lr, seed=args.seed, precision=args.precision,
+                            repa_weight=repa_weight, equal_weights=args.equal_weights)}
+    if args.init:
+        initialise(args.init, model)
+    model.to(device)
+    ema = copy.deepcopy(model).requires_grad_(False).eval()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimiser = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
+    first = resume(args.run, model, ema, optimiser, config, rank)
+    if rank == 0:
+        with whole_file(args.run / "args.json") as file:
+            file.write(json.dumps({**vars(args), "world": world, "resumed_at": first}, indent=1, default=str).encode())
+        print(f"{args.model} with {', '.join(modalities)}: {sum(p.numel() for p in model.parameters()):,} parameters, "
+              f"{len(cache.rows)} samples, steps {first} to {args.steps}, {world} x {rows} rows in micro-batches of {micro}, {device}")
+    if args.compile if args.compile is not None else device.type == "cuda":
+        for block in model.blocks:
+            block.compile(fullgraph=True)
+    wrapped = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True) if world > 1 else model
+    preview = sample.Preview(meta, cache, device) if rank == 0 and args.preview_every <= args.steps else None
+
+    M, C, size = len(modalities), meta["latent_channels"], meta["latent_size"]
+    shape, part = (args.batch_size, M * C, *size), slice(rank * rows, (rank + 1) * rows)
+    present = torch.tensor([m in cache.modalities for m in modalities], device=device)
+    weights = torch.tensor([1.0 if args.equal_weights else MODALITIES[m].loss_weight for m in modalities], device=device)
+    sums, counted, skipped = torch.zeros(M + 1, device=device), torch.zeros(M + 1, device=device), torch.zeros(3, device=device)
+    norms, since, clock = torch.zeros((), device=device), 0, time.perf_counter()
+    steps = range(first, args.steps)
+    bar = tqdm(total=args.steps, initial=first, desc=args.run.name, disable=rank > 0)
+    for step, batch in zip(steps, prefetch(cache, args.seed, steps, args.batch_size, part, device)):
+        draws = draw(args.seed, step, args.mix, modalities, present, shape, device)
+        counts = draws.supervised.sum(0)  # (M,) over the global batch, known before the forward pass
+        mine = Draws(*(x[part] for x in draws))
+        x0 = latents(batch, modalities, mine.posterior, meta["scale"], C)   # (rows, M*C, H, W)
+        x, target = interpolate(x0, mine.noise, mine.t, C)                  # (rows, M*C, H, W)
+        y = torch.where(mine.null, meta["num_classes"], batch["labels"])    # (rows,)
+        for i in range(0, rows, micro):
+            j = slice(i, i + micro)
+            last = i + micro == rows
+            with contextlib.nullcontext() if world == 1 or last else wrapped.no_sync():
+                with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
+                    v, z = wrapped(x[j], mine.t[j], y[j], mine.given[j])
+                velocity, repa = losses(v, target[j], z, batch["dino"][j] if z is not None else None, mine.supervised[j])
+                (world * total_loss(velocity, repa, counts, args.batch_size, weights, repa_weight)).backward()  # DDP averages
+            sums[:M] += velocity.detach()
+            sums[M] += repa.detach()
+        norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        bad = (~torch.isfinite(norm)).float()
+        optimiser.found_inf, optimiser.grad_scale = bad, None  # the fused step leaves the weights alone where bad: no host read
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+        update_ema(ema, model, step)
+        counted[:M] += counts
+        counted[M] += args.batch_size
+        norms += torch.nan_to_num(norm, posinf=0.0)
+        skipped[0] += bad                                      # in all
+        skipped[1] = (skipped[1] + 1) * bad                    # in a row, now
+        skipped[2] = torch.maximum(skipped[2], skipped[1])     # in a row, at worst
+        since += 1
+
+        done = step + 1
+        saving = done % args.ckpt_every == 0 or done == args.steps
+        if done % args.log_every == 0 or saving:
+            mean = (all_reduce(sums.clone()) / counted.clamp(min=1)).tolist()
+            entry = {"step": done, **{f"loss_{m}": mean[i] for i, m in enumerate(modalities)}, "loss_repa": mean[M],
+                     "grad_norm": (norms / since).item(), "img_per_s": since * args.batch_size / (time.perf_counter() - clock),
+                     "skipped": int(skipped[0])}
+            if skipped[2] >= 10:
+                raise InputError(f"step {done}: {int(skipped[2])} non-finite gradients in a row, the run stops; the last checkpoint in "
+                                 f"{args.run / 'ckpt'} is good: continue from it with a lower --lr or --precision fp32")
+            if rank == 0:
+                with open(args.run / "log.jsonl", "a") as file:
+                    file.write(json.dumps(entry) + "\n")
+                bar.set_postfix({m: f"{mean[i]:.3f}" for i, m in enumerate(modalities)})
+            for counter in (sums, counted, norms, skipped[2:]):
+                counter.zero_()
+            since, clock = 0, time.perf_counter()
+        if saving and rank == 0:
+            save_checkpoint(args.run, model, ema, optimiser, done, config)
+        if preview is not None and done % args.preview_every == 0:
+            preview(ema, args.run / "previews" / f"{done:07d}.png")
+        bar.update()
+    bar.close()
+    barrier()
+    if rank == 0:
+        print(f"{args.run / 'latest.pt'}: {args.steps} steps")
+
+
+if __name__ == "__main__":
+    run(main)
