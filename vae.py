@@ -236,6 +236,7 @@ def main():
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--kl", type=float, default=2e-5, help="weight of the KL term, per latent element")
+    parser.add_argument("--init", help="polish this VAE: only its decoder learns, so that cached latents stay valid")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     _, _, device = setup()
@@ -248,9 +249,10 @@ def main():
 
     data = pixels(0, args.scenes)
     held_out = pixels(toy_scenes.HELD_OUT, 64).float()
-    vae = AutoencoderKL(**TOY_CONFIG).to(device)
+    vae = (load_vae(args.init) if args.init else AutoencoderKL(**TOY_CONFIG)).to(device, memory_format=torch.contiguous_format).train()
+    learning = nn.ModuleList([vae.decoder, vae.post_quant_conv] if args.init else [vae]).requires_grad_(True)
     print(f"toy VAE: {sum(p.numel() for p in vae.parameters()):,} parameters, {len(data)} images, device {device}")
-    optimiser = torch.optim.AdamW(vae.parameters(), lr=args.lr, weight_decay=0.0)
+    optimiser = torch.optim.AdamW(learning.parameters(), lr=args.lr, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, args.lr, args.steps, pct_start=0.05)
     bar = tqdm(range(1, args.steps + 1), desc="vae")
     for step in bar:
@@ -262,15 +264,15 @@ def main():
         loss = F.mse_loss(reconstruction.float(), x) + 0.02 * F.l1_loss(reconstruction.float(), x) + args.kl * kl
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
-        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(learning.parameters(), 1.0)
         optimiser.step()
         schedule.step()
         if step % 250 == 0 or step == args.steps:
             quality = {m: round(psnr(vae, held_out[i::4]), 1) for i, m in enumerate(("rgb", "depth", "normal", "seg"))}
             bar.write(f"step {step} loss {loss.item():.5f} kl {kl.item():.2f} held-out PSNR {quality}")
-    with torch.inference_mode():
+    with torch.inference_mode():  # an encoder that was kept keeps its scale
         latents = torch.cat([vae.encode(x.float())[0] for x in data[:2048].split(64)])
-    config = {**vae.config, "scale": round(1 / float(latents.std()), 5)}
+    config = {**vae.config, "scale": vae.scale if args.init else round(1 / float(latents.std()), 5)}
     state = {k: v.to(torch.float16).contiguous().cpu() for k, v in vae.state_dict().items()}
     with whole_file(args.out) as file:
         file.write(save(state, metadata={"config": json.dumps(config)}))
