@@ -1,0 +1,62 @@
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import toy_scenes
+import vae
+from distributed import InputError
+from model import MODALITIES
+
+
+def test_sd_configuration_has_the_released_size_and_names():
+    with torch.device("meta"):
+        model = vae.AutoencoderKL(**vae.SD_CONFIG)
+    assert sum(p.numel() for p in model.parameters()) == 83_653_863
+    shapes = {k: tuple(v.shape) for k, v in model.state_dict().items()}
+    assert len(shapes) == 248
+    for name, shape in {"encoder.down_blocks.1.resnets.0.conv_shortcut.weight": (256, 128, 1, 1),
+                        "encoder.down_blocks.2.downsamplers.0.conv.weight": (512, 512, 3, 3),
+                        "decoder.up_blocks.0.upsamplers.0.conv.bias": (512,), "decoder.up_blocks.3.resnets.2.conv2.weight": (128, 128, 3, 3),
+                        "encoder.mid_block.attentions.0.to_out.0.weight": (512, 512), "decoder.mid_block.attentions.0.group_norm.bias": (512,),
+                        "quant_conv.weight": (8, 8, 1, 1), "post_quant_conv.weight": (4, 4, 1, 1)}.items():
+        assert shapes[name] == shape
+
+
+def test_older_attention_names_load(tmp_path, monkeypatch):
+    """The released sd-vae files name the attention query, key, value, proj_attn and carry no configuration."""
+    small = dict(channels=(8, 16), layers=1, groups=4, latent_channels=4, scale=0.18215)
+    monkeypatch.setattr(vae, "SD_CONFIG", small)
+    model = vae.AutoencoderKL(**small)
+    renamed = {}
+    for key, value in model.state_dict().items():
+        for new, old in (("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")):
+            if f".{new}." in key:
+                key = key.replace(new, old)
+                value = value[..., None, None] if value.dim() == 2 else value
+        renamed[key] = value.contiguous()
+    save_file(renamed, tmp_path / "old.safetensors")
+    loaded = vae.load_vae(tmp_path / "old.safetensors")
+    x = torch.randn(2, 3, 16, 16)
+    assert torch.allclose(loaded.encode(x)[0], model.encode(x)[0], atol=1e-5)
+    assert loaded.scale == 0.18215
+
+
+def test_the_bundled_vae_reconstructs_every_modality():
+    model = vae.load_vae("toy")
+    scenes = [toy_scenes.maps(toy_scenes.render(toy_scenes.HELD_OUT + 1000 + i)) for i in range(24)]
+    for m in ("rgb", "depth", "normal", "seg"):
+        pixels = torch.from_numpy(np.stack([MODALITIES[m].to_pixels(s[m]) for s in scenes]))
+        assert vae.psnr(model, pixels) >= 30, m
+
+
+def test_unreadable_files_are_named(tmp_path):
+    (tmp_path / "bad.safetensors").write_bytes(b"no such thing")
+    with pytest.raises(InputError, match="bad.safetensors"):
+        vae.load_vae(tmp_path / "bad.safetensors")
+    with pytest.raises(InputError, match="no such file"):
+        vae.load_vae(tmp_path / "missing.safetensors")
+    state = load_file(vae.BUNDLED)
+    save_file(state, tmp_path / "wrong.safetensors")  # without its configuration it is taken for the SD VAE
+    with pytest.raises(InputError, match="not an SD or toy VAE"):
+        vae.load_vae(tmp_path / "wrong.safetensors")
