@@ -1,0 +1,173 @@
+import json
+import math
+import os
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import sample
+from conftest import shell
+from distributed import InputError
+from model import MODALITIES, load_model
+
+STD, MEAN = 0.8, 0.3
+
+
+def gaussian_velocity(x, t):
+    """The exact velocity for data N(MEAN, STD^2): E[x0 - eps | x_t = x]."""
+    gain = (t * STD ** 2 - (1 - t)) / (t ** 2 * STD ** 2 + (1 - t) ** 2)
+    return MEAN + gain * (x - t * MEAN)
+
+
+def exact_flow(x):
+    """The ODE's solution at t = 1 from x at t = 0: it keeps the standardised value."""
+    return MEAN + STD * x
+
+
+@pytest.mark.parametrize("name, order", [("euler", 1), ("heun", 2), ("ab2", 2), ("ab4", 3.7)])
+def test_ode_orders(name, order):
+    x = torch.linspace(-2, 2, 9, dtype=torch.float64)
+    error = [(sample.SAMPLERS[name](gaussian_velocity, x, n, None) - exact_flow(x)).abs().max().item() for n in (64, 128, 256)]
+    measured = math.log2(error[1] / error[2])
+    assert measured >= order - 0.1 if name != "ab4" else measured >= 3.7, (measured, error)
+
+
+@pytest.mark.parametrize("name, steps, evaluations", [("euler", 10, 10), ("heun", 10, 20), ("ab2", 10, 13), ("ab4", 10, 19), ("sde", 10, 10)])
+def test_evaluations_are_counted(name, steps, evaluations):
+    calls = []
+    sample.SAMPLERS[name](lambda x, t: calls.append(t) or x * 0, torch.zeros(3), steps, lambda: torch.zeros(3))
+    assert len(calls) == evaluations and all(0 <= t <= 1 for t in calls)
+
+
+def test_sde_follows_its_recursion_and_reaches_the_data():
+    """x' = a x + b + c n with the coefficients of one step: mean and variance against samples, then against the data."""
+    steps, n = 250, 200_000
+    mean, variance = 0.0, 1.0
+    levels = [*np.linspace(1, 0.04, steps), 0.0]
+    for s, s_next in zip(levels, levels[1:]):
+        t, h = 1 - s, s - s_next
+        gain = (t * STD ** 2 - s) / (t ** 2 * STD ** 2 + s ** 2)
+        a = 1 + h * (gain - 1 + t * gain)                   # drift v - (x - t v) = (1 + t) v - x
+        b = h * (1 + t) * (MEAN - gain * t * MEAN)
+        mean, variance = a * mean + b, a * a * variance + (2 * s * h if s_next > 0 else 0)
+    g = torch.Generator().manual_seed(0)
+    normal = lambda: torch.randn(n, generator=g, dtype=torch.float64)
+    x = sample.sde(gaussian_velocity, normal(), steps, normal)
+    assert abs(x.mean().item() - mean) < 3 * (variance / n) ** 0.5
+    assert abs(x.var().item() - variance) < 3 * variance * (2 / n) ** 0.5
+    assert abs(variance / STD ** 2 - 1) < 0.02 and abs(mean - MEAN) < 0.01
+
+
+def test_guidance_acts_on_all_channels_inside_its_interval():
+    model = load_model(sample.DEMO / "mmgen.pt")
+    calls = []
+    original = model.forward
+    model.forward = lambda x, t, y, given: calls.append((len(x), round(1 - t[0, -1].item(), 3))) or original(x, t, y, given)
+    y, held = torch.tensor([1, 2]), torch.zeros(2, 16, 16, 16)
+    run = lambda **k: sample.draw_latents(model, y, held, torch.zeros(4, dtype=torch.bool), sample.Noise(0, [0, 1], "cpu"), "euler", 4, **k)[0]
+    plain, guided = run(), run(cfg=2.0)
+    assert ((plain - guided).abs().amax((0, 2, 3)) > 1e-3).all()
+    calls.clear()
+    run(cfg=2.0, interval=(0.4, 0.8))
+    assert calls == [(2, 1.0), (4, 0.75), (4, 0.5), (2, 0.25)]
+    null = torch.full_like(y, model.num_classes)
+    swap = lambda y_, **k: sample.draw_latents(model, y_, held, torch.zeros(4, dtype=torch.bool), sample.Noise(0, [0, 1], "cpu"), "euler", 1, **k)[0]
+    assert torch.allclose(swap(y, cfg=3.0), swap(null) + 3 * (swap(y) - swap(null)), atol=1e-4)
+
+
+def test_given_modalities_come_back_as_they_were():
+    model = load_model(sample.DEMO / "mmgen.pt")
+    held = torch.randn(2, 16, 16, 16, generator=torch.Generator().manual_seed(0))
+    given = torch.tensor([True, False, True, False])
+    x, _ = sample.draw_latents(model, torch.tensor([0, 1]), held, given, sample.Noise(0, [0, 1], "cpu"), "sde", 3)
+    assert torch.equal(x[:, :4], held[:, :4]) and torch.equal(x[:, 8:12], held[:, 8:12]) and not torch.equal(x[:, 4:8], held[:, 4:8])
+
+
+def read(folder):
+    return {p.relative_to(folder): np.asarray(Image.open(p)).astype(int) for p in sorted(folder.rglob("*.png")) if p.name != "grid.png"}
+
+
+def test_samples_do_not_depend_on_batch_or_processes(tmp_path):
+    arguments = ("--task", "generate", "--num", 5, "--steps", 6, "--ckpt", "demo/mmgen.pt")
+    for name, batch, world in (("a", 1, 1), ("b", 3, 1), ("c", 16, 2)):
+        result = shell("sample.py", *arguments, "--batch-size", batch, "--out", tmp_path / name, processes=world)
+        assert result.returncode == 0, result.stderr
+    a = read(tmp_path / "a")
+    assert len(a) == 20
+    for other in (read(tmp_path / "b"), read(tmp_path / "c")):
+        gaps = np.concatenate([np.abs(a[k] - other[k]).ravel() for k in a])
+        assert gaps.max() <= 1 and (gaps > 0).mean() < 1e-3
+
+
+def test_understand_shows_the_bundled_scenes_beside_the_truth(tmp_path, command):
+    out = command("sample", "--task", "understand", "--ckpt", "demo/mmgen.pt", "--sampler", "euler", "--steps", 4, "--out", tmp_path)
+    assert out.strip().splitlines()[-1] == str(tmp_path / "grid.png")
+    meta = json.loads((tmp_path / "meta.json").read_text())
+    assert meta["evaluations"] == 4 and len(meta["checkpoint_sha256"]) == 64 and "disparity" in meta["outputs"]["depth"]
+    stem = meta["samples"][0]["stem"]
+    depth, normal = np.load(tmp_path / "depth" / f"{stem}.npy"), np.load(tmp_path / "normal" / f"{stem}.npy")
+    assert depth.shape == (64, 64) and np.allclose(np.linalg.norm(normal, axis=-1), 1, atol=1e-4)
+    given = meta["samples"][0]["given"]["rgb"]
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "rgb" / f"{stem}.png")), np.asarray(Image.open(given)))
+    truth = np.asarray(Image.open(given.replace("/rgb/", "/depth/")).convert("L")) / 255.0
+    assert np.corrcoef(truth.ravel(), depth.ravel())[0, 1] > 0.8  # the demo weights do understand
+
+
+@pytest.mark.parametrize("arguments, folders", [
+    (("--task", "condition", "--given", "depth", "--image", "demo/scenes"), ("rgb", "depth", "normal", "seg")),
+    (("--task", "condition", "--given", "depth", "normal", "--image", "demo/scenes", "demo/scenes"), ("rgb", "seg")),
+    (("--task", "translate", "--image", "demo/scenes"), ("depth_to_rgb", "normal_to_rgb", "seg_to_rgb")),
+    (("--task", "generate", "--class-id", "3", "4", "--num", "2", "--npz"), ("rgb", "depth", "normal", "seg")),
+])
+def test_tasks(arguments, folders, tmp_path, command):
+    command("sample", *arguments, "--ckpt", "demo/mmgen.pt", "--sampler", "euler", "--steps", 2, "--out", tmp_path)
+    for folder in folders:
+        assert len(list((tmp_path / folder).glob("*.png"))) == 4
+    if "--npz" in arguments:
+        stored = np.load(tmp_path / "samples.npz")["arr_0"]
+        assert stored.shape == (4, 64, 64, 3) and stored.dtype == np.uint8
+        assert np.array_equal(stored[0], np.asarray(Image.open(tmp_path / "rgb" / "000000.png")))
+
+
+def test_any_size_full(tmp_path, command):
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (90, 150, 3)).astype(np.uint8)).save(tmp_path / "wide.jpg")
+    command("sample", "--task", "understand", "--image", tmp_path / "wide.jpg", "--fit", "full", "--ckpt", "demo/mmgen.pt",
+            "--sampler", "euler", "--steps", 1, "--out", tmp_path / "out")
+    assert np.load(tmp_path / "out" / "depth" / "wide.npy").shape == (90, 150)
+    assert Image.open(tmp_path / "out" / "seg" / "wide.png").size == (150, 90)
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (("--task", "condition"), "needs --given"),
+    (("--task", "condition", "--given", "depth"), "needs --image"),
+    (("--task", "condition", "--given", "depth", "--image", "nowhere.png"), "nowhere.png: no such file"),
+    (("--task", "generate", "--class-id", "999"), "--class-id 999: this checkpoint has classes 0 to 11"),
+    (("--task", "generate", "--given", "rgb"), "--given belongs to --task condition"),
+    (("--task", "generate", "--steps", "0"), "at least 1"),
+    (("--task", "generate", "--ckpt", "nowhere.pt"), "nowhere.pt: no such checkpoint"),
+    (("--task", "generate", "--vae", "nowhere.safetensors"), "nowhere.safetensors: no such file"),
+])
+def test_bad_arguments(arguments, message, tmp_path, command):
+    with pytest.raises(InputError, match=message):
+        command("sample", "--ckpt", "demo/mmgen.pt", *arguments, "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_error_is_one_line_and_exit_code_2(tmp_path):
+    result = shell("sample.py", "--task", "generate", "--class-id", 999, "--ckpt", "demo/mmgen.pt", "--out", tmp_path)
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert result.stderr.strip().startswith("sample.py: error: --class-id 999") and len(result.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_full_disk_leaves_no_file_under_the_final_name(tmp_path, monkeypatch):
+    from distributed import whole_file
+    import builtins
+    real = builtins.open
+    monkeypatch.setattr(builtins, "open", lambda path, mode="r", *a, **k: real("/dev/full", mode) if "w" in mode else real(path, mode, *a, **k))
+    with pytest.raises(OSError):
+        with whole_file(tmp_path / "ckpt.pt") as file:
+            torch.save({"x": torch.zeros(100_000)}, file)
+    assert not (tmp_path / "ckpt.pt").exists()
