@@ -7,6 +7,7 @@ import datetime
 import os
 import pathlib
 import sys
+import time
 
 import torch
 import torch.distributed as dist
@@ -75,6 +76,8 @@ def run(main):
         if dist.is_initialized():
             dist.destroy_process_group()
         return
+    if int(os.environ.get("RANK", 0)) > 0:
+        time.sleep(3)  # when all processes meet the same error, torchrun ends this one before it repeats the line
     print(f"{pathlib.Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
     sys.stdout.flush()
     os._exit(2)  # a waiting collective of another process must not keep this one alive
