@@ -13,6 +13,7 @@ import concurrent.futures
 import hashlib
 import io
 import json
+import os
 import pathlib
 import time
 
@@ -284,11 +285,14 @@ def open_cache(out, meta, source, shapes, rank):
                 with whole_file(out / "labels.npy") as file:
                     np.save(file, source.labels)
             for stem, (dtype, shape) in shapes.items():
-                with whole_file(out / f"{stem}.npy") as file:  # a header and a hole of the right length
+                with whole_file(out / f"{stem}.npy") as file:  # a header, then all the space at once: a full disk shows now
                     header = io.BytesIO()
                     np.lib.format.write_array_header_1_0(header, dict(descr=np.dtype(dtype).str, fortran_order=False, shape=(n, *shape)))
                     file.write(header.getvalue())
-                    file.truncate(file.tell() + n * int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize)
+                    length = file.tell() + n * int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+                    file.truncate(length)
+                    if hasattr(os, "posix_fallocate"):
+                        os.posix_fallocate(file.fileno(), 0, length)
             with whole_file(path) as file:  # last: its presence says that all files are there
                 file.write(json.dumps(meta, indent=1).encode())
     barrier()

@@ -223,14 +223,14 @@ def resume(folder, model, ema, optimiser, config, rank):
 
 
 def initialise(path, model):
-    """--init: take every weight of a checkpoint's EMA that fits, and print what was taken and what is left new."""
+    """--init: take every weight of a checkpoint's EMA that fits -> a line saying what was taken and what is left new."""
     state, mine = load_checkpoint(path)["ema"], model.state_dict()
     taken = {k: v for k, v in state.items() if k in mine and mine[k].shape == v.shape}
     new = [k for k in mine if k not in taken]
     if not taken:
         raise InputError(f"--init {path}: none of its {len(state)} weights fits this model; check --model")
     model.load_state_dict(taken, strict=False)
-    print(f"--init {path}: {len(taken)} weights taken, {len(new)} left new {new[:6]}, {len(state) - len(taken)} left out")
+    return f"--init {path}: {len(taken)} weights taken, {len(new)} left new {new[:6]}, {len(state) - len(taken)} left out"
 
 
 @torch.no_grad()
@@ -295,8 +295,7 @@ def main():
     config = {"model": model.config, "meta": meta,
               "train": dict(mix=args.mix, batch_size=args.batch_size, lr=args.lr, seed=args.seed, precision=args.precision,
                             repa_weight=repa_weight, equal_weights=args.equal_weights)}
-    if args.init:
-        initialise(args.init, model)
+    taken = initialise(args.init, model) if args.init else "from scratch"
     model.to(device)
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -306,7 +305,7 @@ def main():
         with whole_file(args.run / "args.json") as file:
             file.write(json.dumps({**vars(args), "world": world, "resumed_at": first}, indent=1, default=str).encode())
         print(f"{args.model} with {', '.join(modalities)}: {sum(p.numel() for p in model.parameters()):,} parameters, "
-              f"{len(cache.rows)} samples, steps {first} to {args.steps}, {world} x {rows} rows in micro-batches of {micro}, {device}")
+              f"{len(cache.rows)} samples, steps {first} to {args.steps}, {world} x {rows} rows in micro-batches of {micro}, {device}, {taken}")
     if args.compile if args.compile is not None else device.type == "cuda":
         for block in model.blocks:
             block.compile(fullgraph=True)
