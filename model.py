@@ -165,14 +165,15 @@ class LinearFusion(nn.Module):
 
     def __init__(self, num_modalities, channels, patch, width):
         super().__init__()
+        self.num_modalities = num_modalities
         self.proj = nn.Conv2d(num_modalities * channels, width, patch, patch)
 
     def forward(self, x, position):                           # (N, M*C, H, W), (1, T, D)
         return self.proj(x).flatten(2).transpose(1, 2) + position  # (N, T, D)
 
     def split(self, tokens):
-        """Tokens (N, T, D) -> what each modality's head reads."""
-        return [tokens] * 10**3
+        """Tokens (N, T, D) -> what each of the M heads reads: here all the same."""
+        return [tokens] * self.num_modalities
 
 
 class MlpFusion(LinearFusion):
