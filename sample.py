@@ -180,13 +180,13 @@ def checked_vae(name, meta):
 # A labelled grid.
 
 def draw_grid(rows, columns, cell=128):
-    """rows: lists of uint8 (H, W, 3) or None; columns: their labels -> PIL image."""
+    """rows: lists of uint8 (H, W, 3) or None; columns: their labels, of one line or more -> PIL image."""
     font = ImageFont.load_default(13)
-    top, gap = 22, 4
+    top, gap = 8 + 15 * max(label.count("\n") + 1 for label in columns), 4
     sheet = Image.new("RGB", (len(columns) * (cell + gap) + gap, top + len(rows) * (cell + gap)), "white")
     pen = ImageDraw.Draw(sheet)
     for j, label in enumerate(columns):
-        pen.text((gap + j * (cell + gap) + cell / 2, top / 2), label, fill="black", font=font, anchor="mm")
+        pen.text((gap + j * (cell + gap) + cell / 2, top / 2), label, fill="black", font=font, anchor="mm", align="center")
         for i, row in enumerate(rows):
             if row[j] is None:
                 continue
@@ -227,15 +227,15 @@ class Preview:
             x = held if task == "data" else draw_latents(model, y, held, given, noise, "euler", 25)[0]
             pixels = decode_latents(self.vae, x, C).cpu().numpy()
             name = "generate" if task is None else task if task == "data" else f"{model.modalities[task]} given"
-            columns += [f"{name}: {m}" for m in model.modalities]
+            columns += [f"{m}\n({name})" for m in model.modalities]
             for cell, sample in zip(cells, pixels):
                 cell += [MODALITIES[m].picture(MODALITIES[m].from_pixels(p)) for m, p in zip(model.modalities, sample)]
         M = len(model.modalities)
-        blocks = [(columns[i:i + M], [row[i:i + M] for row in cells]) for i in range(0, len(columns), M)]
-        sheets = [draw_grid(rows_, labels, 96) for labels, rows_ in blocks]
-        sheet = Image.new("RGB", (max(s.width for s in sheets), sum(s.height for s in sheets)), "white")
-        for i, s in enumerate(sheets):
-            sheet.paste(s, (0, sum(q.height for q in sheets[:i])))
+        sheets = [draw_grid([row[i:i + M] for row in cells], columns[i:i + M], 96) for i in range(0, len(columns), M)]
+        width, height = sheets[0].size
+        sheet = Image.new("RGB", (width * 2, height * ((len(sheets) + 1) // 2)), "white")
+        for i, part in enumerate(sheets):
+            sheet.paste(part, (i % 2 * width, i // 2 * height))
         with whole_file(path) as file:
             sheet.save(file, "png")
 
