@@ -4,6 +4,7 @@ A command started without torchrun is a world of one process and takes the same 
 """
 import contextlib
 import datetime
+import glob
 import os
 import pathlib
 import sys
@@ -25,10 +26,10 @@ def setup():
     device = torch.device(f"cuda:{local}" if cuda else "mps" if mps else "cpu")
     if cuda:
         torch.cuda.set_device(device)
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    elif "OMP_NUM_THREADS" not in os.environ or world > 1:
-        local_world = int(os.environ.get("LOCAL_WORLD_SIZE", world))  # torchrun itself sets OMP_NUM_THREADS=1
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world if hasattr(os, "sched_getaffinity") else 1))
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32
+    elif "OMP_NUM_THREADS" not in os.environ or (world > 1 and os.environ["OMP_NUM_THREADS"] == "1"):
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", world))))  # torchrun's own default is 1
     if world > 1:
         dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=2))
     return rank, world, device
@@ -48,9 +49,14 @@ def all_reduce(tensor):
 
 @contextlib.contextmanager
 def whole_file(path):
-    """Open a temporary neighbour of path for writing bytes; it takes the final name only when complete."""
+    """Open a temporary neighbour of path for writing bytes; it takes the final name only when complete.
+
+    Neighbours that a killed process left of the same file are removed.
+    """
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    for stale in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        stale.unlink(missing_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -70,6 +76,10 @@ def run(main):
         message = str(error)
     except OSError as error:  # full disk, no permission, no such folder
         message = f"{error.filename or 'output'}: {error.strerror or error}; check the path and the free space"
+    except RuntimeError as error:
+        if not dist.is_initialized() or not any(word in str(error).lower() for word in ("peer", "gloo", "nccl", "closed")):
+            raise
+        message = "another process has ended; its own line says why"
     except KeyboardInterrupt:
         message = "interrupted; run the same command again to continue"
     else:

@@ -338,20 +338,28 @@ def load_checkpoint(path):
         raise InputError(f"{path}: no such checkpoint; train one with train.py or leave out --ckpt for the bundled demo")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError:
+    except pickle.UnpicklingError:  # what weights_only=True raises
         raise InputError(f"{path}: refused, it holds pickled Python objects or is no torch file; only tensors and plain containers are read")
-    except (RuntimeError, ValueError, EOFError, KeyError):
+    except (RuntimeError, ValueError, EOFError, LookupError, TypeError, AttributeError, OSError):
         raise InputError(f"{path}: not a readable checkpoint ({path.stat().st_size} bytes), it may be cut short; use another of its folder")
-    if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT or not isinstance(checkpoint.get("config"), dict):
+    if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
         found = checkpoint.get("format") if isinstance(checkpoint, dict) else type(checkpoint).__name__
         raise InputError(f"{path}: format is {found!r}, expected {FORMAT!r}, as train.py writes it")
+    config = checkpoint.get("config")
+    whole = isinstance(config, dict) and all(isinstance(config.get(part), dict) for part in ("model", "meta", "train"))
+    lost = [key for key in ("vae", "vae_sha256", "scale", "latent_channels", "latent_size", "resolution", "class_names", "palette")
+            if not whole or key not in config["meta"]]
+    tensors = all(isinstance(v, torch.Tensor) for part in ("ema", "model") for v in checkpoint.get(part, {}).values()) \
+        if all(isinstance(checkpoint.get(part, {}), dict) for part in ("ema", "model")) else False
+    if lost or not tensors or not checkpoint.get("ema") or not isinstance(checkpoint.get("step"), int):
+        raise InputError(f"{path}: incomplete ({'config ' + lost[0] if lost else 'ema, model or step'} is missing or wrong); use another of its folder")
     return checkpoint
 
 
 def load_weights(model, state, path):
     """model.load_state_dict with every mismatch in one readable error; the projector may be missing."""
     mine = model.state_dict()
-    for key in mine.keys() | state.keys():
+    for key in sorted(mine.keys() | state.keys()):
         if key not in state and not key.startswith("projector."):
             raise InputError(f"{path}: the weight {key} {tuple(mine[key].shape)} is missing")
         if key not in mine and not key.startswith("projector."):
@@ -368,8 +376,14 @@ def load_model(path, ema=True, device="cpu"):
     Raises InputError as load_checkpoint does.
     """
     checkpoint = load_checkpoint(path)
-    model = build_model(**{**checkpoint["config"]["model"], "projector": False})
-    load_weights(model, checkpoint["ema" if ema else "model"], path)
+    weights = "ema" if ema else "model"
+    if weights not in checkpoint:
+        raise InputError(f"{path}: has no {weights} weights, it was exported with the EMA alone")
+    try:
+        model = build_model(**{**checkpoint["config"]["model"], "projector": False})
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"{path}: its model configuration {checkpoint['config']['model']} is not of this version ({error})")
+    load_weights(model, checkpoint[weights], path)
     model.meta, model.step = checkpoint["config"]["meta"], checkpoint["step"]
     return model.to(device).eval().requires_grad_(False)
 

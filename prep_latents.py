@@ -15,12 +15,14 @@ import io
 import json
 import os
 import pathlib
+import pickle
 import time
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 import toy_scenes
@@ -29,6 +31,8 @@ from model import MODALITIES
 from vae import load_vae, sha256
 
 FORMAT = "mmgen-cache-1"
+META_KEYS = ("modalities", "vae", "vae_sha256", "scale", "latent_channels", "latent_size", "resolution", "count", "num_classes",
+             "class_names", "palette", "grid", "teacher", "names_sha256", "seg_mode", "depth_space", "batch_size")
 DEFAULT_CACHE = pathlib.Path("data/cache")
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".npy")
 MAX_PIXELS = 100_000_000  # a larger picture is refused before it is decoded
@@ -52,7 +56,10 @@ def read_picture(path):
             image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I") or image.mode == "F":  # 16-bit files arrive as I;16 or I
                 values = np.asarray(image, np.float32)
-                return Image.fromarray(values / (65535 if image.mode.startswith("I") else max(float(values.max()), 1e-8)))
+                if not np.isfinite(values).all():
+                    raise InputError(f"{path}: holds values that are not finite; replace them")
+                top = 65535 if image.mode.startswith("I") and values.max() <= 65535 else max(float(values.max()), 1e-8)
+                return Image.fromarray(values.clip(0) / top)
             if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -92,13 +99,16 @@ def read_modality(path, modality, fit, depth_space="disparity"):
     if path.suffix == ".npy":
         try:
             array = np.load(path, allow_pickle=False).astype(np.float32)
-        except (ValueError, EOFError, OSError) as error:
-            raise InputError(f"{path}: not a readable .npy array ({error})")
+        except (ValueError, EOFError, OSError, AttributeError, TypeError) as error:
+            raise InputError(f"{path}: not a readable .npy array of numbers ({error})")
         wanted = 2 if kind == "scalar" else 3
-        if array.ndim != wanted or (wanted == 3 and array.shape[2] != 3) or not np.isfinite(array).all():
-            raise InputError(f"{path}: shape {array.shape}, finite {bool(np.isfinite(array).all())}; "
-                             f"{modality} needs finite (H, W{', 3' if wanted == 3 else ''})")
+        limit = {"scalar": np.inf, "vector": 1.01}.get(kind, 255)
+        if array.ndim != wanted or (wanted == 3 and array.shape[2] != 3) or not array.size or not np.isfinite(array).all() or np.abs(array).max() > limit:
+            raise InputError(f"{path}: shape {array.shape}, largest value {np.abs(array).max(initial=0):.4g}; {modality} needs "
+                             f"(H, W{', 3' if wanted == 3 else ''}) of finite values up to {limit}")
         channels = [Image.fromarray(np.ascontiguousarray(c)) for c in (array[None] if wanted == 2 else array.transpose(2, 0, 1))]
+        for channel in channels:
+            channel.info["flat"] = kind == "flat"
     else:
         image = read_picture(path)
         image.info["flat"] = kind == "flat"
@@ -110,10 +120,15 @@ def read_modality(path, modality, fit, depth_space="disparity"):
     if channels[0].mode == "F":
         array = np.stack([np.asarray(fit(c)) for c in channels], -1)
         if path.suffix != ".npy":  # a 16-bit grey picture where colours are expected
-            array = np.repeat((array * 255).round().astype(np.uint8), 3, 2)
+            array = np.repeat(array * 255, 3, 2)
+        if kind != "vector" or path.suffix != ".npy":
+            array = array.round().clip(0, 255).astype(np.uint8)
     else:
         array = np.asarray(fit(channels[0]))
-    return array.astype(np.float32) / 127.5 - 1 if kind == "vector" and array.dtype == np.uint8 else array
+    if kind != "vector":
+        return array
+    vector = array.astype(np.float32) / 127.5 - 1 if array.dtype == np.uint8 else array
+    return vector / np.maximum(np.linalg.norm(vector, axis=-1, keepdims=True), 1e-6)  # resizing shortens them
 
 
 # ------------------------------------------------------------------------------------------------
@@ -126,7 +141,9 @@ class ToySource:
             raise InputError(f"--toy {args.toy}: seeds from {toy_scenes.HELD_OUT} on are held out; name them with --toy-start")
         if self.start < toy_scenes.HELD_OUT < self.start + args.toy:
             raise InputError(f"--toy-start {self.start} --toy {args.toy}: runs into the held-out seeds from {toy_scenes.HELD_OUT} on")
-        self.size, self.modalities = args.size, tuple(args.modalities or ("rgb", "depth", "normal", "seg"))
+        if self.start < 0:
+            raise InputError(f"--toy-start {self.start}: seeds start at 0")
+        self.size, self.modalities = args.size, args.modalities or ("rgb", "depth", "normal", "seg")
         self.names = [str(seed) for seed in range(self.start, self.start + args.toy)]
         self.classes, self.palette = toy_scenes.CLASSES, toy_scenes.PALETTE.tolist()
         self.labels = None  # known once rendered
@@ -142,9 +159,9 @@ class FolderSource:
     def __init__(self, args):
         self.root, self.size, self.depth_space = args.data, args.size, args.depth_space
         found = [m for m in MODALITIES if (self.root / m).is_dir()]
-        self.modalities = tuple(args.modalities or found)
+        self.modalities = args.modalities or tuple(found)
         missing = [m for m in self.modalities if m not in found]
-        if "rgb" not in self.modalities or missing:
+        if "rgb" not in found or missing:
             raise InputError(f"{self.root / (missing or ['rgb'])[0]}: no such folder; --data needs <root>/rgb/<class>/<name>.png "
                              f"and one folder for each of --modalities (found: {', '.join(found) or 'none'})")
         self.files = {m: self._index(m) for m in self.modalities}
@@ -203,7 +220,7 @@ class Dino:
         try:
             self.model = timm.create_model("vit_base_patch14_dinov2.lvd142m", pretrained=True, img_size=14 * grid,
                                            num_classes=0, pretrained_cfg_overlay=overlay).to(device).eval()
-        except (OSError, RuntimeError, KeyError) as error:
+        except (OSError, RuntimeError, LookupError, ValueError, TypeError, SafetensorError, pickle.UnpicklingError) as error:
             raise InputError(f"DINOv2 weights: {type(error).__name__} for {file or 'timm/vit_base_patch14_dinov2.lvd142m'}; "
                              "pass a local file with --dino FILE, or --no-dino to train without REPA")
         self.grid, self.device = grid, device
@@ -274,10 +291,7 @@ def open_cache(out, meta, source, shapes, rank):
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
         if path.exists():
-            old = json.loads(path.read_text())
-            for key, value in meta.items():
-                if old.get(key) != value:
-                    raise InputError(f"{path}: {key} is {str(old.get(key))[:80]}, this run has {str(value)[:80]}; use another --out")
+            same_meta(out, meta)
         else:
             with whole_file(out / "names.txt") as file:
                 file.write("\n".join(source.names).encode() + b"\n")
@@ -296,7 +310,19 @@ def open_cache(out, meta, source, shapes, rank):
             with whole_file(path) as file:  # last: its presence says that all files are there
                 file.write(json.dumps(meta, indent=1).encode())
     barrier()
+    for stem, (dtype, shape) in shapes.items():
+        array = open_array(out, stem, n)  # read-only first: mapping a short file for writing would fill it up with zeros
+        if array.dtype != dtype or array.shape[1:] != shape:
+            raise InputError(f"{out / stem}.npy: {array.dtype} {array.shape}, expected {np.dtype(dtype)} {(n, *shape)}; delete {out} and run again")
     return {stem: np.load(out / f"{stem}.npy", mmap_mode="r+") for stem in shapes}
+
+
+def same_meta(folder, meta):
+    """Raise InputError unless the cache in the folder has this meta.json, naming the first key that differs."""
+    old = read_meta(folder)
+    for key, value in meta.items():
+        if old.get(key) != value:
+            raise InputError(f"{folder}/meta.json: {key} is {str(old.get(key))[:80]}, this run has {str(value)[:80]}; use another --out")
 
 
 def read_meta(folder):
@@ -307,10 +333,12 @@ def read_meta(folder):
                          "(toy world) or `--data DIR` (your pictures)")
     try:
         meta = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}: not JSON ({error}); run prep_latents.py again")
-    if meta.get("format") != FORMAT:
-        raise InputError(f"{path}: format is {meta.get('format')!r}, expected {FORMAT!r}; run prep_latents.py again")
+    except ValueError as error:  # JSON and UTF-8
+        raise InputError(f"{path}: not JSON ({error}); delete {folder} and run prep_latents.py again")
+    if not isinstance(meta, dict) or meta.get("format") != FORMAT or (lost := [key for key in META_KEYS if key not in meta]):
+        found = meta.get("format") if isinstance(meta, dict) else type(meta).__name__
+        raise InputError(f"{path}: format is {found!r}, expected {FORMAT!r}" + (f" with {lost[0]}" if found == FORMAT else "")
+                         + f"; delete {folder} and run prep_latents.py again")
     return meta
 
 
@@ -320,15 +348,19 @@ def open_array(folder, stem, count):
     try:
         array = np.load(path, mmap_mode="r")
     except (OSError, ValueError, EOFError) as error:
-        raise InputError(f"{path}: missing or cut short ({error}); run prep_latents.py again with the same arguments")
-    if len(array) != count:
-        raise InputError(f"{path}: {len(array)} rows, meta.json says {count}; run prep_latents.py again")
+        raise InputError(f"{path}: missing or cut short ({error}); delete {folder} and run prep_latents.py again")
+    if array.shape[:1] != (count,):
+        raise InputError(f"{path}: shape {array.shape}, meta.json says {count} rows; delete {folder} and run prep_latents.py again")
     return array
 
 
 def verify(out, meta, source, vae, teacher, device, batch_size):
     """Re-encode up to 8 whole blocks and compare; InputError at more than one fp16 ulp (two int8 levels for dino)."""
     n = len(source.names)
+    same_meta(out, meta)
+    left = int((open_array(out, "done", n) == 0).sum())
+    if left:
+        raise InputError(f"{out}: {left} of {n} rows are not encoded yet; run the same command without --verify")
     blocks = np.unique(np.linspace(0, (n - 1) // batch_size, 8).astype(int)) * batch_size
     worst, rows = 0.0, 0
     for start in blocks:
@@ -341,8 +373,8 @@ def verify(out, meta, source, vae, teacher, device, batch_size):
             tolerance = np.spacing(np.maximum(np.abs(stored), np.abs(fresh))) if stored.dtype == np.float16 else (2 if stem == "dino" else 0)
             gap = np.abs(stored.astype(np.float32) - fresh.astype(np.float32))
             worst = max(worst, float(gap.max(initial=0)))
-            if (gap > tolerance).any():
-                row = block.start + int(np.flatnonzero(keep)[np.argwhere(gap > tolerance)[0, 0]])
+            if not (gap <= tolerance).all():  # NaN counts as different
+                row = block.start + int(np.flatnonzero(keep)[np.argwhere(~(gap <= tolerance))[0, 0]])
                 raise InputError(f"{out / stem}.npy: row {row} ({source.names[row]}) differs by {gap.max():.4g} from a fresh encoding; "
                                  "the cache is damaged or of other pictures, make it again")
         rows += int(keep.sum())
@@ -363,13 +395,19 @@ def main():
     parser.add_argument("--no-dino", action="store_true", help="no alignment targets: training runs without REPA")
     parser.add_argument("--depth-space", choices=("disparity", "depth"), default="disparity", help="what the depth files hold")
     parser.add_argument("--seg-mode", choices=("semantic", "instance"), default="instance", help="what the segmentation colours mean")
-    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--batch-size", type=int, default=32, help="rows encoded together; part of the cache's identity")
     parser.add_argument("--skip-broken", action="store_true", help="leave broken files out and list them in skipped.txt")
     parser.add_argument("--verify", action="store_true", help="re-encode a sample of a finished cache and compare")
     args = parser.parse_args()
-    args.size = args.size or (64 if args.toy else 256)
-    if args.toy is not None and args.toy < 1 or args.batch_size < 1:
-        raise InputError(f"--toy {args.toy} --batch-size {args.batch_size}: both must be at least 1")
+    args.size = (64 if args.toy else 256) if args.size is None else args.size
+    if (args.toy is not None and args.toy < 1) or args.batch_size < 1 or args.size < 1:
+        raise InputError(f"--toy {args.toy} --batch-size {args.batch_size} --size {args.size}: each must be at least 1")
+    if args.modalities:
+        args.modalities = tuple(m for m in MODALITIES if m in args.modalities)  # the registry's order
+        if "rgb" not in args.modalities:
+            raise InputError(f"--modalities {' '.join(args.modalities)}: rgb must be among them")
+    if args.dino and (args.toy or args.no_dino):
+        raise InputError(f"--dino {args.dino}: not with --no-dino, nor with --toy, which brings its own alignment targets")
     rank, world, device = setup()
     source = ToySource(args) if args.toy else FolderSource(args)
     vae_name = args.vae or ("toy" if args.toy else "sd-mse")
@@ -382,11 +420,11 @@ def main():
     meta = dict(format=FORMAT, modalities=list(source.modalities), vae=vae_name, vae_sha256=sha256(vae.path) if vae else None,
                 scale=vae.scale if vae else 1.0, latent_channels=vae.latent_channels if vae else 3, latent_size=[side, side],
                 resolution=args.size, count=len(source.names), num_classes=len(source.classes), class_names=list(source.classes),
-                palette=source.palette, grid=[side // 2, side // 2], teacher=teacher.id if teacher else None,
+                palette=source.palette, batch_size=args.batch_size, grid=[side // 2, side // 2], teacher=teacher.id if teacher else None,
                 names_sha256=hashlib.sha256("\n".join(source.names).encode()).hexdigest(), **source.describe)
     with torch.inference_mode():
         if args.verify:
-            return verify(args.out, read_meta(args.out), source, vae, teacher, device, args.batch_size)
+            return verify(args.out, meta, source, vae, teacher, device, args.batch_size)
         fill(args, meta, source, vae, teacher, rank, world, device)
 
 
@@ -401,7 +439,8 @@ def fill(args, meta, source, vae, teacher, rank, world, device):
     cache = open_cache(args.out, meta, source, {**shapes, "done": (np.uint8, ())}, rank)
     done = cache["done"]
     blocks = [range(s, min(s + B, n)) for s in range(0, n, B)]
-    todo = [b for b in blocks[rank::world] if not done[b.start:b.stop].all()]
+    finished = (1, 2) if args.skip_broken else (1,)  # rows once skipped (2) are tried again: they may have been repaired
+    todo = [b for b in blocks[rank::world] if not np.isin(done[b.start:b.stop], finished).all()]
     pending, flushed = [], time.monotonic()
 
     def flush():

@@ -11,6 +11,7 @@ seeded per sample by (seed, index): the same pictures whatever the batch size an
 Writes OUT/<modality>/<stem>.png (.npy for depth and normals), OUT/grid.png and OUT/meta.json.
 """
 import argparse
+import contextlib
 import json
 import pathlib
 
@@ -102,13 +103,12 @@ SAMPLERS = {
 class Noise:
     """Standard normals, each sample's from a generator of its own seeded by (seed, global index)."""
 
-    def __init__(self, seed, indices, device):
-        seeds = [int(np.random.SeedSequence((seed, int(i))).generate_state(1, np.uint64)[0] >> 1) for i in indices]
-        self.generators, self.device = [torch.Generator().manual_seed(s) for s in seeds], device
+    def __init__(self, seed, indices, device):  # numpy's: torch's CPU generator would read 32 bits of a seed
+        self.generators, self.device = [np.random.default_rng((seed, int(i))) for i in indices], device
 
     def __call__(self, shape):
         """(N, *shape)"""
-        return torch.stack([torch.randn(shape, generator=g) for g in self.generators]).to(self.device)
+        return torch.from_numpy(np.stack([g.standard_normal(tuple(shape), np.float32) for g in self.generators])).to(self.device)
 
 
 @torch.inference_mode()
@@ -127,7 +127,7 @@ def draw_latents(model, y, held, given, noise, sampler="sde", steps=250, cfg=1.0
     evaluations = 0
 
     def network(x, t, y, rows):
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16"):
+        with torch.autocast(x.device.type, torch.bfloat16) if precision == "bf16" else contextlib.nullcontext():
             return model(x, t, y, rows)[0].float()
 
     def velocity(x, t):
@@ -168,11 +168,12 @@ def decode_latents(vae, x, channels, batch=64):
 
 def checked_vae(name, meta):
     """The VAE of a checkpoint's config, or --vae; InputError when the file behind the name is another one."""
-    if (name or meta["vae"]) == "none":
+    if meta["vae"] == "none" and name in (None, "none"):
         return None
-    vae = load_vae(name or meta["vae"])
-    if vae.latent_channels != meta["latent_channels"] or (not name and sha256(vae.path) != meta["vae_sha256"]):
-        raise InputError(f"--vae {vae.path}: not the VAE of the training cache ({meta['vae']}, sha256 {meta['vae_sha256'][:12]}); pass that file with --vae")
+    vae = None if "none" in (name, meta["vae"]) else load_vae(name or meta["vae"])
+    if vae is None or sha256(vae.path) != meta["vae_sha256"]:
+        raise InputError(f"--vae {vae.path if vae else name}: not the VAE of the training cache, which is {meta['vae']} "
+                         f"(sha256 {str(meta['vae_sha256'])[:12]}); pass that one")
     return vae
 
 
@@ -290,16 +291,19 @@ def requests(args, given, meta):
         raise InputError(f"--class-id {args.class_id}: give one class for all pictures")
     found = {m: find_files(location, m) for m, location in zip(given, locations)}
     base, files = found[given[0]]
+    stem_of = lambda path, base: path.relative_to(base).with_suffix("").as_posix()
+    partners = {m: {stem_of(p, found[m][0]): p for p in found[m][1]} for m in given[1:]}
     items = []
-    for i, path in enumerate(files):
-        partners = {m: [p for p in found[m][1] if p.stem == path.stem] if len(files) > 1 else found[m][1] for m in given}
-        for m, hits in partners.items():
-            if not hits:
+    for path in files:
+        group = {given[0]: path}
+        for m in given[1:]:
+            group[m] = partners[m].get(stem_of(path, base)) if pathlib.Path(locations[0]).is_dir() else found[m][1][0]
+            if group[m] is None:
                 raise InputError(f"{path}: no file with this stem in {found[m][0]} for --given {m}")
         label = args.class_id[0] if args.class_id else class_of(path, meta)
         for k in range(args.num or 1):
-            stem = path.relative_to(base).with_suffix("").as_posix().replace("/", "_") + (f"_{k}" if (args.num or 1) > 1 else "")
-            items.append(Item(len(items), stem, K if label is None else label, {m: hits[0] for m, hits in partners.items()}))
+            stem = stem_of(path, base).replace("/", "_") + (f"_{k}" if (args.num or 1) > 1 else "")
+            items.append(Item(len(items), stem, K if label is None else label, group))
     stems = [item.stem for item in items]
     if len(set(stems)) < len(stems):
         raise InputError(f"--image {base}: two pictures share the stem {max(set(stems), key=stems.count)}; rename one")
@@ -327,9 +331,12 @@ def truth_files(item, modalities):
         parts = path.resolve().parts
         if m in parts:
             at = len(parts) - 1 - parts[::-1].index(m)
-            rest = pathlib.Path(*parts[at + 1:])
-            hits = {o: sorted((pathlib.Path(*parts[:at]) / o / rest.parent).glob(rest.stem + ".*")) for o in modalities if o not in item.files}
-            return {o: files[0] for o, files in hits.items() if files and files[0].suffix.lower() in EXTENSIONS}
+            rest, found = pathlib.Path(*parts[at + 1:]), {}
+            for o in [o for o in modalities if o not in item.files]:
+                folder = pathlib.Path(*parts[:at]) / o / rest.parent
+                hits = [p for p in sorted(folder.iterdir()) if p.stem == rest.stem and p.suffix.lower() in EXTENSIONS] if folder.is_dir() else []
+                found.update({o: hits[0]} if hits else {})
+            return found
     return {}
 
 
@@ -367,8 +374,11 @@ def write_grid(args, items, model, meta, given, folders):
         for m in [m for m in model.modalities if m not in given and given]:
             image = None
             if m in truth:
-                array = read_modality(truth[m], m, fitter(args, meta, 1))
-                image = MODALITIES[m].picture(MODALITIES[m].from_pixels(MODALITIES[m].to_pixels(array)))
+                try:
+                    array = read_modality(truth[m], m, fitter(args, meta, 1), meta["depth_space"])
+                    image = MODALITIES[m].picture(MODALITIES[m].from_pixels(MODALITIES[m].to_pixels(array)))
+                except InputError as error:
+                    print(f"warning: ground truth left out of the grid: {error}")
             cells.append((f"{m} (truth)", image))
         rows.append([image for _, image in cells])
         columns = [label for label, _ in cells]
@@ -379,8 +389,8 @@ def write_grid(args, items, model, meta, given, folders):
 
 def newest_checkpoint():
     """The newest runs/*/latest.pt, else the bundled demo."""
-    runs = sorted(pathlib.Path("runs").glob("*/latest.pt"), key=lambda p: p.stat().st_mtime)
-    return runs[-1] if runs else DEMO / "mmgen.pt"
+    runs = [p for p in pathlib.Path("runs").glob("*/latest.pt") if p.exists()]
+    return max(runs, key=lambda p: p.stat().st_mtime) if runs else DEMO / "mmgen.pt"
 
 
 def arguments():
@@ -391,7 +401,7 @@ def arguments():
     parser.add_argument("--class-id", type=int, nargs="+", help="generate: default random classes; else the folder's class or none")
     parser.add_argument("--num", type=int, help="samples per class or picture (1); without --class-id the number of samples (8)")
     parser.add_argument("--ckpt", type=pathlib.Path, help="default: the newest run, else the bundled demo")
-    parser.add_argument("--vae", help="default: the one of the training cache")
+    parser.add_argument("--vae", help="where the VAE of the training cache lies, if not where it was")
     parser.add_argument("--sampler", choices=list(SAMPLERS), default="sde")
     parser.add_argument("--steps", type=int, default=250)
     parser.add_argument("--cfg", type=float, default=1.0, help="guidance scale, 1 = none")
@@ -403,9 +413,11 @@ def arguments():
     parser.add_argument("--npz", action="store_true", help="also OUT/samples.npz, the RGB as ADM's arr_0")
     parser.add_argument("--fit", choices=("crop", "full"), default="crop", help="full: the whole picture, maps at its size")
     args = parser.parse_args()
-    if args.steps < 1 or args.batch_size < 1 or (args.num or 1) < 1 or not 0 <= args.cfg_interval[0] <= args.cfg_interval[1] <= 1:
-        raise InputError(f"--steps {args.steps} --batch-size {args.batch_size} --num {args.num} --cfg-interval {args.cfg_interval}: "
-                         "counts must be at least 1, the interval 0 <= LO <= HI <= 1")
+    if args.npz and args.fit == "full":
+        raise InputError("--npz with --fit full: pictures of different sizes do not fit one array; use --fit crop")
+    if args.steps < 1 or args.batch_size < 1 or args.seed < 0 or (args.num is not None and args.num < 1) or not 0 <= args.cfg_interval[0] <= args.cfg_interval[1] <= 1:
+        raise InputError(f"--steps {args.steps} --batch-size {args.batch_size} --num {args.num} --seed {args.seed} --cfg-interval {args.cfg_interval}: "
+                         "counts must be at least 1, the seed not negative, the interval 0 <= LO <= HI <= 1")
     return args
 
 
@@ -416,6 +428,8 @@ def conditions(args, model):
     if args.task != "condition" and args.given:
         raise InputError(f"--given {' '.join(args.given)} with --task {args.task}: --given belongs to --task condition")
     given = tuple(args.given or (() if args.task == "generate" else ("rgb",)))
+    if len(set(given)) < len(given):
+        raise InputError(f"--given {' '.join(given)}: a modality is there twice")
     for m in given:
         if m not in model.modalities:
             raise InputError(f"--given {m}: this checkpoint has {', '.join(model.modalities)}")
@@ -428,8 +442,8 @@ def sample_batch(args, items, model, meta, vae, given, device, writer):
     noise = Noise(args.seed, [item.index for item in items], device)
     factor = vae.factor if vae else 1
     y = torch.tensor([item.label for item in items], device=device)
-    pixels = {m: torch.from_numpy(np.stack([MODALITIES[m].to_pixels(read_modality(item.files[m], m, fitter(args, meta, factor, item)))
-                                            for item in items])) for m in given}
+    read = lambda item, m, fit: MODALITIES[m].to_pixels(read_modality(item.files[m], m, fit, meta["depth_space"]))
+    pixels = {m: torch.from_numpy(np.stack([read(item, m, fitter(args, meta, factor, item)) for item in items])) for m in given}
     size = [s // factor for s in pixels[given[0]].shape[2:]] if given else meta["latent_size"]
     held = torch.zeros(len(items), M, C, *size, device=device)
     for m in given:
@@ -449,7 +463,8 @@ def sample_batch(args, items, model, meta, vae, given, device, writer):
         images = decode_latents(vae, latent, C).cpu().numpy()
         for k, item in enumerate(items):
             maps = {m: images[k, i] for i, m in enumerate(model.modalities) if kept is not None or m == "rgb"}
-            maps.update({m: pixels[m][k].numpy() for m in kept or ()})  # as it was given
+            for m in kept or ():  # as it was given
+                maps[m] = pixels[m][k].numpy() if args.fit == "crop" else read(item, m, lambda image: image)
             writer(item, maps, prefix)
     return evaluations
 
@@ -457,7 +472,7 @@ def sample_batch(args, items, model, meta, vae, given, device, writer):
 def main():
     args = arguments()
     rank, world, device = setup()
-    checkpoint = args.ckpt or newest_checkpoint()
+    checkpoint = (args.ckpt or newest_checkpoint()).resolve()  # latest.pt may move on meanwhile
     model = load_model(checkpoint, device=device)
     meta, vae = model.meta, checked_vae(args.vae, model.meta)
     vae = vae.to(device) if vae else None
@@ -482,9 +497,9 @@ def main():
     if args.npz:
         with whole_file(args.out / "samples.npz") as file:
             np.savez(file, arr_0=np.stack([np.asarray(Image.open(args.out / "rgb" / f"{item.stem}.png")) for item in items]))
-    recipe = dict(task=args.task, given=given, checkpoint=str(checkpoint), checkpoint_sha256=sha256(checkpoint), step=model.step,
+    recipe = dict(task=args.task, given=given, checkpoint=checkpoint.name, checkpoint_sha256=sha256(checkpoint), step=model.step,
                   weights="ema", sampler=args.sampler, steps=args.steps, evaluations=evaluations, cfg=args.cfg, cfg_interval=list(args.cfg_interval),
-                  seed=args.seed, precision=args.precision, fit=args.fit, vae=meta["vae"] if not args.vae else args.vae,
+                  seed=args.seed, precision=args.precision, fit=args.fit, vae=meta["vae"], vae_sha256=meta["vae_sha256"],
                   outputs={m: MODALITIES[m].meaning for m in model.modalities}, palette=meta["palette"],
                   samples=[dict(stem=item.stem, class_id=item.label, given={m: str(p) for m, p in item.files.items()}) for item in items])
     with whole_file(args.out / "meta.json") as file:

@@ -10,9 +10,11 @@ import argparse
 import concurrent.futures
 import contextlib
 import copy
+import functools
 import json
 import os
 import pathlib
+import re
 import time
 from typing import NamedTuple
 
@@ -64,26 +66,45 @@ class Draws(NamedTuple):
     noise: torch.Tensor      # (N, M*C, H, W) normal
 
 
+class MixTable(NamedTuple):
+    """TASK_MIX's roles of N rows as (N, 1) columns on the device, and which of the M modalities the data has."""
+    fixed: torch.Tensor        # index of the given modality, -1 for none or random
+    random: torch.Tensor       # bool
+    independent: torch.Tensor  # bool
+    rgb_only: torch.Tensor     # bool
+    drop: torch.Tensor
+    clean: torch.Tensor
+    present: torch.Tensor      # (M,) bool
+    choices: torch.Tensor      # indices of the modalities present
+
+
+@functools.lru_cache(1)
+def mix_table(mix, modalities, present, rows, device):
+    """Built once, so that a step copies nothing to the device. modalities and present are tuples."""
+    roles = [TASK_MIX[mix][i % 4] for i in range(rows)]
+    column = lambda f: torch.tensor([f(role) for role in roles], device=device)[:, None]
+    return MixTable(column(lambda r: modalities.index(r.given) if r.given in modalities else -1), column(lambda r: r.given == "random"),
+                    column(lambda r: r.independent), column(lambda r: r.supervise == "rgb"), column(lambda r: r.drop),
+                    column(lambda r: r.clean), torch.tensor(present, device=device),
+                    torch.tensor([i for i, here in enumerate(present) if here], device=device))
+
+
 def draw(seed, step, mix, modalities, present, shape, device, class_dropout=0.1):
-    """The Draws of a step. shape is (N, M*C, H, W); present (M,) bool says which modalities the data has."""
+    """The Draws of a step. shape is (N, M*C, H, W); present, M bools, says which modalities the data has."""
     N, M = shape[0], len(modalities)
-    g = torch.Generator(device).manual_seed((seed * 2 ** 32 + step) % 2 ** 63)
+    table = mix_table(mix, tuple(modalities), tuple(present), N, torch.device(device))
+    g = torch.Generator(device).manual_seed((seed * 0x9E3779B1 + step) % 2 ** 32)  # the CPU generator reads 32 bits
     rand = lambda *size: torch.rand(size, generator=g, device=device)
     shared, separate, clean, drop, null = rand(N, 1), rand(N, M), rand(N, 1), rand(N, M), rand(N)
-    choices = present.nonzero().flatten()
-    chosen = choices[(rand(N) * len(choices)).long().clamp(max=len(choices) - 1)]  # the random condition
+    chosen = table.choices[(rand(N) * len(table.choices)).long().clamp(max=len(table.choices) - 1)]  # the random condition
     posterior, noise = (torch.randn(shape, generator=g, device=device) for _ in range(2))
 
-    roles = [TASK_MIX[mix][i % 4] for i in range(N)]
-    column = lambda f: torch.tensor([f(role) for role in roles], device=device)[:, None]
     index = torch.arange(M, device=device)
-    fixed = column(lambda r: modalities.index(r.given) if r.given in modalities else -1)
-    given = (index == fixed) | (column(lambda r: r.given == "random") & (index == chosen[:, None]))
-    t = torch.where(column(lambda r: r.independent), separate, shared)
-    low = column(lambda r: r.clean)
-    t = torch.where(given, low + (1 - low) * clean, t)
-    kept = (drop >= column(lambda r: r.drop)) | (index == 0)
-    supervised = ~given & kept & present & (column(lambda r: r.supervise == "all") | (index == 0))
+    given = (index == table.fixed) | (table.random & (index == chosen[:, None]))
+    t = torch.where(table.independent, separate, shared)
+    t = torch.where(given, table.clean + (1 - table.clean) * clean, t)
+    kept = (drop >= table.drop) | (index == 0)
+    supervised = ~given & kept & table.present & (~table.rgb_only | (index == 0))
     return Draws(t, given, supervised, null < class_dropout, posterior, noise)
 
 
@@ -122,20 +143,31 @@ class Cache:
     """A finished cache. Raises InputError when it is missing, unfinished or damaged."""
 
     def __init__(self, folder, need_dino):
-        self.meta, n = read_meta(folder), None
+        self.meta = read_meta(folder)
         n = self.meta["count"]
         done = open_array(folder, "done", n)
         if (done == 0).any():
             raise InputError(f"{folder}: {int((done == 0).sum())} of {n} rows are not encoded yet; run the same prep_latents.py command again")
         self.rows = np.flatnonzero(done == 1)
+        if not len(self.rows):
+            raise InputError(f"{folder}: none of its {n} rows could be encoded, see skipped.txt")
         self.modalities = tuple(self.meta["modalities"])
         self.dino = self.meta["teacher"] is not None and need_dino
         stems = (*self.modalities, *(["dino"] if self.dino else []), "labels")
         self.arrays = {stem: open_array(folder, stem, n) for stem in stems}
         C, size = self.meta["latent_channels"], tuple(self.meta["latent_size"])
-        for m in self.modalities:
-            if self.arrays[m].shape[-3:] != (C, *size):
-                raise InputError(f"{folder}/{m}.npy: shape {self.arrays[m].shape}, meta.json says {C} channels of {size}; run prep_latents.py again")
+        moments = ((np.uint8, (n, C, *size)), (np.float16, (n, 2, C, *size)))[self.meta["vae"] != "none"]
+        expected = {m: moments for m in self.modalities}
+        expected["labels"] = (np.int64, (n,))
+        if self.dino:
+            expected["dino"] = (np.int8, (n, self.meta["grid"][0] * self.meta["grid"][1], 768))
+        for stem, (dtype, shape) in expected.items():
+            array = self.arrays[stem]
+            if array.dtype != dtype or array.shape != shape:
+                raise InputError(f"{folder}/{stem}.npy: {array.dtype} {array.shape}, meta.json asks for {np.dtype(dtype)} {shape}; delete {folder} and run prep_latents.py again")
+        labels = self.arrays["labels"][self.rows]
+        if labels.min() < 0 or labels.max() >= self.meta["num_classes"]:
+            raise InputError(f"{folder}/labels.npy: classes {labels.min()} to {labels.max()}, meta.json has {self.meta['num_classes']}")
         self._epoch, self._order = None, None
 
     def order(self, seed, start, count):
@@ -200,13 +232,15 @@ def resume(folder, model, ema, optimiser, config, rank):
 
     Raises InputError when the checkpoint was trained with another configuration.
     """
-    path = folder / "latest.pt"
-    if not path.exists():
-        step = 0
-    else:
+    path, step = folder / "latest.pt", 0
+    if not path.exists() and (path.is_symlink() or any((folder / "ckpt").glob("*.pt"))):
+        raise InputError(f"{path}: points to no checkpoint though {folder / 'ckpt'} is there; link it to one of that folder, or use another --run")
+    if path.exists():
         checkpoint = load_checkpoint(path)
+        if not isinstance(checkpoint.get("opt"), dict) or "model" not in checkpoint:
+            raise InputError(f"{path}: has no optimiser state, it was exported for sampling; start a new --run with --init {path}")
         for part in ("model", "meta", "train"):
-            for key in config[part].keys() | checkpoint["config"][part].keys():
+            for key in sorted(config[part].keys() | checkpoint["config"][part].keys()):
                 old, new = checkpoint["config"][part].get(key), config[part].get(key)
                 if old != new:
                     raise InputError(f"{path}: was trained with {key} = {str(old)[:80]}, this command has {str(new)[:80]}; use another --run or the same arguments")
@@ -222,15 +256,49 @@ def resume(folder, model, ema, optimiser, config, rank):
     return step
 
 
-def initialise(path, model):
-    """--init: take every weight of a checkpoint's EMA that fits -> a line saying what was taken and what is left new."""
-    state, mine = load_checkpoint(path)["ema"], model.state_dict()
-    taken = {k: v for k, v in state.items() if k in mine and mine[k].shape == v.shape}
-    new = [k for k in mine if k not in taken]
+def initialise(path, model, meta):
+    """--init: take what fits of a checkpoint's EMA, modalities matched by name -> a line saying what was taken.
+
+    Columns of modalities that the file lacks start at zero where they enter the network, so that the others keep
+    their meaning. Raises InputError when the latents are of another kind or nothing fits.
+    """
+    checkpoint = load_checkpoint(path)
+    theirs = checkpoint["config"]
+    for key in ("vae_sha256", "scale", "latent_channels"):
+        if theirs["meta"][key] != meta[key]:
+            raise InputError(f"--init {path}: its {key} is {theirs['meta'][key]}, the cache's is {meta[key]}; the latents would not mean the same")
+    old, new = theirs["model"]["modalities"], list(model.modalities)
+    places = [(new.index(m), old.index(m)) for m in new if m in old]
+    state, mine = checkpoint["ema"], model.state_dict()
+    taken, inflated = [], []
+    for key in [k for k in mine if k != "pos_embed"]:
+        target, numbered = mine[key], re.match(r"((?:heads|x_embedder\.proj)\.)(\d+)(\..*)", key)
+        source = key
+        if numbered:  # one module per modality
+            m = new[int(numbered[2])]
+            source = f"{numbered[1]}{old.index(m)}{numbered[3]}" if m in old else None
+        if source not in state:
+            continue
+        value = state[source].to(target.dtype)
+        joint = {"x_embedder.proj.weight": 1, "t_embedder.mlp_fused.0.weight": 1, "x_embedder.modality": 0, "task_embedder.weight": 0}.get(key)
+        if joint is None or old == new:
+            if value.shape == target.shape:
+                target.copy_(value)
+                taken.append(key)
+            continue
+        first = int(key == "task_embedder.weight")  # its row 0 belongs to no modality
+        parts, pieces = (x.narrow(joint, first, x.shape[joint] - first).chunk(len(names), joint) for x, names in ((value, old), (target, new)))
+        if joint == 1:
+            target.zero_()
+        else:
+            target[:first] = value[:first]
+        for to, at in places:
+            pieces[to].copy_(parts[at])
+        inflated.append(key)
     if not taken:
         raise InputError(f"--init {path}: none of its {len(state)} weights fits this model; check --model")
-    model.load_state_dict(taken, strict=False)
-    return f"--init {path}: {len(taken)} weights taken, {len(new)} left new {new[:6]}, {len(state) - len(taken)} left out"
+    left = [k for k in mine if k not in taken + inflated and k != "pos_embed"]
+    return f"--init {path}: {len(taken)} weights taken, {len(inflated)} fitted to the modalities, {len(left)} left new {left[:4]}"
 
 
 @torch.no_grad()
@@ -252,7 +320,7 @@ def arguments():
     parser.add_argument("--no-task-embedding", action="store_true")
     parser.add_argument("--steps", type=int, default=600_000)
     parser.add_argument("--batch-size", type=int, default=256, help="global, whatever the number of processes")
-    parser.add_argument("--micro-batch", type=int, help="rows per process and forward pass; default: all")
+    parser.add_argument("--micro-batch", type=int, default=64, help="at most so many rows in one forward pass, the rest is accumulated")
     parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--mix", default="mmgen", choices=list(TASK_MIX))
@@ -267,24 +335,32 @@ def arguments():
     return parser.parse_args()
 
 
-def check(args, world):
-    """Rows per process and per micro-batch. Raises InputError when the batch does not split into whole groups of four roles."""
-    rows, rest = divmod(args.batch_size, world)
-    micro = args.micro_batch or rows
-    if rest or rows % 4 or micro % 4 or rows % micro or rows == 0:
-        raise InputError(f"--batch-size {args.batch_size} on {world} processes with --micro-batch {micro}: rows per process and "
-                         "micro-batches must be multiples of 4 (the task mix), and the micro-batch must divide the rows")
-    return rows, micro
+def split(args, rank, world):
+    """This process's rows of the global batch (a slice) and the rows of a micro-batch.
+
+    Raises InputError when a number makes no sense or the batch has fewer groups of four roles than processes.
+    """
+    for name in ("steps", "batch_size", "log_every", "ckpt_every", "preview_every"):
+        if getattr(args, name) < 1:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
+    if not 0 < args.lr < 1e3 or not 0 <= args.repa_weight < 1e3 or args.seed < 0:
+        raise InputError(f"--lr {args.lr} --repa-weight {args.repa_weight} --seed {args.seed}: must be finite, and not negative")
+    groups, micro = args.batch_size // 4, args.micro_batch
+    if args.batch_size % 4 or groups < world or micro < 4 or micro % 4:
+        raise InputError(f"--batch-size {args.batch_size} on {world} processes with --micro-batch {micro}: both must be multiples of 4 "
+                         "(the task mix), with at least 4 rows for each process")
+    return slice(groups * rank // world * 4, groups * (rank + 1) // world * 4), micro
 
 
 def main():
     args = arguments()
     rank, world, device = setup()
-    rows, micro = check(args, world)
+    part, micro = split(args, rank, world)
+    rows = part.stop - part.start
     cache = Cache(args.data, need_dino=args.repa_weight > 0)
-    meta, modalities = cache.meta, args.modalities or list(cache.modalities)
-    if args.mix == "rgb2x" and len(modalities) < 2 or modalities[0] != "rgb":
-        raise InputError(f"modalities {modalities}: rgb comes first, and rgb2x needs another one")
+    meta, modalities = cache.meta, [m for m in MODALITIES if m in (args.modalities or cache.modalities)]
+    if "rgb" not in modalities or (args.mix == "rgb2x" and not set(modalities[1:]) & set(cache.modalities)):
+        raise InputError(f"modalities {modalities} of a cache with {list(cache.modalities)}: rgb must be there, and for rgb2x another one")
     repa_weight = args.repa_weight if cache.dino else 0.0
     if rank == 0 and repa_weight == 0:
         print("training without REPA: " + ("the cache has no alignment targets (--no-dino)" if args.repa_weight else "--repa-weight 0"))
@@ -295,7 +371,9 @@ def main():
     config = {"model": model.config, "meta": meta,
               "train": dict(mix=args.mix, batch_size=args.batch_size, lr=args.lr, seed=args.seed, precision=args.precision,
                             repa_weight=repa_weight, equal_weights=args.equal_weights)}
-    taken = initialise(args.init, model) if args.init else "from scratch"
+    taken = "from scratch"
+    if args.init and not (args.run / "latest.pt").exists():
+        taken = initialise(args.init, model, meta)
     model.to(device)
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -305,7 +383,7 @@ def main():
         with whole_file(args.run / "args.json") as file:
             file.write(json.dumps({**vars(args), "world": world, "resumed_at": first}, indent=1, default=str).encode())
         print(f"{args.model} with {', '.join(modalities)}: {sum(p.numel() for p in model.parameters()):,} parameters, "
-              f"{len(cache.rows)} samples, steps {first} to {args.steps}, {world} x {rows} rows in micro-batches of {micro}, {device}, {taken}")
+              f"{len(cache.rows)} samples, steps {first} to {args.steps}, {world} x {rows} rows in micro-batches of {min(rows, micro)}, {device}, {taken}")
     if args.compile if args.compile is not None else device.type == "cuda":
         for block in model.blocks:
             block.compile(fullgraph=True)
@@ -313,8 +391,7 @@ def main():
     preview = sample.Preview(meta, cache, device) if rank == 0 and args.preview_every <= args.steps else None
 
     M, C, size = len(modalities), meta["latent_channels"], meta["latent_size"]
-    shape, part = (args.batch_size, M * C, *size), slice(rank * rows, (rank + 1) * rows)
-    present = torch.tensor([m in cache.modalities for m in modalities], device=device)
+    shape, present = (args.batch_size, M * C, *size), [m in cache.modalities for m in modalities]
     weights = torch.tensor([1.0 if args.equal_weights else MODALITIES[m].loss_weight for m in modalities], device=device)
     sums, counted, skipped = torch.zeros(M + 1, device=device), torch.zeros(M + 1, device=device), torch.zeros(3, device=device)
     norms, since, clock = torch.zeros((), device=device), 0, time.perf_counter()
@@ -327,25 +404,26 @@ def main():
         x0 = latents(batch, modalities, mine.posterior, meta["scale"], C)   # (rows, M*C, H, W)
         x, target = interpolate(x0, mine.noise, mine.t, C)                  # (rows, M*C, H, W)
         y = torch.where(mine.null, meta["num_classes"], batch["labels"])    # (rows,)
+        total = torch.zeros_like(sums)
         for i in range(0, rows, micro):
             j = slice(i, i + micro)
-            last = i + micro == rows
+            last = i + micro >= rows
             with contextlib.nullcontext() if world == 1 or last else wrapped.no_sync():
-                with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
+                with torch.autocast(device.type, torch.bfloat16) if args.precision == "bf16" else contextlib.nullcontext():
                     v, z = wrapped(x[j], mine.t[j], y[j], mine.given[j])
                 velocity, repa = losses(v, target[j], z, batch["dino"][j] if z is not None else None, mine.supervised[j])
                 (world * total_loss(velocity, repa, counts, args.batch_size, weights, repa_weight)).backward()  # DDP averages
-            sums[:M] += velocity.detach()
-            sums[M] += repa.detach()
+            total += torch.cat([velocity.detach(), repa.detach()[None]])
         norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         bad = (~torch.isfinite(norm)).float()
         optimiser.found_inf, optimiser.grad_scale = bad, None  # the fused step leaves the weights alone where bad: no host read
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
         update_ema(ema, model, step)
-        counted[:M] += counts
-        counted[M] += args.batch_size
-        norms += torch.nan_to_num(norm, posinf=0.0)
+        sums += torch.where(bad > 0, 0.0, total)               # a skipped step does not count
+        counted[:M] += (1 - bad) * counts
+        counted[M] += (1 - bad) * args.batch_size
+        norms += torch.where(bad > 0, 0.0, norm)
         skipped[0] += bad                                      # in all
         skipped[1] = (skipped[1] + 1) * bad                    # in a row, now
         skipped[2] = torch.maximum(skipped[2], skipped[1])     # in a row, at worst
@@ -360,7 +438,7 @@ def main():
                      "skipped": int(skipped[0])}
             if skipped[2] >= 10:
                 raise InputError(f"step {done}: {int(skipped[2])} non-finite gradients in a row, the run stops; the last checkpoint in "
-                                 f"{args.run / 'ckpt'} is good: continue from it with a lower --lr or --precision fp32")
+                                 f"{args.run / 'ckpt'} (if any) is good: start a new --run with --init FILE and a lower --lr or --precision fp32")
             if rank == 0:
                 with open(args.run / "log.jsonl", "a") as file:
                     file.write(json.dumps(entry) + "\n")

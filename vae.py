@@ -167,8 +167,11 @@ class AutoencoderKL(nn.Module):
 
 def sha256(path):
     """Hex digest of a file: weights are named by content."""
+    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else hashlib.sha256(file.read()).hexdigest()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def find_vae(name):
@@ -200,8 +203,9 @@ def load_vae(name_or_path):
         with safe_open(path, "pt") as file:
             config = json.loads((file.metadata() or {}).get("config", "null")) or SD_CONFIG
             state = {key: file.get_tensor(key).float() for key in file.keys()}
-    except (SafetensorError, json.JSONDecodeError) as error:
-        raise InputError(f"--vae {path}: not a readable safetensors file ({error}); download or train it again")
+        vae = AutoencoderKL(**config)
+    except (SafetensorError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+        raise InputError(f"--vae {path}: not a readable safetensors file of a VAE ({error}); download or train it again")
     for old, new in (("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0")):
         for kind in ("weight", "bias"):
             for side in ("encoder", "decoder"):
@@ -209,7 +213,6 @@ def load_vae(name_or_path):
                 if key in state:
                     tensor = state.pop(key)
                     state[f"{side}.mid_block.attentions.0.{new}.{kind}"] = tensor[..., 0, 0] if tensor.dim() == 4 else tensor
-    vae = AutoencoderKL(**config)
     try:
         vae.load_state_dict(state, strict=True)
     except RuntimeError as error:

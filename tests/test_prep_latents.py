@@ -206,3 +206,34 @@ def test_dino_features_from_a_local_file(tree, tmp_path, command):
 def test_missing_weights_say_how_to_get_them(tree, tmp_path, command):
     with pytest.raises(InputError, match="--no-dino"):
         command("prep_latents", "--data", tree, "--vae", "toy", "--size", 64, "--dino", tmp_path / "none.pth", "--out", tmp_path / "out")
+
+
+def test_a_short_array_is_refused_and_not_filled_with_zeros(cache, tmp_path, command):
+    shutil.copytree(cache, tmp_path / "short")
+    path = tmp_path / "short" / "rgb.npy"
+    path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(InputError, match="rgb.npy: missing or cut short"):
+        command("prep_latents", "--toy", 24, "--out", tmp_path / "short", "--batch-size", 8)
+    assert path.stat().st_size == 5000
+
+
+def test_a_repaired_picture_is_taken_up(tree, tmp_path, command):
+    path, out = first(tree), tmp_path / "out"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:100])
+    arguments = ("--data", tree, "--vae", "toy", "--size", 64, "--no-dino", "--out", out)
+    command("prep_latents", *arguments, "--skip-broken")
+    path.write_bytes(whole)
+    assert "4 rows" in command("prep_latents", *arguments)
+
+
+def test_arrays_are_checked_and_flat_ones_stay_flat(tmp_path):
+    np.save(tmp_path / "seg.npy", np.kron(np.array([[0, 200], [200, 0]]), np.ones((40, 40)))[..., None].repeat(3, 2).astype(np.float32))
+    seg = prep_latents.read_modality(tmp_path / "seg.npy", "seg", lambda i: prep_latents.centre_crop(i, 33))
+    assert set(np.unique(seg)) == {0, 200} and seg.dtype == np.uint8
+    np.save(tmp_path / "normal.npy", np.full((8, 8, 3), 200.0))
+    np.save(tmp_path / "nan.npy", np.full((8, 8), np.nan))
+    (tmp_path / "zip.npy").write_bytes(b"PK\x03\x04" + bytes(100))
+    for name, modality in (("normal", "normal"), ("nan", "depth"), ("zip", "depth")):
+        with pytest.raises(InputError, match=f"{name}.npy"):
+            prep_latents.read_modality(tmp_path / f"{name}.npy", modality, lambda i: i)

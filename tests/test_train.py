@@ -56,7 +56,7 @@ def test_objective_equals_the_released_one():
 
 
 def test_draws_follow_the_mix():
-    modalities, present = ["rgb", "depth", "normal", "seg"], torch.ones(4, dtype=torch.bool)
+    modalities, present = ["rgb", "depth", "normal", "seg"], (True,) * 4
     d = train.draw(0, 5, "mmgen", modalities, present, (4000, 16, 1, 1), "cpu")
     role = torch.arange(4000) % 4
     assert not d.given[role < 3].any() and (d.given[role == 3].sum(1) == 1).all()
@@ -76,7 +76,7 @@ def test_draws_follow_the_mix():
 
 
 def test_absent_modalities_are_neither_supervised_nor_given():
-    present = torch.tensor([True, False, True, False])
+    present = (True, False, True, False)
     d = train.draw(0, 0, "no-aug", ["rgb", "depth", "normal", "seg"], present, (400, 16, 1, 1), "cpu")
     assert not d.supervised[:, [1, 3]].any() and not d.given[:, [1, 3]].any() and d.supervised[:, 2].any()
 
@@ -168,6 +168,9 @@ def test_a_preview_is_drawn(cache, tmp_path, command):
 @pytest.mark.parametrize("change, message", [
     (("--batch-size", "10"), "multiples of 4"),
     (("--micro-batch", "6"), "multiples of 4"),
+    (("--micro-batch", "-4"), "multiples of 4"),
+    (("--log-every", "0"), "at least 1"),
+    (("--lr", "nan"), "finite"),
     (("--data", "nowhere"), "prep_latents.py --toy"),
     (("--seed", "1"), "seed = 0, this command has 1"),
 ])
@@ -187,3 +190,37 @@ def test_a_damaged_cache_is_refused(cache, tmp_path, command):
             np.save(folder / "done.npy", np.zeros(24, np.uint8))
         with pytest.raises(InputError, match=message):
             command("train", "--data", folder, "--run", tmp_path / "run", *TRAIN)
+
+
+def test_seeds_and_steps_give_different_draws():
+    d = [train.draw(seed, step, "mmgen", ["rgb"], (True,), (8, 4, 2, 2), "cpu").noise for seed, step in ((0, 5), (1, 5), (0, 6))]
+    assert not torch.equal(d[0], d[1]) and not torch.equal(d[0], d[2])
+
+
+def test_any_number_of_processes_shares_the_batch():
+    args = train.argparse.Namespace(batch_size=256, micro_batch=64, steps=1, log_every=1, ckpt_every=1, preview_every=1, lr=1e-4, repa_weight=0.5, seed=0)
+    for world in (1, 3, 6, 8, 64):
+        parts = [train.split(args, rank, world)[0] for rank in range(world)]
+        assert parts[0].start == 0 and parts[-1].stop == 256 and all(a.stop == b.start for a, b in zip(parts, parts[1:]))
+        assert all((p.stop - p.start) % 4 == 0 and p.stop > p.start for p in parts)
+
+
+def test_init_matches_modalities_by_name(trained, cache):
+    """From (rgb, depth, normal, seg) to (rgb, normal): the normals' head and columns come along, not the depth's."""
+    source = load_checkpoint(trained / "latest.pt")["ema"]
+    model = build_model("T/2", ["rgb", "normal"], 12, 4, 16)
+    train.initialise(trained / "latest.pt", model, json.loads((cache / "meta.json").read_text()))
+    mine = model.state_dict()
+    assert torch.equal(mine["heads.1.linear.weight"], source["heads.2.linear.weight"])
+    assert torch.equal(mine["x_embedder.proj.weight"][:, 4:], source["x_embedder.proj.weight"][:, 8:12])
+    assert torch.equal(mine["task_embedder.weight"], source["task_embedder.weight"][[0, 1, 3]])
+    with pytest.raises(InputError, match="scale is"):
+        train.initialise(trained / "latest.pt", model, {**json.loads((cache / "meta.json").read_text()), "scale": 2.0})
+
+
+def test_a_lost_latest_link_is_not_taken_for_a_new_run(cache, trained, tmp_path, command):
+    folder = tmp_path / "run"
+    shutil.copytree(trained, folder, symlinks=True)
+    (folder / "latest.pt").unlink()
+    with pytest.raises(InputError, match="points to no checkpoint"):
+        command("train", "--data", cache, "--run", folder, *TRAIN)
