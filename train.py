@@ -39,12 +39,14 @@ class Role(NamedTuple):
     drop: float = 0.0          # probability that a non-RGB modality's supervision is dropped
     clean: float = 0.99        # the condition's t is uniform in [clean, 1]
     independent: bool = False  # one t per modality instead of one for all
+    no_class: float = 0.1      # probability that the class is dropped
 
 
 RGB_ONLY = Role(supervise="rgb")
 JOINT, JOINT_FULL = Role(drop=0.5), Role()
 DECOUPLED, DECOUPLED_FULL = Role("random", drop=0.5), Role("random")
 FROM_RGB = Role("rgb", clean=1.0)
+PHOTO = Role("rgb", no_class=0.9)  # a picture whose class nobody tells
 
 TASK_MIX = {
     "mmgen": (RGB_ONLY, RGB_ONLY, JOINT, DECOUPLED),                      # Sec. 3.3 and 4.5
@@ -53,6 +55,7 @@ TASK_MIX = {
     "no-drop": (RGB_ONLY, RGB_ONLY, JOINT_FULL, DECOUPLED_FULL),
     "independent-t": (RGB_ONLY, RGB_ONLY, JOINT, Role(drop=0.5, independent=True)),  # supplement 1.5
     "rgb2x": (FROM_RGB,) * 4,                                             # released fine-tuning recipe
+    "photo": (JOINT_FULL, PHOTO, PHOTO, Role("random", no_class=0.5)),    # ours: fine-tune for pictures without a class
 }
 
 
@@ -74,6 +77,7 @@ class MixTable(NamedTuple):
     rgb_only: torch.Tensor     # bool
     drop: torch.Tensor
     clean: torch.Tensor
+    no_class: torch.Tensor     # (N,)
     present: torch.Tensor      # (M,) bool
     choices: torch.Tensor      # indices of the modalities present
 
@@ -85,11 +89,11 @@ def mix_table(mix, modalities, present, rows, device):
     column = lambda f: torch.tensor([f(role) for role in roles], device=device)[:, None]
     return MixTable(column(lambda r: modalities.index(r.given) if r.given in modalities else -1), column(lambda r: r.given == "random"),
                     column(lambda r: r.independent), column(lambda r: r.supervise == "rgb"), column(lambda r: r.drop),
-                    column(lambda r: r.clean), torch.tensor(present, device=device),
+                    column(lambda r: r.clean), column(lambda r: r.no_class)[:, 0], torch.tensor(present, device=device),
                     torch.tensor([i for i, here in enumerate(present) if here], device=device))
 
 
-def draw(seed, step, mix, modalities, present, shape, device, class_dropout=0.1):
+def draw(seed, step, mix, modalities, present, shape, device):
     """The Draws of a step. shape is (N, M*C, H, W); present, M bools, says which modalities the data has."""
     N, M = shape[0], len(modalities)
     table = mix_table(mix, tuple(modalities), tuple(present), N, torch.device(device))
@@ -105,7 +109,7 @@ def draw(seed, step, mix, modalities, present, shape, device, class_dropout=0.1)
     t = torch.where(given, table.clean + (1 - table.clean) * clean, t)
     kept = (drop >= table.drop) | (index == 0)
     supervised = ~given & kept & table.present & (~table.rgb_only | (index == 0))
-    return Draws(t, given, supervised, null < class_dropout, posterior, noise)
+    return Draws(t, given, supervised, null < table.no_class, posterior, noise)
 
 
 # ------------------------------------------------------------------------------------------------

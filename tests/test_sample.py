@@ -10,7 +10,7 @@ from PIL import Image
 import sample
 from conftest import shell
 from distributed import InputError
-from model import MODALITIES, load_model
+from model import load_model
 
 STD, MEAN = 0.8, 0.3
 
