@@ -17,6 +17,7 @@ import os
 import pathlib
 import pickle
 import time
+import zipfile
 
 import numpy as np
 import torch
@@ -99,7 +100,7 @@ def read_modality(path, modality, fit, depth_space="disparity"):
     if path.suffix == ".npy":
         try:
             array = np.load(path, allow_pickle=False).astype(np.float32)
-        except (ValueError, EOFError, OSError, AttributeError, TypeError) as error:
+        except (ValueError, EOFError, OSError, AttributeError, TypeError, zipfile.BadZipFile) as error:
             raise InputError(f"{path}: not a readable .npy array of numbers ({error})")
         wanted = 2 if kind == "scalar" else 3
         limit = {"scalar": np.inf, "vector": 1.01}.get(kind, 255)

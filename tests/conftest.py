@@ -32,7 +32,7 @@ def command(monkeypatch, capsys):
 
 def shell(*argv, processes=1, timeout=150):
     """The command as a user starts it, under torchrun if there are several processes -> CompletedProcess."""
-    start = [sys.executable] if processes == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    start = [sys.executable] if processes == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "--"]
     return subprocess.run([*start, *map(str, argv)], cwd=ROOT, capture_output=True, text=True, timeout=timeout)
 
 
