@@ -4,6 +4,7 @@ A command started without torchrun is a world of one process and takes the same 
 """
 import contextlib
 import datetime
+import errno
 import glob
 import os
 import pathlib
@@ -64,6 +65,10 @@ def whole_file(path):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except RuntimeError as error:  # torch.save ends so when the disk is full
+        if "unexpected pos" not in str(error) and "write" not in str(error):
+            raise
+        raise OSError(errno.ENOSPC, "could not be written whole", str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
 
