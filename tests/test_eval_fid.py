@@ -1,0 +1,307 @@
+"""eval_fid.py against closed forms, a direct computation, and the reference packages where they are installed."""
+import json
+import math
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import eval_fid
+from conftest import shell
+from distributed import InputError
+
+
+def drawn_inception(seed=0):
+    """Random weights in the released file's format, scaled so that features neither vanish nor explode."""
+    g = torch.Generator().manual_seed(seed)
+    state = eval_fid.Inception().state_dict()
+    for key, value in state.items():
+        if key.endswith("conv.weight"):
+            state[key] = torch.randn(value.shape, generator=g) * math.sqrt(2 / value[0].numel())
+        elif key.endswith(("bn.weight", "running_var")):
+            state[key] = torch.rand(value.shape, generator=g) * 0.4 + 0.8
+        elif key.endswith(("bn.bias", "running_mean", "fc.bias")):
+            state[key] = torch.randn(value.shape, generator=g) * 0.1
+    return state
+
+
+@pytest.fixture(scope="module")
+def inception(tmp_path_factory):
+    path = tmp_path_factory.mktemp("inception") / "pt_inception.pth"
+    torch.save(drawn_inception(), path)
+    return path
+
+
+def pictures(path, count, seed, size=32):
+    """Blobs of colour, so that the network sees something: uint8 (count, size, size, 3), written as arr_0."""
+    rng = np.random.default_rng(seed)
+    coarse = torch.from_numpy(rng.integers(0, 256, (count, 3, 5, 5)).astype(np.float32))
+    array = F.interpolate(coarse, size, mode="bicubic").clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
+    np.savez(path, arr_0=array)
+    return array
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sets")
+    return folder, pictures(folder / "a.npz", 40, 1), pictures(folder / "b.npz", 30, 2)
+
+
+@torch.inference_mode()
+def direct(path, array):
+    """Features by one plain pass over all pictures."""
+    model = eval_fid.Inception().eval()
+    model.load_state_dict(torch.load(path, weights_only=True))
+    x = eval_fid.PREPROCESS["adm"](torch.from_numpy(array).permute(0, 3, 1, 2).float())
+    return {k: v.double().numpy() for k, v in model(x).items()}
+
+
+def sample_distance(a, b):
+    """The Frechet distance from the features themselves: tr (S1 S2)^1/2 is the nuclear norm of the centred sets' product."""
+    x, y = ((f - f.mean(0)) / np.sqrt(len(f) - 1) for f in (a, b))
+    return ((a.mean(0) - b.mean(0)) ** 2).sum() + (x ** 2).sum() + (y ** 2).sum() - 2 * scipy.linalg.svdvals(x @ y.T).sum()
+
+
+def brute_precision_recall(a, b, k=3):
+    distance = lambda x, y: ((x[:, None] - y[None]) ** 2).sum(-1)
+    radius = lambda x: np.sort(distance(x, x), 1)[:, k]
+    return (distance(a, b) <= radius(b)).any(1).mean(), (distance(b, a) <= radius(a)).any(1).mean()
+
+
+def test_whole_command_equals_a_direct_computation(inception, sets, tmp_path):
+    folder, a, b = sets
+    out = []
+    for name, processes, batch in (("one.json", 1, 16), ("two.json", 2, 7)):
+        stats = tmp_path / f"{name}.npz"
+        result = shell("eval_fid.py", folder / "a.npz", folder / "b.npz", "--inception", inception, "--batch-size", batch,
+                       "--json", tmp_path / name, "--save-stats", stats, processes=processes)
+        assert result.returncode == 0, result.stderr
+        assert "rank-deficient" in result.stdout
+        out.append((json.loads((tmp_path / name).read_text()), dict(np.load(stats))))
+    (got, stats), (again, stats_again) = out
+    x, y = direct(inception, a), direct(inception, b)
+    p = np.exp(torch.from_numpy(x["logits"]).log_softmax(1).numpy())
+    score = np.exp((p * (np.log(p) - np.log(p.mean(0)))).sum(1).mean())
+    precision, recall = brute_precision_recall(x["pool"], y["pool"])
+    assert got["fid"] == pytest.approx(sample_distance(x["pool"], y["pool"]), rel=1e-4)
+    assert got["sfid"] == pytest.approx(sample_distance(x["spatial"], y["spatial"]), rel=1e-4)
+    assert got["is"] == pytest.approx(score, rel=1e-5)
+    assert (got["precision"], got["recall"]) == pytest.approx((precision, recall), abs=1e-12)
+    assert got["rank_deficient"] is True and got["recipe"]["samples"]["count"] == 40
+    assert np.allclose(stats["mu"], x["pool"].mean(0), rtol=1e-5) and np.allclose(stats["sigma_s"], np.cov(x["spatial"], rowvar=False), atol=1e-5)
+    for key in ("mu", "sigma", "mu_s", "sigma_s"):
+        assert np.abs(stats[key] - stats_again[key]).max() <= 1e-9 * max(1, np.abs(stats[key]).max())
+    for key in ("fid", "sfid", "is", "precision", "recall"):
+        assert got[key] == pytest.approx(again[key], rel=1e-6)
+
+
+def test_saved_statistics_and_folders_stand_for_the_pictures(command, inception, sets, tmp_path):
+    folder, a, b = sets
+    for i, picture in enumerate(b[:12]):
+        (tmp_path / "b").mkdir(exist_ok=True)
+        Image.fromarray(picture).save(tmp_path / "b" / f"{i:03d}.png")
+    np.savez_compressed(tmp_path / "b.npz", arr_0=b[:12])
+    common = ("--inception", inception, "--metrics", "fid", "--json", tmp_path / "out.json")
+    read = lambda: json.loads((tmp_path / "out.json").read_text())
+    command("eval_fid", tmp_path / "b", "--inception", inception, "--save-stats", tmp_path / "stats.npz")
+    command("eval_fid", tmp_path / "b.npz", tmp_path / "stats.npz", *common)
+    assert abs(read()["fid"]) < 1e-3 and read()["recipe"]["reference"]["count"] == 12
+    text = command("eval_fid", tmp_path / "b.npz", tmp_path / "stats.npz", "--inception", inception, "--json", tmp_path / "out.json")
+    assert read()["precision"] is None and "precision: left out" in text
+
+
+def test_frechet_distance_closed_forms():
+    g = torch.Generator().manual_seed(0)
+    a = torch.randn(64, 64, generator=g, dtype=torch.float64)
+    sigma, mu = a @ a.T, torch.randn(64, generator=g, dtype=torch.float64)
+    assert eval_fid.frechet(mu, sigma, mu + 0.5, sigma) == pytest.approx(64 * 0.25, abs=1e-6)
+    d1, d2 = (torch.rand(64, generator=g, dtype=torch.float64) for _ in range(2))
+    assert eval_fid.frechet(mu, d1.diag(), mu, d2.diag()) == pytest.approx(float((d1.sqrt() - d2.sqrt()).square().sum()), abs=1e-9)
+
+
+def test_inception_score_closed_forms(tmp_path):
+    class Fake:
+        id = {}
+
+        def __init__(self, logits):
+            self.logits = logits
+
+        def __call__(self, block):
+            rows = [int(p[0, 0, 0]) * 256 + int(p[0, 0, 1]) for p in block]
+            return {"pool": torch.zeros(len(rows), 4), "logits": self.logits(torch.tensor(rows))}
+
+    array = np.zeros((1008, 1, 1, 3), np.uint8)
+    array[:, 0, 0, 0], array[:, 0, 0, 1] = np.divmod(np.arange(1008), 256)
+    np.savez(tmp_path / "n.npz", arr_0=array)
+    run = lambda logits: eval_fid.extract(tmp_path / "n.npz", eval_fid.Pictures(tmp_path / "n.npz"), Fake(logits), False, 100, 0, 1, torch.device("cpu")).inception_score
+    assert run(lambda rows: torch.zeros(len(rows), 1008)) == pytest.approx(1, abs=1e-9)
+    assert run(lambda rows: 1e4 * F.one_hot(rows, 1008).float()) == pytest.approx(1008, rel=1e-9)
+
+
+@pytest.mark.parametrize("size", (64, 256, 299, 300))
+def test_tf_resize_of_a_ramp(size):
+    ramp = torch.arange(size, dtype=torch.float32).expand(1, 3, size, size)
+    want = torch.tensor([min(i * size / 299, size - 1) for i in range(299)])
+    got = eval_fid.tf_resize(ramp)
+    assert (got[0, 0, 0] - want).abs().max() < 1e-4
+    assert torch.equal(eval_fid.tf_resize(ramp.transpose(2, 3)), got.transpose(2, 3))
+
+
+def test_precision_recall_against_brute_force():
+    rng = np.random.default_rng(0)
+    a, b = rng.standard_normal((300, 16)), rng.standard_normal((200, 16)) * 1.3 + 0.3
+    got = eval_fid.precision_recall(torch.from_numpy(a).float(), torch.from_numpy(b).float(), elements=1000)
+    assert got == pytest.approx(brute_precision_recall(a, b), abs=1e-9) and 0.2 < got[1] < got[0] < 1
+
+
+def test_latent_distance_is_never_called_fid(command, tmp_path):
+    pictures(tmp_path / "a.npz", 20, 1, 64), pictures(tmp_path / "b.npz", 20, 2, 64)
+    text = command("eval_fid", tmp_path / "a.npz", tmp_path / "b.npz", "--features", "vae", "--json", tmp_path / "o.json")
+    result = json.loads((tmp_path / "o.json").read_text())
+    assert result["latent_fd"] > 0 and "fid" not in result and "fid " not in text
+
+
+# ------------------------------------------------------------------------------------------------
+# Bad input.
+
+def broken(tmp_path, name):
+    path = tmp_path / f"{name}.npz"
+    good = dict(mu=np.zeros(2048), sigma=np.eye(2048))
+    if name == "nan":
+        np.savez(path, mu=np.full(2048, np.nan), sigma=np.eye(2048))
+    elif name == "shapes":
+        np.savez(path, mu=np.zeros(2048), sigma=np.eye(2047))
+    elif name == "dimensions":
+        np.savez(path, mu=np.zeros(768), sigma=np.eye(768), mu_s=np.zeros(7), sigma_s=np.eye(7))
+    elif name == "pytorch_fid":
+        np.savez(path, **good)
+    elif name == "mode":
+        np.savez(path, **good, mu_s=np.zeros(2023), sigma_s=np.eye(2023), preprocess="pytorch_fid")
+    elif name == "weights":
+        np.savez(path, **good, mu_s=np.zeros(2023), sigma_s=np.eye(2023), inception_sha256="0" * 64)
+    elif name == "float":
+        np.savez(path, arr_0=np.zeros((4, 8, 8, 3), np.float32))
+    elif name == "nothing":
+        np.savez(path, images=np.zeros(3))
+    elif name == "pickle":
+        np.savez(path, mu=np.array([{}], object), sigma=np.eye(1))
+    elif name == "empty":
+        path = tmp_path / "empty"
+        path.mkdir()
+    elif name == "text":
+        path.write_text("hello")
+    return path
+
+
+@pytest.mark.parametrize("name, words", (
+    ("nan", "not finite"), ("shapes", "do not belong together"), ("dimensions", "768 dimensions"), ("pytorch_fid", "never mix"), ("mode", "never mix"),
+    ("weights", "never mix"), ("float", "expected uint8"), ("nothing", "expected arr_0"), ("pickle", "not a readable"), ("empty", "no pictures"),
+    ("text", "not a readable"), ("absent", "no such file")))
+def test_bad_references(command, inception, tmp_path, name, words):
+    pictures(tmp_path / "a.npz", 4, 1)
+    path = broken(tmp_path, name)
+    with pytest.raises(InputError, match=words) as error:
+        command("eval_fid", tmp_path / "a.npz", path, "--inception", inception, "--metrics", "fid", "--json", tmp_path / "o.json")
+    assert str(path) in str(error.value) and not (tmp_path / "o.json").exists()
+
+
+def test_features_that_are_not_finite_name_the_picture(command, tmp_path):
+    state = drawn_inception()
+    state["Mixed_7c.branch1x1.bn.weight"][3] = float("nan")
+    torch.save(state, tmp_path / "nan.pth")
+    pictures(tmp_path / "a.npz", 4, 1)
+    with pytest.raises(InputError, match="picture 0 gives pool features that are not finite"):
+        command("eval_fid", tmp_path / "a.npz", tmp_path / "a.npz", "--inception", tmp_path / "nan.pth")
+    torch.save({k: v for k, v in state.items() if "fc" not in k}, tmp_path / "short.pth")
+    with pytest.raises(InputError, match="lacks fc.weight"):
+        command("eval_fid", tmp_path / "a.npz", tmp_path / "a.npz", "--inception", tmp_path / "short.pth")
+
+
+def test_cut_array_is_named(command, inception, tmp_path):
+    import io
+    import zipfile
+    buffer = io.BytesIO()
+    np.save(buffer, np.zeros((4, 8, 8, 3), np.uint8))
+    with zipfile.ZipFile(tmp_path / "cut.npz", "w") as file:
+        file.writestr("arr_0.npy", buffer.getvalue()[:-100])
+    with pytest.raises(InputError, match="cut short at picture 3 of 4"):
+        command("eval_fid", tmp_path / "cut.npz", tmp_path / "cut.npz", "--inception", inception)
+
+
+# ------------------------------------------------------------------------------------------------
+# The reference packages.
+
+def test_inception_equals_pytorch_fid(inception, monkeypatch):
+    module = pytest.importorskip("pytorch_fid.inception")
+    monkeypatch.setattr(module, "load_state_dict_from_url", lambda *a, **k: torch.load(inception, weights_only=True))
+    theirs, ours = module.InceptionV3().eval(), eval_fid.Inception().eval()
+    ours.load_state_dict(torch.load(inception, weights_only=True))
+    x = torch.rand(2, 3, 64, 64)
+    with torch.inference_mode():
+        a, b = theirs(x)[0].flatten(1), ours(eval_fid.PREPROCESS["pytorch_fid"](x * 255))["pool"]
+    print("pytorch-fid pool", float((a - b).abs().max()), "of", float(a.abs().max()))
+    assert (a - b).abs().max() <= 1e-5 * a.abs().max()
+
+
+def test_frechet_equals_pytorch_fid():
+    module = pytest.importorskip("pytorch_fid.fid_score")
+    rng = np.random.default_rng(0)
+    a, b = rng.standard_normal((500, 100)), rng.standard_normal((500, 100)) @ rng.standard_normal((100, 100)) / 10
+    moments = [(x.mean(0), np.cov(x, rowvar=False)) for x in (a, b)]
+    try:
+        theirs = module.calculate_frechet_distance(*moments[0], *moments[1])
+    except TypeError:
+        pytest.skip("this release calls scipy's sqrtm in a way that the installed scipy no longer has")
+    ours = eval_fid.frechet(*(torch.from_numpy(m) for pair in moments for m in pair))
+    print("pytorch-fid distance", theirs, "ours", ours)
+    assert ours == pytest.approx(theirs, rel=1e-7)
+
+
+def test_inception_equals_torch_fidelity(inception):
+    module = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
+    theirs = module.FeatureExtractorInceptionV3("inception", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(inception))
+    ours = eval_fid.Inception().eval()
+    ours.load_state_dict(torch.load(inception, weights_only=True))
+    for size in (64, 256):
+        x = torch.randint(0, 256, (2, 3, size, size), dtype=torch.uint8)
+        with torch.inference_mode():
+            pool, logits = theirs(x)
+            mine = ours(eval_fid.PREPROCESS["adm"](x.float()))
+        print("torch-fidelity", size, float((pool - mine["pool"]).abs().max() / pool.abs().max()), float((logits - mine["logits"]).abs().max() / logits.abs().max()))
+        assert (pool - mine["pool"]).abs().max() <= 1e-5 * pool.abs().max() and (logits - mine["logits"]).abs().max() <= 1e-5 * logits.abs().max()
+
+
+def test_metrics_equal_torch_fidelity():
+    prc, kid, isc, fid = (pytest.importorskip(f"torch_fidelity.metric_{m}") for m in ("prc", "kid", "isc", "fid"))
+    g = torch.Generator().manual_seed(0)
+    a, b = torch.randn(1200, 64, generator=g), torch.randn(1100, 64, generator=g) * 1.1 + 0.1
+    theirs = prc.prc_features_to_metric(a, b, prc_neighborhood=3, prc_batch_size=500, save_cpu_ram=True, verbose=False)
+    ours = eval_fid.precision_recall(a, b)
+    assert ours == pytest.approx((theirs["precision"], theirs["recall"]), abs=2e-3)  # distances through cdist, not squared
+    theirs_kid = kid.kid_features_to_metric(a.double(), b.double(), verbose=False)
+    mean, std = eval_fid.kernel_distance(a, b)
+    assert (mean, std) == pytest.approx(tuple(theirs_kid.values()), rel=1e-6)
+    print("torch-fidelity P/R", ours, theirs, "KID", mean, theirs_kid)
+
+
+def test_lpips_equals_the_package(tmp_path):
+    lpips, torchvision = pytest.importorskip("lpips"), pytest.importorskip("torchvision")
+    torch.manual_seed(0)
+    trunk = torchvision.models.vgg16(weights=None)
+    torch.save(trunk.state_dict(), tmp_path / "vgg.pth")
+    import pathlib
+    heads = pathlib.Path(lpips.__file__).parent / "weights" / "v0.1" / "vgg.pth"
+    theirs = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False).eval()
+    for module in (theirs.net.slice1, theirs.net.slice2, theirs.net.slice3, theirs.net.slice4, theirs.net.slice5):
+        for name, layer in module.named_children():
+            layer.load_state_dict(trunk.features[int(name)].state_dict())
+    ours = eval_fid.Lpips(tmp_path / "vgg.pth", heads).eval()
+    a, b = (torch.rand(3, 3, 64, 64) * 2 - 1 for _ in range(2))
+    with torch.inference_mode():
+        want, got = theirs(a, b).flatten(), ours(a, b)
+        assert ours(a, a).abs().max() == 0
+    print("lpips", want.tolist(), got.tolist())
+    assert (want - got).abs().max() <= 1e-5 * want.abs().max()
