@@ -346,17 +346,27 @@ def extract(path, pictures, network, keep, batch_size, rank, world, device):
 
     Moments: sums of x and x x^T in float64 (ddof 1). Inception score per chunk of 5000 in file order, from the sums of
     p log p and of p. keep: features (N, 2048) float32, in file order, are gathered on every process.
+    On a CPU the pictures go one by one, each by one thread: the order in which a convolution sums depends on the batch
+    and the number of threads, and the moments shall not.
     """
     n, home = len(pictures), device if device.type == "cuda" else torch.device("cpu")
     side, sums, scores = Side(path), {}, torch.zeros(-(-n // IS_CHUNK), 1 + 1008, dtype=torch.float64, device=home)
     side.count = n
     blocks = [range(s, min(s + batch_size, n)) for s in range(0, n, batch_size)][rank::world]
-    with concurrent.futures.ThreadPoolExecutor(4) as pool, tqdm(total=n, desc=pathlib.Path(path).name, disable=rank > 0) as bar:
-        ahead = [pool.submit(pictures.read, rows) for rows in blocks[:4]]
+    threads = torch.get_num_threads()
+    workers, step = (threads, 1) if device.type == "cpu" else (4, batch_size)
+
+    @torch.inference_mode()
+    def look(rows):
+        block = pictures.read(rows)
+        parts = [network(block[i:i + step]) for i in range(0, len(block), step)]
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    with concurrent.futures.ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool, tqdm(total=n, desc=pathlib.Path(path).name, disable=rank > 0) as bar:
+        ahead = [pool.submit(look, rows) for rows in blocks[:workers + 1]]
         for k, rows in enumerate(blocks):
-            block = ahead.pop(0).result()
-            ahead += [pool.submit(pictures.read, blocks[k + 4])] if k + 4 < len(blocks) else []
-            outputs = network(block)
+            outputs = ahead.pop(0).result()
+            ahead += [pool.submit(look, blocks[k + workers + 1])] if k + workers + 1 < len(blocks) else []
             for name, x in outputs.items():
                 if not torch.isfinite(x).all():
                     row = rows.start + int((~torch.isfinite(x)).any(1).nonzero()[0])
@@ -375,8 +385,9 @@ def extract(path, pictures, network, keep, batch_size, rank, world, device):
                     side.features = torch.zeros(n, outputs["pool"].shape[1], device=home)
                 side.features[rows.start:rows.stop] = outputs["pool"].to(home)
             bar.update(len(rows) * world)
+    torch.set_num_threads(threads)
     if not blocks:  # more processes than blocks: the shapes come from a picture that does not count
-        outputs = network(pictures.read(range(1)))
+        outputs = look(range(1))
         sums = {name: torch.zeros(1 + x.shape[1], x.shape[1], dtype=torch.float64, device=home) for name, x in outputs.items() if name != "logits"}
         side.features = torch.zeros(n, 2048, device=home) if keep else None
     for name, total in sums.items():
