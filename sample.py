@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import json
 import pathlib
+import zipfile
 
 import numpy as np
 import torch
@@ -113,7 +114,7 @@ class Noise:
 
 @torch.inference_mode()
 def draw_latents(model, y, held, given, noise, sampler="sde", steps=250, cfg=1.0, interval=(0.0, 1.0), precision="fp32"):
-    """Sample all modalities -> scaled latents (N, M*C, H, W), and the number of evaluations.
+    """Sample all modalities -> scaled latents (N, M*C, H, W).
 
     y (N,) classes; held (N, M*C, H, W) clean scaled latents, read where given (M,) bool is set: those channels
     stay at t = 0.995 throughout and are returned clean. Guidance v = v_null + cfg (v_class - v_null) acts on all
@@ -124,15 +125,12 @@ def draw_latents(model, y, held, given, noise, sampler="sde", steps=250, cfg=1.0
     mask = given.repeat_interleave(C)[None, :, None, None]  # (1, M*C, 1, 1)
     rows, null = given.expand(N, M), torch.full_like(y, model.num_classes)
     clamped = GIVEN_TIME * held + (1 - GIVEN_TIME) * noise(held.shape[1:])
-    evaluations = 0
 
     def network(x, t, y, rows):
         with torch.autocast(x.device.type, torch.bfloat16) if precision == "bf16" else contextlib.nullcontext():
             return model(x, t, y, rows)[0].float()
 
     def velocity(x, t):
-        nonlocal evaluations
-        evaluations += 1
         x = torch.where(mask, clamped, x)
         times = torch.where(rows, GIVEN_TIME, t)  # (N, M)
         if cfg == 1.0 or not interval[0] <= 1 - t <= interval[1]:
@@ -141,7 +139,20 @@ def draw_latents(model, y, held, given, noise, sampler="sde", steps=250, cfg=1.0
         return v_null + cfg * (v - v_null)
 
     x = SAMPLERS[sampler](velocity, noise(held.shape[1:]), steps, lambda: noise(held.shape[1:]))
-    return torch.where(mask, held, x), evaluations
+    return torch.where(mask, held, x)
+
+
+def evaluations(sampler, steps):
+    """How often a sampler calls its velocity."""
+    count, zero = 0, torch.zeros(())
+
+    def velocity(x, t):
+        nonlocal count
+        count += 1
+        return zero
+
+    SAMPLERS[sampler](velocity, zero, steps, lambda: zero)
+    return count
 
 
 # ------------------------------------------------------------------------------------------------
@@ -225,7 +236,7 @@ class Preview:
         for task in (None, *range(len(model.modalities)), "data"):
             given = torch.tensor([i == task for i in range(len(model.modalities))])
             noise = Noise(0, range(len(rows)), self.device)
-            x = held if task == "data" else draw_latents(model, y, held, given, noise, "euler", 25)[0]
+            x = held if task == "data" else draw_latents(model, y, held, given, noise, "euler", 25)
             pixels = decode_latents(self.vae, x, C).cpu().numpy()
             name = "generate" if task is None else task if task == "data" else f"{model.modalities[task]} given"
             columns += [f"{m}\n({name})" for m in model.modalities]
@@ -279,14 +290,15 @@ def requests(args, given, meta):
         if not 0 <= label <= K:
             raise InputError(f"--class-id {label}: this checkpoint has classes 0 to {K - 1} ({K} is the null class)")
     if not given:
-        if args.image:
-            raise InputError("--image with --task generate: use --task condition --given MODALITY, or understand")
+        if args.image or args.data:
+            raise InputError("--image or --data with --task generate: use --task condition --given MODALITY, or understand")
+        count = args.num or 8
         labels = [label for label in args.class_id for _ in range(args.num or 1)] if args.class_id else \
-            np.random.default_rng(args.seed).integers(0, K, args.num or 8).tolist()
+            [i % K for i in range(count)] if args.classes == "balanced" else np.random.default_rng(args.seed).integers(0, K, count).tolist()
         return [Item(i, f"{i:06d}", label, {}) for i, label in enumerate(labels)]
-    locations = args.image or ([DEMO / "scenes"] * len(given) if args.task == "understand" else None)
+    locations = args.image or ([args.data] * len(given) if args.data else None) or ([DEMO / "scenes"] * len(given) if args.task == "understand" else None)
     if locations is None or len(locations) != len(given):
-        raise InputError(f"--given {' '.join(given)} needs --image with {len(given)} file(s) or folder(s), in the same order")
+        raise InputError(f"--given {' '.join(given)} needs --data DIR, or --image with {len(given)} file(s) or folder(s), in the same order")
     if args.class_id and len(args.class_id) > 1:
         raise InputError(f"--class-id {args.class_id}: give one class for all pictures")
     found = {m: find_files(location, m) for m, location in zip(given, locations)}
@@ -345,22 +357,28 @@ def truth_files(item, modalities):
 class Writer:
     """Writes an item's maps; keeps what the grid shows."""
 
-    def __init__(self, out, model, meta, fit):
-        self.out, self.modalities, self.meta, self.fit = out, model.modalities, meta, fit
+    def __init__(self, out, modalities, fit):
+        self.out, self.modalities, self.fit = out, modalities, fit
+
+    def files(self, item, prefix=""):
+        """The outputs of an item: {modality: its paths}."""
+        base = lambda m: self.out / f"{prefix}{m}" / item.stem
+        return {m: [base(m).with_name(base(m).name + end) for end in (".png", ".npy")[:1 + MODALITIES[m].keep_array]] for m in self.modalities}
 
     def __call__(self, item, pixels, prefix=""):
         """pixels: {modality: float32 (3, H, W) in [-1, 1]}."""
-        for m, p in pixels.items():
-            row = MODALITIES[m]
+        for m, paths in self.files(item, prefix).items():
+            if m not in pixels:
+                continue
+            row, p = MODALITIES[m], pixels[m]
             if self.fit == "full" and item.size:
                 mode = dict(mode="nearest") if row.file == "flat" else dict(mode="bilinear", align_corners=False)
                 p = F.interpolate(torch.from_numpy(p)[None], item.size[::-1], **mode)[0].numpy()
             array = row.from_pixels(p)
-            base = self.out / f"{prefix}{m}" / item.stem
-            with whole_file(base.with_name(base.name + ".png")) as file:
+            with whole_file(paths[0]) as file:
                 Image.fromarray(row.picture(array)).save(file, "png")
             if row.keep_array:
-                with whole_file(base.with_name(base.name + ".npy")) as file:
+                with whole_file(paths[1]) as file:
                     np.save(file, array.astype(np.float32))
 
 
@@ -393,13 +411,8 @@ def newest_checkpoint():
     return max(runs, key=lambda p: p.stat().st_mtime) if runs else DEMO / "mmgen.pt"
 
 
-def arguments():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", required=True, choices=("generate", "understand", "condition", "translate"))
-    parser.add_argument("--given", nargs="+", choices=list(MODALITIES), help="conditions of --task condition")
-    parser.add_argument("--image", nargs="+", help="file or folder, one for each given modality")
-    parser.add_argument("--class-id", type=int, nargs="+", help="generate: default random classes; else the folder's class or none")
-    parser.add_argument("--num", type=int, help="samples per class or picture (1); without --class-id the number of samples (8)")
+def sampling_flags(parser):
+    """The flags of every command that samples a checkpoint."""
     parser.add_argument("--ckpt", type=pathlib.Path, help="default: the newest run, else the bundled demo")
     parser.add_argument("--vae", help="where the VAE of the training cache lies, if not where it was")
     parser.add_argument("--sampler", choices=list(SAMPLERS), default="sde")
@@ -409,15 +422,37 @@ def arguments():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+
+
+def check_sampling_flags(args):
+    """Raise InputError for values of the shared flags that cannot be."""
+    if args.steps < 1 or args.batch_size < 1 or args.seed < 0 or (args.num is not None and args.num < 1) or not 0 <= args.cfg_interval[0] <= args.cfg_interval[1] <= 1:
+        raise InputError(f"--steps {args.steps} --batch-size {args.batch_size} --num {args.num} --seed {args.seed} --cfg-interval {args.cfg_interval}: "
+                         "counts must be at least 1, the seed not negative, the interval 0 <= LO <= HI <= 1")
+
+
+def arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", required=True, choices=("generate", "understand", "condition", "translate"))
+    parser.add_argument("--given", nargs="+", choices=list(MODALITIES), help="conditions of --task condition")
+    parser.add_argument("--image", nargs="+", help="file or folder, one for each given modality")
+    parser.add_argument("--data", help="folder tree <root>/<modality>/<class>/<name>.png in the place of --image")
+    parser.add_argument("--class-id", type=int, nargs="+", help="generate: default random classes; else the folder's class or none")
+    parser.add_argument("--classes", choices=("random", "balanced"), default="random", help="generate without --class-id: drawn, or all in turn")
+    parser.add_argument("--num", type=int, help="samples per class or picture (1); without --class-id the number of samples (8)")
+    sampling_flags(parser)
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("samples"))
+    parser.add_argument("--outputs", nargs="+", choices=list(MODALITIES), help="modalities to write; default all")
     parser.add_argument("--npz", action="store_true", help="also OUT/samples.npz, the RGB as ADM's arr_0")
     parser.add_argument("--fit", choices=("crop", "full"), default="crop", help="full: the whole picture, maps at its size")
     args = parser.parse_args()
     if args.npz and args.fit == "full":
         raise InputError("--npz with --fit full: pictures of different sizes do not fit one array; use --fit crop")
-    if args.steps < 1 or args.batch_size < 1 or args.seed < 0 or (args.num is not None and args.num < 1) or not 0 <= args.cfg_interval[0] <= args.cfg_interval[1] <= 1:
-        raise InputError(f"--steps {args.steps} --batch-size {args.batch_size} --num {args.num} --seed {args.seed} --cfg-interval {args.cfg_interval}: "
-                         "counts must be at least 1, the seed not negative, the interval 0 <= LO <= HI <= 1")
+    if (args.npz or args.task == "translate") and args.outputs and "rgb" not in args.outputs:
+        raise InputError(f"--outputs {' '.join(args.outputs)}: --npz and --task translate need the RGB; write it as well")
+    if args.data and args.image:
+        raise InputError(f"--data {args.data} with --image {args.image[0]}: give one of them")
+    check_sampling_flags(args)
     return args
 
 
@@ -436,29 +471,40 @@ def conditions(args, model):
     return given
 
 
+def draw_from(args, model, vae, y, pixels, noise):
+    """Sample with the flags' options, given some modalities' pixels {modality: (N, 3, fH, fW)} in [-1, 1].
+
+    y (N,) classes -> scaled latents (N, M*C, H, W).
+    """
+    M, C, factor = len(model.modalities), model.latent_channels, vae.factor if vae else 1
+    size = [s // factor for s in next(iter(pixels.values())).shape[2:]] if pixels else model.latent_size
+    held = torch.zeros(len(y), M, C, *size, device=y.device)
+    for m, p in pixels.items():
+        held[:, model.modalities.index(m)] = encode_pixels(vae, p.to(y.device), noise, C)
+    mask = torch.tensor([m in pixels for m in model.modalities])
+    return draw_latents(model, y, held.flatten(1, 2), mask, noise, **options(args))
+
+
+def options(args):
+    """The keyword arguments of draw_latents that the flags name."""
+    return dict(sampler=args.sampler, steps=args.steps, cfg=args.cfg, interval=args.cfg_interval, precision=args.precision)
+
+
 def sample_batch(args, items, model, meta, vae, given, device, writer):
-    """Sample one batch of items of one size and write it -> evaluations."""
+    """Sample one batch of items of one size and write it."""
     C, M = meta["latent_channels"], len(model.modalities)
     noise = Noise(args.seed, [item.index for item in items], device)
-    factor = vae.factor if vae else 1
     y = torch.tensor([item.label for item in items], device=device)
     read = lambda item, m, fit: MODALITIES[m].to_pixels(read_modality(item.files[m], m, fit, meta["depth_space"]))
-    pixels = {m: torch.from_numpy(np.stack([read(item, m, fitter(args, meta, factor, item)) for item in items])) for m in given}
-    size = [s // factor for s in pixels[given[0]].shape[2:]] if given else meta["latent_size"]
-    held = torch.zeros(len(items), M, C, *size, device=device)
+    pixels = {m: torch.from_numpy(np.stack([read(item, m, fitter(args, meta, vae.factor if vae else 1, item)) for item in items])) for m in given}
     for m in given:
-        if [s // factor for s in pixels[m].shape[2:]] != list(size):
+        if pixels[m].shape != pixels[given[0]].shape:
             raise InputError(f"{items[0].files[m]}: its size does not match that of {given[0]}; the maps must be aligned")
-        held[:, model.modalities.index(m)] = encode_pixels(vae, pixels[m].to(device), noise, C)
-    options = dict(sampler=args.sampler, steps=args.steps, cfg=args.cfg, interval=args.cfg_interval, precision=args.precision)
-    mask = torch.tensor([m in given for m in model.modalities])
-    x, evaluations = draw_latents(model, y, held.flatten(1, 2), mask, noise, **options)
+    x = draw_from(args, model, vae, y, pixels, noise)
     results = [("", x, given)]
     if args.task == "translate":  # a new RGB from each predicted modality
         for i, m in enumerate(model.modalities[1:], 1):
-            again, more = draw_latents(model, y, x, torch.arange(M) == i, noise, **options)
-            results.append((f"{m}_to_", again, None))
-            evaluations += more
+            results.append((f"{m}_to_", draw_latents(model, y, x, torch.arange(M) == i, noise, **options(args)), None))
     for prefix, latent, kept in results:
         images = decode_latents(vae, latent, C).cpu().numpy()
         for k, item in enumerate(items):
@@ -466,7 +512,43 @@ def sample_batch(args, items, model, meta, vae, given, device, writer):
             for m in kept or ():  # as it was given
                 maps[m] = pixels[m][k].numpy() if args.fit == "crop" else read(item, m, lambda image: image)
             writer(item, maps, prefix)
-    return evaluations
+
+
+def sampling_recipe(args, checkpoint, model):
+    """What produced the samples: the part of a recipe that all sampling commands share."""
+    return dict(checkpoint=checkpoint.name, checkpoint_sha256=sha256(checkpoint), step=model.step, weights="ema", sampler=args.sampler, steps=args.steps,
+                evaluations=evaluations(args.sampler, args.steps), cfg=args.cfg, cfg_interval=list(args.cfg_interval), seed=args.seed, precision=args.precision, vae=model.meta["vae"], vae_sha256=model.meta["vae_sha256"])
+
+
+def take_up(out, recipe, items, files):
+    """Prepare OUT -> the items still to be sampled: all, or the rest where the same command was interrupted.
+
+    files(item) are an item's outputs. Files of another recipe that this run would replace are removed at once, so that
+    no later continuation takes them for its own.
+    """
+    try:
+        old = json.loads((out / "meta.json").read_text())
+    except (OSError, ValueError):
+        old = None
+    if isinstance(old, dict) and old.get("complete") is False and {k: v for k, v in old.items() if k != "complete"} == json.loads(json.dumps(recipe)):
+        return [item for item in items if not all(path.is_file() for path in files(item))]
+    for name in ("meta.json", "grid.png", "samples.npz"):
+        (out / name).unlink(missing_ok=True)
+    for item in items:
+        for path in files(item):
+            path.unlink(missing_ok=True)
+    with whole_file(out / "meta.json") as file:
+        file.write(json.dumps({**recipe, "complete": False}, indent=1).encode())
+    return items
+
+
+def write_npz(out, items):
+    """OUT/samples.npz: the written RGB as arr_0 uint8 (N, H, W, 3), one picture in memory at a time."""
+    read = lambda item: np.asarray(Image.open(out / "rgb" / f"{item.stem}.png").convert("RGB"))
+    with whole_file(out / "samples.npz") as file, zipfile.ZipFile(file, "w") as archive, archive.open("arr_0.npy", "w", force_zip64=True) as array:
+        np.lib.format.write_array_header_1_0(array, dict(descr="|u1", fortran_order=False, shape=(len(items), *read(items[0]).shape)))
+        for item in tqdm(items, desc="npz"):
+            array.write(read(item).tobytes())
 
 
 def main():
@@ -482,28 +564,34 @@ def main():
         print(f"{checkpoint}: {', '.join(model.modalities)}, {meta['num_classes']} classes, step {model.step}; {len(items)} samples on {device}")
         if args.cfg != 1.0 and any(item.label == meta["num_classes"] for item in items):
             print(f"warning: --cfg {args.cfg} has no effect on pictures without a class; give --class-id")
-    writer = Writer(args.out, model, meta, args.fit)
+    outputs = [m for m in model.modalities if m in (args.outputs or model.modalities)]
+    writer = Writer(args.out, outputs, args.fit)
+    prefixes = ("", *(f"{m}_to_" for m in model.modalities[1:])) if args.task == "translate" else ("",)
+    files = lambda item: [path for prefix in prefixes for m, paths in writer.files(item, prefix).items() if not prefix or m == "rgb" for path in paths]
+    recipe = dict(task=args.task, given=given, **sampling_recipe(args, checkpoint, model), fit=args.fit,
+                  outputs={m: MODALITIES[m].meaning for m in outputs}, palette=meta["palette"],
+                  samples=[dict(stem=item.stem, class_id=item.label, given={m: str(p) for m, p in item.files.items()}) for item in items])
+    left = take_up(args.out, recipe, items, files) if rank == 0 else None
+    if world > 1:
+        box = [left and [item.index for item in left]]
+        torch.distributed.broadcast_object_list(box)
+        left = [items[i] for i in box[0] or ()]
+    if rank == 0 and len(left) < len(items):
+        print(f"{args.out}: {len(items) - len(left)} of {len(items)} samples are there, going on")
     size = 1 if args.fit == "full" and given else args.batch_size  # pictures of different shapes do not stack
-    batches = [items[i:i + size] for i in range(0, len(items), size)]
-    evaluations = 0
+    batches = [left[i:i + size] for i in range(0, len(left), size)]
     for batch in tqdm(batches[rank::world], desc=args.task, disable=rank > 0):
-        evaluations = sample_batch(args, batch, model, meta, vae, given, device, writer)
+        sample_batch(args, batch, model, meta, vae, given, device, writer)
     barrier()
     if rank > 0:
         return
-    folders = list(model.modalities) + ([f"{m}_to_rgb" for m in model.modalities[1:]] if args.task == "translate" else [])
+    folders = outputs + ([f"{m}_to_rgb" for m in model.modalities[1:]] if args.task == "translate" else [])
     folders.sort(key=lambda m: m not in given)
     write_grid(args, items, model, meta, given, folders)
     if args.npz:
-        with whole_file(args.out / "samples.npz") as file:
-            np.savez(file, arr_0=np.stack([np.asarray(Image.open(args.out / "rgb" / f"{item.stem}.png")) for item in items]))
-    recipe = dict(task=args.task, given=given, checkpoint=checkpoint.name, checkpoint_sha256=sha256(checkpoint), step=model.step,
-                  weights="ema", sampler=args.sampler, steps=args.steps, evaluations=evaluations, cfg=args.cfg, cfg_interval=list(args.cfg_interval),
-                  seed=args.seed, precision=args.precision, fit=args.fit, vae=meta["vae"], vae_sha256=meta["vae_sha256"],
-                  outputs={m: MODALITIES[m].meaning for m in model.modalities}, palette=meta["palette"],
-                  samples=[dict(stem=item.stem, class_id=item.label, given={m: str(p) for m, p in item.files.items()}) for item in items])
+        write_npz(args.out, items)
     with whole_file(args.out / "meta.json") as file:
-        file.write(json.dumps(recipe, indent=1).encode())
+        file.write(json.dumps({**recipe, "complete": True}, indent=1).encode())
     print(args.out / "grid.png")
 
 

@@ -99,7 +99,7 @@ class Sampler:
             if given:
                 held[:, modalities.index(given)] = encode_pixels(self.vae, pixels[i:i + 64].to(self.device), noise, self.C)
             mask = torch.tensor([m == given for m in modalities])
-            x, self.evaluations = draw_latents(self.model, y, held.flatten(1, 2), mask, noise, precision=self.args.precision, **options)
+            x = draw_latents(self.model, y, held.flatten(1, 2), mask, noise, precision=self.args.precision, **options)
             out.append(decode_latents(self.vae, x, self.C).cpu())
         return torch.cat(out)
 

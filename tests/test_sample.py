@@ -66,14 +66,14 @@ def test_guidance_acts_on_all_channels_inside_its_interval():
     original = model.forward
     model.forward = lambda x, t, y, given: calls.append((len(x), round(1 - t[0, -1].item(), 3))) or original(x, t, y, given)
     y, held = torch.tensor([1, 2]), torch.zeros(2, 16, 16, 16)
-    run = lambda **k: sample.draw_latents(model, y, held, torch.zeros(4, dtype=torch.bool), sample.Noise(0, [0, 1], "cpu"), "euler", 4, **k)[0]
+    run = lambda **k: sample.draw_latents(model, y, held, torch.zeros(4, dtype=torch.bool), sample.Noise(0, [0, 1], "cpu"), "euler", 4, **k)
     plain, guided = run(), run(cfg=2.0)
     assert ((plain - guided).abs().amax((0, 2, 3)) > 1e-3).all()
     calls.clear()
     run(cfg=2.0, interval=(0.4, 0.8))
     assert calls == [(2, 1.0), (4, 0.75), (4, 0.5), (2, 0.25)]
     null = torch.full_like(y, model.num_classes)
-    swap = lambda y_, **k: sample.draw_latents(model, y_, held, torch.zeros(4, dtype=torch.bool), sample.Noise(0, [0, 1], "cpu"), "euler", 1, **k)[0]
+    swap = lambda y_, **k: sample.draw_latents(model, y_, held, torch.zeros(4, dtype=torch.bool), sample.Noise(0, [0, 1], "cpu"), "euler", 1, **k)
     assert torch.allclose(swap(y, cfg=3.0), swap(null) + 3 * (swap(y) - swap(null)), atol=1e-4)
 
 
@@ -81,7 +81,7 @@ def test_given_modalities_come_back_as_they_were():
     model = load_model(sample.DEMO / "mmgen.pt")
     held = torch.randn(2, 16, 16, 16, generator=torch.Generator().manual_seed(0))
     given = torch.tensor([True, False, True, False])
-    x, _ = sample.draw_latents(model, torch.tensor([0, 1]), held, given, sample.Noise(0, [0, 1], "cpu"), "sde", 3)
+    x = sample.draw_latents(model, torch.tensor([0, 1]), held, given, sample.Noise(0, [0, 1], "cpu"), "sde", 3)
     assert torch.equal(x[:, :4], held[:, :4]) and torch.equal(x[:, 8:12], held[:, 8:12]) and not torch.equal(x[:, 4:8], held[:, 4:8])
 
 
@@ -141,7 +141,7 @@ def test_any_size_full(tmp_path, command):
 
 @pytest.mark.parametrize("arguments, message", [
     (("--task", "condition"), "needs --given"),
-    (("--task", "condition", "--given", "depth"), "needs --image"),
+    (("--task", "condition", "--given", "depth"), "or --image with 1"),
     (("--task", "condition", "--given", "depth", "--image", "nowhere.png"), "nowhere.png: no such file"),
     (("--task", "generate", "--class-id", "999"), "--class-id 999: this checkpoint has classes 0 to 11"),
     (("--task", "generate", "--given", "rgb"), "--given belongs to --task condition"),
@@ -171,3 +171,35 @@ def test_a_full_disk_leaves_no_file_under_the_final_name(tmp_path, monkeypatch):
         with whole_file(tmp_path / "ckpt.pt") as file:
             torch.save({"x": torch.zeros(100_000)}, file)
     assert not (tmp_path / "ckpt.pt").exists()
+
+
+def test_an_interrupted_set_continues_to_the_same_file(command, monkeypatch, tmp_path):
+    argv = ("--task", "generate", "--num", 10, "--classes", "balanced", "--npz", "--outputs", "rgb", "--ckpt", sample.DEMO / "mmgen.pt",
+            "--sampler", "euler", "--steps", 1, "--batch-size", 3)
+    command("sample", *argv, "--out", tmp_path / "whole")
+    calls, one = [], sample.sample_batch
+
+    def failing(*args):
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        calls.append(one(*args))
+    monkeypatch.setattr(sample, "sample_batch", failing)
+    with pytest.raises(KeyboardInterrupt):
+        command("sample", *argv, "--out", tmp_path / "cut")
+    assert json.loads((tmp_path / "cut/meta.json").read_text())["complete"] is False
+    monkeypatch.setattr(sample, "sample_batch", one)
+    assert "6 of 10 samples are there" in command("sample", *argv, "--out", tmp_path / "cut")
+    for name in ("samples.npz", "meta.json"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes()
+    array = np.load(tmp_path / "cut/samples.npz")["arr_0"]
+    assert array.dtype == np.uint8 and array.shape == (10, 64, 64, 3) and not (tmp_path / "cut/depth").exists()
+    assert (array[4] == np.asarray(Image.open(tmp_path / "cut/rgb/000004.png"))).all()
+    again = command("sample", *argv[:2], "--num", 10, *argv[4:], "--seed", 1, "--out", tmp_path / "cut")  # another recipe starts afresh
+    assert "are there" not in again and not (np.load(tmp_path / "cut/samples.npz")["arr_0"] == array).all()
+
+
+def test_condition_on_a_folder_tree(command, tmp_path):
+    command("sample", "--task", "condition", "--given", "depth", "--data", sample.DEMO / "scenes", "--npz", "--ckpt", sample.DEMO / "mmgen.pt",
+            "--sampler", "euler", "--steps", 1, "--out", tmp_path)
+    meta = json.loads((tmp_path / "meta.json").read_text())
+    assert np.load(tmp_path / "samples.npz")["arr_0"].shape == (4, 64, 64, 3) and all("/depth/" in s["given"]["depth"] for s in meta["samples"])
