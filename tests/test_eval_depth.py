@@ -1,0 +1,275 @@
+"""eval_depth.py against closed forms, and whole commands on synthetic truth."""
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import eval_depth
+import toy_scenes
+from conftest import shell
+from distributed import InputError
+
+RNG = np.random.default_rng(0)
+DEPTH = RNG.uniform(0.5, 8, (40, 50))
+VALID = RNG.random((40, 50)) > 0.2
+FEW = ("--ckpt", "demo/mmgen.pt", "--sampler", "euler", "--steps", 1)
+
+
+# ------------------------------------------------------------------------------------------------
+# Depth.
+
+@pytest.mark.parametrize("space", ("disparity", "depth"))
+def test_an_affine_prediction_is_perfect(space):
+    target = 1 / DEPTH if space == "disparity" else DEPTH
+    scores = eval_depth.depth_scores(eval_depth.align((target - 0.3) / 1.7, DEPTH, VALID, space), DEPTH, VALID)
+    assert scores["abs_rel"] < 1e-6 and scores["rmse"] < 1e-6 and scores["delta1"] == 1
+
+
+def test_the_wrong_space_shows():
+    wrong = eval_depth.depth_scores(eval_depth.align(1 / DEPTH, DEPTH, VALID, "depth"), DEPTH, VALID)
+    assert wrong["abs_rel"] > 0.1
+
+
+@pytest.mark.parametrize("space", ("disparity", "depth"))
+def test_a_constant_prediction_gets_the_best_constant(space):
+    aligned = eval_depth.align(np.full_like(DEPTH, 0.7), DEPTH, VALID, space)
+    want = 1 / np.mean(1 / DEPTH[VALID]) if space == "disparity" else DEPTH[VALID].mean()
+    assert np.allclose(aligned, want)
+
+
+def test_depth_scores_by_hand():
+    scores = eval_depth.depth_scores(np.array([[1.0, 2.0, 4.0]]), np.array([[1.0, 2.6, 3.5]]), np.array([[True, True, True]]))
+    assert scores["abs_rel"] == pytest.approx((0.6 / 2.6 + 0.5 / 3.5) / 3) and scores["rmse"] == pytest.approx(np.sqrt((0.36 + 0.25) / 3))
+    assert scores["delta1"] == pytest.approx(2 / 3) and scores["delta2"] == 1
+
+
+# ------------------------------------------------------------------------------------------------
+# Normals.
+
+def test_normals_rotated_by_ten_degrees():
+    normal = RNG.standard_normal((30, 30, 3))
+    normal /= np.linalg.norm(normal, axis=-1, keepdims=True)
+    axis = np.cross(normal, RNG.standard_normal(3))
+    axis /= np.linalg.norm(axis, axis=-1, keepdims=True)
+    angle = np.radians(10)
+    turned = normal * np.cos(angle) + np.cross(axis, normal) * np.sin(angle)
+    normal[:5] = 0  # unknown
+    got = eval_depth.angles(turned.astype(np.float32), normal)
+    assert len(got) == 25 * 30 and np.abs(got - 10).max() < 1e-4
+    scores = eval_depth.normal_scores(got)
+    assert scores["normal_11.25"] == 100 and scores["normal_7.5"] == 0 and scores["normal_rmse"] == pytest.approx(10, abs=1e-4)
+
+
+def test_pooled_median_is_that_of_all_pixels(tmp_path):
+    class Args:
+        seg_mode, alignment, depth_range, eps = "semantic", "disparity", (1e-3, 10), None
+    tally, every = eval_depth.Tally(Args, None), []
+    for i in range(3):
+        truth, guess = (RNG.standard_normal((20, 20 + i, 3)) for _ in range(2))
+        every.append(eval_depth.angles(guess, truth))
+        tally.add(i, eval_depth.Frame(str(i), None, None, {"normal": truth}, None), {"normal": guess})
+    got, every = tally.result(), np.concatenate(every)
+    assert got["normal_median"] == pytest.approx(np.median(every), abs=2e-4) and got["normal_mean"] == pytest.approx(every.mean())
+    assert got["normal_22.5"] == pytest.approx(100 * np.mean(every < 22.5))
+
+
+# ------------------------------------------------------------------------------------------------
+# Segmentation.
+
+def test_semantic_scores_by_hand():
+    confusion = np.array([[3, 1, 0, 0], [0, 4, 0, 0], [0, 0, 0, 0], [1, 0, 0, 1]])  # class 2 is absent
+    got = eval_depth.semantic_scores(confusion)
+    assert got["pixel_accuracy"] == pytest.approx(0.8) and got["class_accuracy"] == pytest.approx(np.mean([3 / 4, 1, 1 / 2]))
+    assert got["miou"] == pytest.approx(np.mean([3 / 5, 4 / 5, 1 / 2]))
+    assert eval_depth.semantic_scores(confusion, 1e-12)["miou"] == pytest.approx(np.mean([3 / 5, 4 / 5, 0, 1 / 2]))
+
+
+def test_permuted_labels_are_the_same_segments():
+    truth = np.repeat(np.repeat(RNG.integers(0, 6, (8, 8)), 8, 0), 8, 1)
+    got = eval_depth.instance_scores(RNG.permutation(6)[truth], truth)
+    assert got == pytest.approx({"miou": 1, "best_overlap": 1, "ari": 1, "boundary_f": 1})
+    noise = eval_depth.instance_scores(RNG.integers(0, 6, truth.shape), truth)
+    assert abs(noise["ari"]) < 0.02 and noise["miou"] < 0.2
+
+
+def test_a_true_segment_without_partner_counts_zero():
+    truth = np.zeros((10, 10), int)
+    truth[:, 5:] = 1
+    assert eval_depth.instance_scores(np.zeros((10, 10), int), truth)["miou"] == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize("shift, f", ((3, 1), (4, 0)))
+def test_boundary_shifted_by_pixels(shift, f):
+    a, b = np.zeros((256, 256), int), np.zeros((256, 256), int)  # diagonal 362: radius ceil(2.9) = 3
+    a[:, 100:], b[:, 100 + shift:] = 1, 1
+    assert eval_depth.boundary_f(a, b) == f
+
+
+def test_segments_of_a_noisy_picture():
+    truth = np.repeat(np.repeat(np.arange(16).reshape(4, 4), 32, 0), 32, 1)
+    colours = np.array([[50 + 60 * (k % 4), 40 + 60 * (k // 4), (k * 97) % 256] for k in range(16)])
+    noisy = (colours[truth] + RNG.normal(0, 4, (128, 128, 3))).clip(0, 255).astype(np.uint8)
+    noisy[60:64, 20:24] = 255  # a speck of its own colour
+    index = eval_depth.segments(noisy)
+    assert index.max() + 1 == 16 and eval_depth.instance_scores(index, truth)["miou"] > 0.99
+    assert eval_depth.instance_scores(eval_depth.segments(colours[truth].astype(np.uint8)), truth)["miou"] == 1  # exact colours: taken as they are
+
+
+def test_ari_and_confusion_equal_scikit_learn():
+    metrics = pytest.importorskip("sklearn.metrics")
+    a, b = RNG.integers(0, 5, (30, 30)), RNG.integers(0, 7, (30, 30))
+    b[:15] = a[:15]
+    ours, theirs = eval_depth.instance_scores(a, b)["ari"], metrics.adjusted_rand_score(b.ravel(), a.ravel())
+    confusion = metrics.confusion_matrix(b.ravel(), a.ravel(), labels=range(7))
+    iou = metrics.jaccard_score(b.ravel(), a.ravel(), average="macro")
+    print("scikit-learn ARI", theirs, "ours", ours)
+    assert ours == pytest.approx(theirs, abs=1e-12) and eval_depth.semantic_scores(confusion)["miou"] == pytest.approx(iou, abs=1e-12)
+
+
+# ------------------------------------------------------------------------------------------------
+# Whole commands.
+
+def test_toy_command_reproduces_its_json(command, tmp_path):
+    run = lambda name, *more: command("eval_depth", "--toy", 6, *FEW, "--out", tmp_path / name, "--json", tmp_path / f"{name}.json", *more)
+    text = run("a", "--batch-size", 6, "--save-maps")
+    run("b", "--batch-size", 4)
+    a, b = (json.loads((tmp_path / f"{name}.json").read_text()) for name in "ab")
+    for key in ("abs_rel", "delta1", "rmse", "normal_mean", "miou"):
+        assert a[key] == pytest.approx(b[key], rel=1e-3) and key in text
+    assert a["ceiling"]["abs_rel"] < a["abs_rel"] < 3 * a["mean_map"]["abs_rel"] and a["ceiling"]["miou"] > 0.95
+    assert "abs_rel (disparity)" in text and len((tmp_path / "a/per_image.csv").read_text().splitlines()) == 7
+    assert (tmp_path / "a/grid.png").is_file() and len(list((tmp_path / "a/error_depth").iterdir())) == 6
+    first = (tmp_path / "a.json").read_text()
+    run("a", "--batch-size", 6)
+    assert (tmp_path / "a.json").read_text() == first
+
+
+def test_two_processes_and_ensembles(tmp_path):
+    results = []
+    for processes in (1, 2):
+        done = shell("eval_depth.py", "--toy", 5, *FEW, "--batch-size", 2, "--ensemble", 2, "--out", tmp_path / "o", "--save-maps",
+                     "--json", tmp_path / "o.json", processes=processes, threads=1)
+        assert done.returncode == 0, done.stderr
+        results.append(json.loads((tmp_path / "o.json").read_text()))
+    one, two = results
+    assert all(one[k] == pytest.approx(two[k], rel=1e-6) for k in one if isinstance(one[k], float)) and one["miou"] > 0.5
+    spread = np.load(next((tmp_path / "o/spread_depth").iterdir()))
+    assert spread.shape == (64, 64) and 0 < spread.mean() < 0.5
+
+
+@pytest.fixture
+def scannet(tmp_path):
+    """Two scenes of three synthetic frames as ScanNet exports them; one has no valid depth."""
+    root = tmp_path / "scans"
+    for scene in ("scene0000_00", "scene0001_00"):
+        for k in range(3):
+            s = toy_scenes.render(toy_scenes.HELD_OUT + k, 96)
+            for folder in ("color", "depth"):
+                (root / scene / folder).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(s.rgb).resize((258, 192)).save(root / scene / "color" / f"{k:06d}.jpg")
+            depth = np.pad((s.depth * 1000).round().astype(np.uint16), ((0, 0), (16, 16)))
+            depth[:, :20] = 0  # holes
+            Image.fromarray(depth * (0 if (scene, k) == ("scene0001_00", 1) else 1)).save(root / scene / "depth" / f"{k:06d}.png")
+    return root
+
+
+def test_scannet_folder(command, scannet, tmp_path):
+    text = command("eval_depth", "--scannet", scannet, *FEW, "--out", tmp_path / "o", "--json", tmp_path / "o.json")
+    result = json.loads((tmp_path / "o.json").read_text())
+    assert result["no_valid_depth"] == ["scene0001_00/color/000001.jpg"] and "1 of 6 frames have no valid depth" in text
+    assert 0 < result["abs_rel"] < 1 and result["recipe"]["count"] == 6 and 0 <= result["ceiling"]["abs_rel"] < result["abs_rel"]
+    frames = tmp_path / "o/frames.txt"
+    assert len(frames.read_text().splitlines()) == 6
+    command("eval_depth", "--scannet", scannet, *FEW, "--num", 2, "--seed", 3, "--out", tmp_path / "p", "--json", tmp_path / "p.json")
+    assert len((tmp_path / "p/frames.txt").read_text().splitlines()) == 2
+    command("eval_depth", "--scannet", scannet, *FEW, "--list", tmp_path / "p/frames.txt", "--out", tmp_path / "q", "--json", tmp_path / "q.json")
+    assert json.loads((tmp_path / "q.json").read_text())["recipe"]["count"] == 2
+
+
+def write_pairs(root, modality, arrays, end=".npy"):
+    for i, array in enumerate(arrays):
+        path = root / modality / "c" / f"{i}{end}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if end == ".npy":
+            np.save(path, array)
+        else:
+            Image.fromarray(array).save(path)
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    scenes = [toy_scenes.render(i) for i in range(3)]
+    gt, pred = tmp_path / "gt", tmp_path / "pred"
+    write_pairs(gt, "depth", [(s.depth * 1000).round().astype(np.uint16) for s in scenes], ".png")
+    write_pairs(pred, "depth", [1 / s.depth for s in scenes])
+    write_pairs(gt, "normal", [s.normal for s in scenes])
+    write_pairs(pred, "normal", [((s.normal * 0.5 + 0.5) * 255).round().astype(np.uint8) for s in scenes], ".png")
+    write_pairs(gt, "seg", [s.seg for s in scenes], ".png")
+    write_pairs(pred, "seg", [toy_scenes.PALETTE[s.seg] for s in scenes], ".png")
+    (tmp_path / "palette.json").write_text(json.dumps(toy_scenes.PALETTE.tolist()))
+    return pred, gt, tmp_path / "palette.json"
+
+
+def test_predictions_against_truth_without_a_model(command, pairs, tmp_path):
+    pred, gt, palette = pairs
+    run = lambda *more: json.loads((command("eval_depth", "--pred", pred, "--gt", gt, "--out", tmp_path / "o", "--json", tmp_path / "o.json", *more),
+                                    (tmp_path / "o.json").read_text())[1])
+    result = run("--palette", palette)
+    assert result["abs_rel"] < 1e-3 and result["normal_mean"] < 0.3 and result["miou"] == 1 and result["recipe"]["alignment"].startswith("disparity")
+    assert run("--seg-mode", "instance")["ari"] == 1
+    assert run("--modality", "normal", "--axes", "marigold")["normal_mean"] > 10
+    wrong = command("eval_depth", "--pred", pred / "depth", "--gt", gt / "depth", "--modality", "depth", "--alignment", "depth", "--out", tmp_path / "o")
+    assert "abs_rel (depth)" in wrong
+
+
+def test_bad_predictions(command, pairs, tmp_path):
+    pred, gt, palette = pairs
+    run = lambda *more: command("eval_depth", "--pred", pred, "--gt", gt, "--out", tmp_path / "o", "--json", tmp_path / "o.json", *more)
+    with pytest.raises(InputError, match="colours without --palette"):
+        run("--modality", "seg")
+    (tmp_path / "bad.json").write_text('{"palette": [[1, 2]]}')
+    with pytest.raises(InputError, match="not a list of up to 255 colours"):
+        run("--palette", tmp_path / "bad.json")
+    good = np.load(pred / "depth/c/1.npy")
+    for array, words in ((np.where(good > good.mean(), np.nan, good), "not finite"), (good[:60], "resize the prediction"), (good[None], "needs \\(H, W\\)")):
+        np.save(pred / "depth/c/1.npy", array)
+        with pytest.raises(InputError, match=words) as error:
+            run("--modality", "depth")
+        assert "1" in str(error.value)
+    (pred / "depth/c/1.npy").write_bytes(b"\x93NUMPY junk")
+    with pytest.raises(InputError, match="not a readable .npy"):
+        run("--modality", "depth")
+    (pred / "depth/c/1.npy").rename(pred / "depth/c/7.npy")
+    with pytest.raises(InputError, match="no file with this stem on the other side"):
+        run("--modality", "depth")
+    Image.fromarray(np.zeros((64, 64), np.uint8)).save(gt / "depth/c/1.png")
+    (pred / "depth/c/7.npy").unlink()
+    np.save(pred / "depth/c/1.npy", good)
+    with pytest.raises(InputError, match="carry no unit"):
+        run("--modality", "depth")
+    (tmp_path / "empty/depth").mkdir(parents=True)
+    with pytest.raises(InputError, match="no pictures or arrays"):
+        command("eval_depth", "--pred", tmp_path / "empty", "--gt", gt, "--modality", "depth")
+    assert not (tmp_path / "o.json").exists()
+
+
+def test_folder_tree(command, tmp_path):
+    for i in range(3):
+        s = toy_scenes.render(toy_scenes.HELD_OUT + i, 64)
+        for m, array in (("rgb", s.rgb), ("seg", toy_scenes.PALETTE[s.seg]), ("depth", (s.depth * 1000).round().astype(np.uint16))):
+            path = tmp_path / "tree" / m / "red_box" / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(array).save(path)
+    command("eval_depth", "--data", tmp_path / "tree", *FEW, "--cfg", 2, "--out", tmp_path / "o", "--json", tmp_path / "o.json")
+    result = json.loads((tmp_path / "o.json").read_text())
+    assert result["recipe"]["modalities"] == ["depth", "seg"] and result["abs_rel"] < 0.4 and result["miou"] > 0.3
+    assert result["ceiling"]["miou"] > 0.9
+
+
+def test_unknown_depth_is_filled_for_the_ceiling_only():
+    depth = np.full((64, 64), 2.0, np.float32)
+    depth[10:20] = 0
+    pixels = eval_depth.to_network("depth", depth, 64, None)
+    assert np.isfinite(pixels).all() and torch.from_numpy(pixels).std() == 0
