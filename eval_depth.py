@@ -34,6 +34,7 @@ from model import MODALITIES, load_model
 from prep_latents import EXTENSIONS, centre_crop, read_picture
 from sample import (Noise, check_sampling_flags, checked_vae, class_of, decode_latents, draw_from, draw_grid, newest_checkpoint, sampling_flags,
                     sampling_recipe)
+from weights import hub_file
 
 IGNORE = 255                            # segmentation label that is not scored
 ANGLES = (5, 7.5, 11.25, 22.5, 30)      # degrees whose share is reported
@@ -426,7 +427,7 @@ class Predictor:
 
     def __init__(self, args, device):
         self.args, self.device = args, device
-        self.checkpoint = (args.ckpt or newest_checkpoint()).resolve()
+        self.checkpoint = pathlib.Path(hub_file(args.ckpt or newest_checkpoint())).resolve()
         self.model = load_model(self.checkpoint, device=device)
         self.vae = checked_vae(args.vae, self.model.meta)
         self.vae = self.vae.to(device) if self.vae else None

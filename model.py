@@ -1,6 +1,7 @@
 """The modality registry and the fused-token multi-modal diffusion transformer (MMGen, Sec. 3.2).
 
-    python model.py --ckpt runs/mmgen/latest.pt --export demo/mmgen.pt   # EMA in bf16 without projector, for sharing
+    python model.py --ckpt runs/mmgen/latest.pt --export demo/mmgen.pt             # EMA in bf16 without projector, for sharing
+    python model.py --ckpt runs/mmgen/latest.pt --export-official 0600000.pt       # as MMGen's own code loads it
 
 Letters: N batch, M modalities, C latent channels of one modality, H W latent size, T tokens, D width, p patch size.
 Time as in the paper: t = 0 is noise, t = 1 is data; x_t = t * x0 + (1 - t) * eps, v = x0 - eps.
@@ -18,6 +19,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from distributed import InputError, run, whole_file
+from weights import hub_file, to_official, translate
 
 
 # ------------------------------------------------------------------------------------------------
@@ -150,10 +152,10 @@ class TimeEmbedder(nn.Module):
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width // 2))
         self.mlp_fused = nn.Sequential(nn.Linear(num_modalities * (width // 2), width), nn.SiLU(), nn.Linear(width, width))
-        self.register_buffer("frequencies", torch.exp(-math.log(10000) * torch.arange(128, dtype=torch.float32) / 128), persistent=False)
 
     def forward(self, level):                                           # (N, M) in [0, 1]
-        angle = level[..., None].float() * self.frequencies             # (N, M, 128)
+        frequencies = torch.exp(-math.log(10000) * torch.arange(128, dtype=torch.float32, device=level.device) / 128)
+        angle = level[..., None].float() * frequencies                  # (N, M, 128)
         embedding = torch.cat([angle.cos(), angle.sin()], dim=-1)       # (N, M, 256)
         return self.mlp_fused(self.mlp(embedding).flatten(1))           # (N, D)
 
@@ -329,22 +331,23 @@ def build_model(name, modalities=("rgb", "depth", "normal", "seg"), num_classes=
 
 
 def load_checkpoint(path):
-    """A checkpoint of this project, memory-mapped: {model, ema, opt, step, config, format}.
+    """A checkpoint, memory-mapped: {model, ema, opt, step, config, format}; released weights without model and opt.
 
+    path: a file of this project, of MMGen, REPA or SiT, or hf:owner/repository/file.
     Raises InputError when the file is missing, cut short, holds pickled objects, or is something else.
     """
-    path = pathlib.Path(path)
+    path = pathlib.Path(hub_file(path))
     if not path.is_file():
         raise InputError(f"{path}: no such checkpoint; train one with train.py or leave out --ckpt for the bundled demo")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # the released files keep their arguments in one
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError:  # what weights_only=True raises
         raise InputError(f"{path}: refused, it holds pickled Python objects or is no torch file; only tensors and plain containers are read")
     except (RuntimeError, ValueError, EOFError, LookupError, TypeError, AttributeError, OSError):
         raise InputError(f"{path}: not a readable checkpoint ({path.stat().st_size} bytes), it may be cut short; use another of its folder")
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
-        found = checkpoint.get("format") if isinstance(checkpoint, dict) else type(checkpoint).__name__
-        raise InputError(f"{path}: format is {found!r}, expected {FORMAT!r}, as train.py writes it")
+        return translate(checkpoint, path)
     config = checkpoint.get("config")
     whole = isinstance(config, dict) and all(isinstance(config.get(part), dict) for part in ("model", "meta", "train"))
     lost = [key for key in ("vae", "vae_sha256", "scale", "latent_channels", "latent_size", "resolution", "class_names", "palette")
@@ -356,8 +359,8 @@ def load_checkpoint(path):
     return checkpoint
 
 
-def load_weights(model, state, path):
-    """model.load_state_dict with every mismatch in one readable error; the projector may be missing."""
+def load_weights(model, state, path, assign=False):
+    """model.load_state_dict with every mismatch in one readable error; the projector may be missing or too much."""
     mine = model.state_dict()
     for key in sorted(mine.keys() | state.keys()):
         if key not in state and not key.startswith("projector."):
@@ -366,11 +369,13 @@ def load_weights(model, state, path):
             raise InputError(f"{path}: the weight {key} {tuple(state[key].shape)} does not belong to this model")
         if key in mine and key in state and mine[key].shape != state[key].shape:
             raise InputError(f"{path}: {key} is {tuple(state[key].shape)}, this model needs {tuple(mine[key].shape)}")
-    model.load_state_dict(state, strict=False)
+    model.load_state_dict(state, strict=False, assign=assign)
 
 
 def load_model(path, ema=True, device="cpu"):
     """The model of a checkpoint for sampling, in fp32 and eval mode, without the projector.
+
+    fp32 weights stay in the mapped file until they are used or moved to a device: nothing else of it is read.
 
     model.meta is the cache's meta.json that it was trained on (VAE, scale, classes, palette, ...).
     Raises InputError as load_checkpoint does.
@@ -380,10 +385,12 @@ def load_model(path, ema=True, device="cpu"):
     if weights not in checkpoint:
         raise InputError(f"{path}: has no {weights} weights, it was exported with the EMA alone")
     try:
-        model = build_model(**{**checkpoint["config"]["model"], "projector": False})
+        with torch.device("meta"):  # no memory, no initialisation
+            model = build_model(**{**checkpoint["config"]["model"], "projector": False})
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"{path}: its model configuration {checkpoint['config']['model']} is not of this version ({error})")
-    load_weights(model, checkpoint[weights], path)
+    state = {k: v.float() for k, v in checkpoint[weights].items() if not k.startswith("projector.")}
+    load_weights(model, state, path, assign=True)
     model.meta, model.step = checkpoint["config"]["meta"], checkpoint["step"]
     return model.to(device).eval().requires_grad_(False)
 
@@ -391,13 +398,20 @@ def load_model(path, ema=True, device="cpu"):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ckpt", required=True)
-    parser.add_argument("--export", type=pathlib.Path, required=True, help="write the EMA in bf16, without projector and optimiser")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--export", type=pathlib.Path, help="write the EMA in bf16, without projector and optimiser")
+    what.add_argument("--export-official", type=pathlib.Path, metavar="FILE", help="write the EMA as MMGen's own code loads it")
     args = parser.parse_args()
     checkpoint = load_checkpoint(args.ckpt)
-    ema = {k: v.to(torch.bfloat16) for k, v in checkpoint["ema"].items() if not k.startswith("projector.")}
-    with whole_file(args.export) as file:
-        torch.save({"ema": ema, "step": checkpoint["step"], "config": checkpoint["config"], "format": FORMAT}, file)
-    print(f"{args.export}: {args.export.stat().st_size / 1e6:.1f} MB")
+    if args.export:
+        ema = {k: v.to(torch.bfloat16) for k, v in checkpoint["ema"].items() if not k.startswith("projector.")}
+        out = {"ema": ema, "step": checkpoint["step"], "config": checkpoint["config"], "format": FORMAT}
+    else:
+        out = to_official(checkpoint, args.ckpt)
+    path = args.export or args.export_official
+    with whole_file(path) as file:
+        torch.save(out, file)
+    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from distributed import InputError, barrier, run, setup, whole_file
 from model import MODALITIES, load_model
 from prep_latents import EXTENSIONS, centre_crop, read_modality
 from vae import load_vae, sha256
+from weights import hub_file
 
 DEMO = pathlib.Path(__file__).parent / "demo"
 GIVEN_TIME = 0.995  # the condition is held this close to clean (noise level 0.005)
@@ -182,7 +183,7 @@ def checked_vae(name, meta):
     if meta["vae"] == "none" and name in (None, "none"):
         return None
     vae = None if "none" in (name, meta["vae"]) else load_vae(name or meta["vae"])
-    if vae is None or sha256(vae.path) != meta["vae_sha256"]:
+    if vae is None or meta["vae_sha256"] not in (None, sha256(vae.path)):  # None: released weights do not say
         raise InputError(f"--vae {vae.path if vae else name}: not the VAE of the training cache, which is {meta['vae']} "
                          f"(sha256 {str(meta['vae_sha256'])[:12]}); pass that one")
     return vae
@@ -554,7 +555,7 @@ def write_npz(out, items):
 def main():
     args = arguments()
     rank, world, device = setup()
-    checkpoint = (args.ckpt or newest_checkpoint()).resolve()  # latest.pt may move on meanwhile
+    checkpoint = pathlib.Path(hub_file(args.ckpt or newest_checkpoint())).resolve()  # latest.pt may move on meanwhile
     model = load_model(checkpoint, device=device)
     meta, vae = model.meta, checked_vae(args.vae, model.meta)
     vae = vae.to(device) if vae else None

@@ -14,7 +14,6 @@ import functools
 import json
 import os
 import pathlib
-import re
 import time
 from typing import NamedTuple
 
@@ -28,6 +27,7 @@ import sample
 from distributed import InputError, all_reduce, barrier, run, setup, whole_file
 from model import FORMAT, FUSIONS, MODALITIES, SIZES, build_model, load_checkpoint, load_weights
 from prep_latents import DEFAULT_CACHE, open_array, read_meta
+from weights import fit
 
 
 # ------------------------------------------------------------------------------------------------
@@ -260,51 +260,6 @@ def resume(folder, model, ema, optimiser, config, rank):
     return step
 
 
-def initialise(path, model, meta):
-    """--init: take what fits of a checkpoint's EMA, modalities matched by name -> a line saying what was taken.
-
-    Columns of modalities that the file lacks start at zero where they enter the network, so that the others keep
-    their meaning. Raises InputError when the latents are of another kind or nothing fits.
-    """
-    checkpoint = load_checkpoint(path)
-    theirs = checkpoint["config"]
-    for key in ("vae_sha256", "scale", "latent_channels"):
-        if theirs["meta"][key] != meta[key]:
-            raise InputError(f"--init {path}: its {key} is {theirs['meta'][key]}, the cache's is {meta[key]}; the latents would not mean the same")
-    old, new = theirs["model"]["modalities"], list(model.modalities)
-    places = [(new.index(m), old.index(m)) for m in new if m in old]
-    state, mine = checkpoint["ema"], model.state_dict()
-    taken, inflated = [], []
-    for key in [k for k in mine if k != "pos_embed"]:
-        target, numbered = mine[key], re.match(r"((?:heads|x_embedder\.proj)\.)(\d+)(\..*)", key)
-        source = key
-        if numbered:  # one module per modality
-            m = new[int(numbered[2])]
-            source = f"{numbered[1]}{old.index(m)}{numbered[3]}" if m in old else None
-        if source not in state:
-            continue
-        value = state[source].to(target.dtype)
-        joint = {"x_embedder.proj.weight": 1, "t_embedder.mlp_fused.0.weight": 1, "x_embedder.modality": 0, "task_embedder.weight": 0}.get(key)
-        if joint is None or old == new:
-            if value.shape == target.shape:
-                target.copy_(value)
-                taken.append(key)
-            continue
-        first = int(key == "task_embedder.weight")  # its row 0 belongs to no modality
-        parts, pieces = (x.narrow(joint, first, x.shape[joint] - first).chunk(len(names), joint) for x, names in ((value, old), (target, new)))
-        if joint == 1:
-            target.zero_()
-        else:
-            target[:first] = value[:first]
-        for to, at in places:
-            pieces[to].copy_(parts[at])
-        inflated.append(key)
-    if not taken:
-        raise InputError(f"--init {path}: none of its {len(state)} weights fits this model; check --model")
-    left = [k for k in mine if k not in taken + inflated and k != "pos_embed"]
-    return f"--init {path}: {len(taken)} weights taken, {len(inflated)} fitted to the modalities, {len(left)} left new {left[:4]}"
-
-
 @torch.no_grad()
 def update_ema(ema, model, step):
     """EMA with the rate min(0.9999, (1 + n) / (10 + n)): a short run's average is not its initial weights."""
@@ -375,9 +330,9 @@ def main():
     config = {"model": model.config, "meta": meta,
               "train": dict(mix=args.mix, batch_size=args.batch_size, lr=args.lr, seed=args.seed, precision=args.precision,
                             repa_weight=repa_weight, equal_weights=args.equal_weights)}
-    taken = "from scratch"
     if args.init and not (args.run / "latest.pt").exists():
-        taken = initialise(args.init, model, meta)
+        table = fit(model, meta, load_checkpoint(args.init), args.init)
+        print(table) if rank == 0 else None
     model.to(device)
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -387,7 +342,7 @@ def main():
         with whole_file(args.run / "args.json") as file:
             file.write(json.dumps({**vars(args), "world": world, "resumed_at": first}, indent=1, default=str).encode())
         print(f"{args.model} with {', '.join(modalities)}: {sum(p.numel() for p in model.parameters()):,} parameters, "
-              f"{len(cache.rows)} samples, steps {first} to {args.steps}, {world} x {rows} rows in micro-batches of {min(rows, micro)}, {device}, {taken}")
+              f"{len(cache.rows)} samples, steps {first} to {args.steps}, {world} x {rows} rows in micro-batches of {min(rows, micro)}, {device}")
     if args.compile if args.compile is not None else device.type == "cuda":
         for block in model.blocks:
             block.compile(fullgraph=True)

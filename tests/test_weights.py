@@ -1,0 +1,164 @@
+"""Released checkpoints, --init and export."""
+import argparse
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import weights
+from conftest import ROOT
+from distributed import InputError
+from model import build_model, load_checkpoint, load_model
+
+
+def draw(model, std=0.04, seed=0):
+    """Every parameter but the positions from N(0, std): the network's own initialisation would output exactly 0."""
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name != "pos_embed":
+                p.copy_(torch.randn(p.shape, generator=g) * std)
+    return model
+
+
+def ours(path, **options):
+    """A checkpoint of this project with drawn weights."""
+    model = draw(build_model("T/2", **{"num_classes": 12, "latent_size": 16, **options}))
+    meta = dict(vae="sd-mse", vae_sha256=None, scale=weights.SD_SCALE, latent_channels=4, latent_size=[16, 16], resolution=128, palette=None,
+                class_names=[f"c{i}" for i in range(model.num_classes)], depth_space="disparity", seg_mode="instance")
+    torch.save({"ema": model.state_dict(), "step": 7, "config": {"model": model.config, "meta": meta, "train": {}}, "format": "mmgen-1"}, path)
+    return model, meta
+
+
+def official(path, **more):
+    """The same weights as MMGen's code would have saved them, with its argparse.Namespace and optimiser."""
+    ours_too = path.with_suffix(".ours")  # another file: a mapped one must not be written over
+    model, _ = ours(ours_too)
+    out = weights.to_official(load_checkpoint(ours_too), path)
+    torch.save({**out, "args": argparse.Namespace(**out["args"]), "opt": {"state": {}}, **more}, path)
+    return model
+
+
+def inputs(model, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    M, (H, W) = len(model.modalities), model.latent_size
+    return torch.randn(2, M * 4, H, W, generator=g), torch.rand(2, M, generator=g), torch.tensor([1, 12]), torch.rand(2, M, generator=g) < 0.3
+
+
+@torch.inference_mode()
+def same(a, b, **k):
+    return torch.equal(a(*inputs(a, **k))[0], b(*inputs(a, **k))[0])
+
+
+def test_a_released_file_is_recognised_and_runs(tmp_path):
+    model = official(tmp_path / "0600000.pt", steps=600000)
+    loaded = load_model(tmp_path / "0600000.pt")
+    assert same(model, loaded) and loaded.step == 600000 and loaded.meta["vae"] == "sd-mse" and loaded.modalities == weights.MODALITIES
+    raw = torch.load(tmp_path / "0600000.pt", weights_only=False)["ema"]
+    assert torch.equal(raw["lis_final_layer.2.linear.weight"], -model.heads[2].linear.weight) and "taskcond_embedder.embedding_table.weight" in raw
+
+
+def test_export_and_reload_is_the_identity(tmp_path, command):
+    model, _ = ours(tmp_path / "a.pt")
+    command("model", "--ckpt", tmp_path / "a.pt", "--export-official", tmp_path / "b.pt")
+    state = load_checkpoint(tmp_path / "b.pt")
+    assert state["origin"] == "MMGen" and state["ema"].keys() == model.state_dict().keys()
+    assert all(torch.equal(state["ema"][k], v) for k, v in model.state_dict().items()) and state["step"] == 7
+    ours(tmp_path / "c.pt", modalities=("rgb", "depth"))
+    with pytest.raises(InputError, match="MMGen's format takes"):
+        command("model", "--ckpt", tmp_path / "c.pt", "--export-official", tmp_path / "d.pt")
+    assert not (tmp_path / "d.pt").exists()
+
+
+def siblings(kind, model):
+    """The RGB part of our weights in REPA's or SiT's format."""
+    state = {k: v.clone() for k, v in model.state_dict().items() if k.startswith("blocks.") or k in ("pos_embed", "x_embedder.proj.bias", "t_embedder.mlp.0.weight")}
+    state["x_embedder.proj.weight"] = model.x_embedder.proj.weight.detach()[:, :4].clone()
+    state["y_embedder.embedding_table.weight"] = model.y_embedder.weight.detach().clone()
+    state["t_embedder.mlp.2.weight"] = torch.randn(192, 192)
+    head = {k: v.clone() for k, v in model.heads[0].state_dict().items()}
+    if kind == "REPA":
+        state.update({f"final_layer.{k}": -v if k.startswith("linear") else v for k, v in head.items()})
+        state.update({f"projectors.0.{k}": v.clone() for k, v in model.projector.state_dict().items()})
+        return {"ema": state, "model": state, "opt": {}, "args": argparse.Namespace(encoder_depth=4), "steps": 4}
+    for k, v in head.items():  # learned sigma: (p, q, 2C)
+        state[f"final_layer.{k}"] = torch.cat([v.unflatten(0, (4, 4)), torch.randn(4, 4, *v.shape[1:])], 1).flatten(0, 1) if k.startswith("linear") else v
+    return state
+
+
+@pytest.mark.parametrize("kind", ("REPA", "SiT"))
+def test_init_from_rgb_models(kind, tmp_path):
+    source, meta = ours(tmp_path / "a.pt")
+    torch.save(siblings(kind, source), tmp_path / "s.pt")
+    target = build_model("T/2", num_classes=12, latent_size=16)
+    checkpoint = load_checkpoint(tmp_path / "s.pt")
+    table = weights.fit(target, meta, checkpoint, "s.pt")
+    assert checkpoint["origin"] == kind and f"({kind}" in table
+    mine, theirs = target.state_dict(), source.state_dict()
+    for key in ("heads.0.linear.weight", "heads.0.linear.bias", "blocks.3.attn.qkv.weight", "y_embedder.weight") + (("projector.2.weight",) if kind == "REPA" else ()):
+        assert torch.equal(mine[key], theirs[key]), key
+    assert torch.equal(mine["x_embedder.proj.weight"][:, :4], theirs["x_embedder.proj.weight"][:, :4]) and not mine["x_embedder.proj.weight"][:, 4:].any()
+    assert not mine["heads.1.linear.weight"].any() and "heads.1" in table.split("new")[1]
+
+
+def test_init_matches_modalities_by_name(tmp_path):
+    """From (rgb, depth, normal, seg) to (rgb, normal): the normals' head and columns come along, not the depth's."""
+    source, meta = ours(tmp_path / "a.pt")
+    model = build_model("T/2", ["rgb", "normal"], 12, 4, 16)
+    weights.fit(model, meta, load_checkpoint(tmp_path / "a.pt"), "a.pt")
+    mine, theirs = model.state_dict(), source.state_dict()
+    assert torch.equal(mine["heads.1.linear.weight"], theirs["heads.2.linear.weight"])
+    assert torch.equal(mine["x_embedder.proj.weight"][:, 4:], theirs["x_embedder.proj.weight"][:, 8:12])
+    assert torch.equal(mine["task_embedder.weight"], theirs["task_embedder.weight"][[0, 1, 3]])
+    with pytest.raises(InputError, match="scale is"):
+        weights.fit(model, {**meta, "scale": 2.0}, load_checkpoint(tmp_path / "a.pt"), "a.pt")
+
+
+def test_init_with_other_classes_and_resolution(tmp_path):
+    source, meta = ours(tmp_path / "a.pt")
+    model = build_model("T/2", num_classes=3, latent_size=24)
+    table = weights.fit(model, {**meta, "class_names": ["c5", "cat", "c0"], "latent_size": [24, 24]}, load_checkpoint(tmp_path / "a.pt"), "a.pt")
+    y = source.y_embedder.weight
+    assert torch.equal(model.y_embedder.weight, y[[5, 12, 0, 12]])  # an unknown class starts as the null class
+    assert "inflated    2  pos_embed, y_embedder" in table
+    assert model.pos_embed.shape == (1, 144, 192) and (model.pos_embed.amax() - source.pos_embed.amax()).abs() < 0.2
+
+
+def test_a_pickle_in_checkpoint_form_is_refused(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (eval, (f"open({str(tmp_path / 'owned')!r}, 'w')",))
+    for name, content in (("dict.pt", {"ema": {"a": torch.zeros(1)}, "args": Evil(), "steps": 1}), ("ns.pt", {"args": argparse.Namespace(x=Evil())})):
+        torch.save(content, tmp_path / name)
+        with pytest.raises(InputError, match="refused"):
+            load_checkpoint(tmp_path / name)
+    with open(tmp_path / "plain.pt", "wb") as file:
+        pickle.dump(Evil(), file)
+    with pytest.raises(InputError):
+        load_checkpoint(tmp_path / "plain.pt")
+    assert not (tmp_path / "owned").exists()
+
+
+@pytest.mark.parametrize("content, words", (({"ema": {"w": torch.zeros(1)}}, "expected a checkpoint"), ([1], "holds a list"), ({"ema": 3}, "expected a checkpoint")))
+def test_foreign_files_are_named(content, words, tmp_path):
+    torch.save(content, tmp_path / "x.pt")
+    with pytest.raises(InputError, match=words) as error:
+        load_checkpoint(tmp_path / "x.pt")
+    assert "x.pt" in str(error.value)
+
+
+def test_a_hub_name_that_cannot_be_had(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(InputError, match="download 0600000.pt from jiepengwang/MMGen"):
+        load_checkpoint("hf:jiepengwang/MMGen/0600000.pt")
+
+
+def test_loading_maps_the_file_and_reads_the_ema_alone(tmp_path):
+    """Peak memory of loading a file that is mostly optimiser state."""
+    official(tmp_path / "big.pt", opt={"state": {i: torch.zeros(25_000_000) for i in range(6)}})  # 600 MB
+    code = "import resource, model; m = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; " \
+           f"model.load_model({str(tmp_path / 'big.pt')!r}); print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - m)"
+    grown = int(subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout)
+    assert grown * 1024 < 200e6
