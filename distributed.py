@@ -86,7 +86,7 @@ def run(main):
             raise
         message = "another process has ended; its own line says why"
     except KeyboardInterrupt:
-        message = "interrupted; run the same command again to continue"
+        message = "interrupted; the same command continues, or starts again where nothing was kept"
     else:
         if dist.is_initialized():
             dist.destroy_process_group()

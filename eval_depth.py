@@ -1,7 +1,7 @@
 """Stage 5b: dense prediction: depth (Table 3), normals, segmentation, of a checkpoint or of a folder of predictions.
 
     python eval_depth.py --toy 256 --sampler euler --steps 2                # held-out toy scenes, with the VAE's ceiling
-    torchrun --nproc_per_node=8 eval_depth.py --ckpt 0600000.pt --scannet scans --num 5000 --json scannet.json
+    torchrun --nproc_per_node=8 -- eval_depth.py --ckpt 0600000.pt --scannet scans --num 5000 --json scannet.json
     python eval_depth.py --data DIR --depth-space depth                     # <root>/{rgb,depth,normal,seg}/<class>/<name>
     python eval_depth.py --pred samples --gt truth --modality depth         # no model: files matched by stem
 
@@ -34,7 +34,7 @@ from model import MODALITIES, load_model
 from prep_latents import EXTENSIONS, centre_crop, read_picture
 from sample import (Noise, check_sampling_flags, checked_vae, class_of, decode_latents, draw_from, draw_grid, newest_checkpoint, sampling_flags,
                     sampling_recipe)
-from weights import hub_file
+from weights import locate
 
 IGNORE = 255                            # segmentation label that is not scored
 ANGLES = (5, 7.5, 11.25, 22.5, 30)      # degrees whose share is reported
@@ -176,22 +176,26 @@ def instance_scores(prediction, truth):
 def _array(path):
     try:
         array = np.load(path, allow_pickle=False)
+        if array.dtype.kind not in "fiub" or not array.size:
+            raise ValueError(f"{array.dtype} {array.shape}")
         return array.astype(np.float32) if array.dtype.kind != "f" else array
     except Exception as error:  # numpy raises many kinds for a foreign or damaged file
         raise InputError(f"{path}: not a readable .npy array of numbers ({str(error)[:80]}); make it again")
 
 
 def read_depth(path):
-    """.npy floats (H, W), or a 16-bit picture in millimetres -> float (H, W), 0 where unknown."""
+    """.npy floats (H, W), or a 16-bit picture in millimetres, 0 = unknown -> float (H, W), NaN where unknown."""
     if path.suffix == ".npy":
         depth = _array(path)
         if depth.ndim != 2:
             raise InputError(f"{path}: shape {depth.shape}; depth needs (H, W)")
         return depth
-    image = read_picture(path)
-    if image.mode != "F":
-        raise InputError(f"{path}: 8 bits a channel carry no unit; give depth as .npy or as 16-bit PNG in millimetres")
-    return np.round(np.asarray(image, np.float64) * 65535) / 1000
+    image = read_picture(path)  # [0, 1]
+    with Image.open(path) as raw:
+        if not raw.mode.startswith("I"):
+            raise InputError(f"{path}: pictures of mode {raw.mode} carry no unit; give depth as .npy or as 16-bit PNG in millimetres")
+    depth = np.round(np.asarray(image, np.float64) * 65535) / 1000
+    return np.where(depth > 0, depth, np.nan)
 
 
 def read_normal(path):
@@ -210,11 +214,11 @@ def read_normal(path):
 
 
 def read_seg(path):
-    """Labels uint8 (H, W) of a grey or palette picture, colours uint8 (H, W, 3) of any other."""
+    """Labels (H, W) of a grey or palette picture of 8 or 16 bits, colours uint8 (H, W, 3) of any other."""
     image = read_picture(path)  # says what is wrong with the file, if anything
     with Image.open(path) as raw:
-        if raw.mode in ("L", "P", "1"):
-            return np.asarray(raw).astype(np.uint8)
+        if raw.mode in ("L", "P", "1") or raw.mode.startswith("I"):
+            return np.asarray(raw).astype(np.int64)
     return np.asarray(image.convert("RGB"))
 
 
@@ -223,9 +227,13 @@ READERS = {"depth": read_depth, "normal": read_normal, "seg": read_seg}
 
 def stems(base, modality):
     """Files of a modality below a folder -> {stem, with _ for /: path}; of a picture and an array the array counts."""
-    base = base / modality if (base / modality).is_dir() else base
-    files = {p.relative_to(base).with_suffix("").as_posix().replace("/", "_"): p
-             for p in sorted(base.rglob("*"), key=lambda p: (p.suffix == ".npy", p)) if p.suffix.lower() in EXTENSIONS and p.is_file()}
+    base, files = base / modality if (base / modality).is_dir() else base, {}
+    for path in sorted(base.rglob("*"), key=lambda p: (p.suffix == ".npy", p)):
+        if path.suffix.lower() in EXTENSIONS and path.is_file():
+            stem = path.relative_to(base).with_suffix("").as_posix().replace("/", "_")
+            if stem in files and (path.suffix != ".npy" or files[stem].suffix == ".npy"):
+                raise InputError(f"{path}: the stem {stem} is there twice ({files[stem]}); keep one")
+            files[stem] = path
     if not files:
         raise InputError(f"{base}: no pictures or arrays of {modality} in this folder")
     return files
@@ -251,9 +259,10 @@ def square(array):
 
 def square_frame(name, rgb, class_id, truth):
     """A Frame of one picture and its truth: the RGB at the truth's size, both cut to the centre square."""
-    height, width = next(iter(truth.values())).shape[:2]
-    if abs(rgb.width / rgb.height / (width / height) - 1) > 0.02:
-        raise InputError(f"{name}: the RGB is {rgb.width}x{rgb.height}, its truth {width}x{height}; they must show the same view")
+    for m, array in truth.items():
+        height, width = array.shape[:2]
+        if abs(rgb.width / rgb.height / (width / height) - 1) > 0.02:
+            raise InputError(f"{name}: the RGB is {rgb.width}x{rgb.height}, its {m} {width}x{height}; they must show the same view")
     if rgb.size != (width, height):
         rgb = rgb.resize((width, height), Image.Resampling.BICUBIC)
     return Frame(name, Image.fromarray(square(np.asarray(rgb))), class_id, {m: square(a) for m, a in truth.items()}, None)
@@ -276,7 +285,7 @@ class Toy:
 class ScanNet:
     """Frames as ScanNet exports them: <scene>/{color,colour}/<k>.jpg and <scene>/depth/<k>.png in millimetres.
 
-    --list names the frames ("rgb depth" in each line, Marigold's format), else --num of them are drawn with --seed.
+    --list names the frames (an RGB and a depth file in each line, Marigold's format); --num of them are drawn with --seed.
     """
 
     modalities, palette, seg_mode = ("depth",), None, "instance"
@@ -284,27 +293,40 @@ class ScanNet:
     def __init__(self, args):
         if args.list:
             try:
-                lines = [line.split() for line in args.list.read_text().splitlines() if line.strip()]
+                lines = [line.split("\t" if "\t" in line else None) for line in args.list.read_text().splitlines() if line.strip()]
             except (OSError, UnicodeDecodeError) as error:
                 raise InputError(f"--list {args.list}: not readable ({error})")
             if not lines or any(len(line) < 2 for line in lines):
                 raise InputError(f"--list {args.list}: each line names an RGB file and a depth file below {args.scannet}")
-            pairs = [(line[0], line[1]) for line in lines]
+            pairs = [tuple(self._listed(args, file) for file in line[:2]) for line in lines]
         else:
-            pairs = []
-            for depth in sorted(args.scannet.rglob("depth/*.png")):
-                rgb = [p for folder in ("color", "colour") for p in sorted((depth.parent.parent / folder).glob(f"{depth.stem}.*")) if p.suffix.lower() in EXTENSIONS]
-                pairs += [(rgb[0].relative_to(args.scannet).as_posix(), depth.relative_to(args.scannet).as_posix())] if rgb else []
+            below = lambda path: path.relative_to(args.scannet).as_posix()
+            colours = {(p.parent.parent, p.stem): p for folder in ("color", "colour") for p in args.scannet.rglob(f"{folder}/*") if p.suffix.lower() in EXTENSIONS}
+            depths = sorted(args.scannet.rglob("depth/*.png"))
+            pairs = [(below(colours[key]), below(p)) for p in depths if (key := (p.parent.parent, p.stem)) in colours]
             if not pairs:
                 raise InputError(f"--scannet {args.scannet}: no frames; the layout is <scene>/color/<k>.jpg beside <scene>/depth/<k>.png")
-            if args.num and args.num < len(pairs):
-                pairs = sorted(random.Random(args.seed).sample(pairs, args.num))
+            if len(pairs) < len(depths):
+                print(f"{args.scannet}: {len(depths) - len(pairs)} of {len(depths)} depth frames have no picture in color/ and are not used")
+        count = args.num or (len(pairs) if args.list else 5000)
+        if count < len(pairs):
+            pairs = sorted(random.Random(args.seed).sample(pairs, count))
         self.root, self.pairs, self.names = args.scannet, pairs, [rgb for rgb, _ in pairs]
-        text = "".join(f"{rgb} {depth}\n" for rgb, depth in pairs)
+        text = "".join(f"{rgb}\t{depth}\n" for rgb, depth in pairs)
         if not dist.is_initialized() or dist.get_rank() == 0:
             with whole_file(args.out / "frames.txt") as file:
                 file.write(text.encode())
         self.recipe = dict(source="scannet", frames_sha256=hashlib.sha256(text.encode()).hexdigest(), list=args.list and args.list.name)
+
+    @staticmethod
+    def _listed(args, file):
+        """A listed file; Marigold's lists write 000300.jpg where ScanNet's exporter writes 300.jpg."""
+        path = pathlib.PurePosixPath(file)
+        plain = path.with_name(f"{int(path.stem)}{path.suffix}") if path.stem.isdigit() else path
+        for found in (path, plain):
+            if (args.scannet / found).is_file():
+                return found.as_posix()
+        raise InputError(f"--list {args.list}: {args.scannet / file}: no such file; export this frame or leave its line out")
 
     def frame(self, i):
         rgb, depth = self.pairs[i]
@@ -331,7 +353,7 @@ class Tree:
         rgb = self.files["rgb"][name]
         truth = {m: READERS[m](self.files[m][name]) for m in self.modalities}
         if "depth" in truth and self.space == "disparity":
-            truth["depth"] = np.where(truth["depth"] > 0, 1 / np.where(truth["depth"] > 0, truth["depth"], 1), 0)
+            truth["depth"] = 1 / np.where(truth["depth"] > 0, truth["depth"], np.nan)
         return square_frame(name, read_picture(rgb).convert("RGB"), class_of(rgb, self.meta), truth)
 
 
@@ -352,6 +374,9 @@ class Pairs:
         for m in self.modalities:
             same_stems(self.gt[m], {f"{args.pred} ({m})": self.pred[m]})
         same_stems(self.gt[self.modalities[0]], {m: self.gt[m] for m in self.modalities[1:]})
+        picture = next((p for p in self.pred.get("depth", {}).values() if p.suffix != ".npy"), None)
+        if picture and args.alignment == "disparity":
+            raise InputError(f"{picture}: a picture in millimetres holds depth, not disparity; add --alignment depth")
         self.names = sorted(self.gt[self.modalities[0]])
         self.recipe = dict(source="predictions", pred=args.pred.name, gt=args.gt.name)
 
@@ -427,7 +452,7 @@ class Predictor:
 
     def __init__(self, args, device):
         self.args, self.device = args, device
-        self.checkpoint = pathlib.Path(hub_file(args.ckpt or newest_checkpoint())).resolve()
+        self.checkpoint = locate(args.ckpt or newest_checkpoint()).resolve()
         self.model = load_model(self.checkpoint, device=device)
         self.vae = checked_vae(args.vae, self.model.meta)
         self.vae = self.vae.to(device) if self.vae else None
@@ -493,7 +518,12 @@ class Tally:
         self.confusion = np.zeros((256, 256), np.int64)
 
     def labels(self, image, name):
+        """Labels of a picture of labels or colours; InputError for labels that the palette does not have."""
         if image.ndim == 2:
+            top = len(self.palette) if self.palette is not None else IGNORE
+            if ((image >= top) & (image != IGNORE)).any() or image.min() < 0:
+                raise InputError(f"{name}: label {int(image[image != IGNORE].max(initial=0))}, labels go from 0 to {top - 1} ({IGNORE} is not scored); "
+                                 + ("bring the palette of all classes" if self.palette is not None else "use --seg-mode instance"))
             return image.astype(np.int64)
         if self.palette is None:
             raise InputError(f"{name}: a picture of colours without --palette FILE (JSON list of colours, or the meta.json of sample.py); "
@@ -506,7 +536,7 @@ class Tally:
             depth, (low, high) = frame.truth["depth"], self.args.depth_range
             valid = np.isfinite(depth) & (depth > low) & (depth < high)
             if not np.isfinite(maps["depth"][valid]).all():
-                raise InputError(f"{frame.name}: the predicted depth is not finite at {int((~np.isfinite(maps['depth'][valid])).sum())} scored pixels; mend the prediction")
+                raise InputError(f"{frame.name}: the predicted depth is unknown or not finite at {int((~np.isfinite(maps['depth'][valid])).sum())} scored pixels; mend the prediction")
             if valid.any():
                 row |= depth_scores(np.clip(align(maps["depth"], depth, valid, self.args.alignment), low, high), depth, valid)
             else:
@@ -520,9 +550,12 @@ class Tally:
         if "seg" in maps and self.args.seg_mode == "semantic":
             p, g = (self.labels(x["seg"], frame.name) for x in (maps, frame.truth))
             scored = g != IGNORE
+            if (p[scored] == IGNORE).any():
+                raise InputError(f"{frame.name}: the prediction has the label {IGNORE} at {int((p[scored] == IGNORE).sum())} scored pixels; label every pixel")
             one = np.bincount(g[scored] * 256 + p[scored], minlength=65536).reshape(256, 256)
             self.confusion += one
-            row |= semantic_scores(one, self.args.eps)
+            K = len(self.palette) if self.palette is not None else 256
+            row |= semantic_scores(one[:K, :K], self.args.eps)
         elif "seg" in maps:
             row |= instance_scores(segments(maps["seg"]), segments(frame.truth["seg"]))
         self.rows[i] = row
@@ -626,7 +659,7 @@ def arguments():
     what.add_argument("--pred", type=pathlib.Path, metavar="DIR", help="predictions, with --gt; no model runs")
     parser.add_argument("--gt", type=pathlib.Path, metavar="DIR")
     parser.add_argument("--list", type=pathlib.Path, metavar="FILE", help="--scannet: the frames, a line each: rgb depth")
-    parser.add_argument("--num", type=int, help="--scannet: frames to draw with --seed (5000)")
+    parser.add_argument("--num", type=int, help="--scannet: frames to draw with --seed; default 5000, with --list all")
     parser.add_argument("--modality", nargs="+", choices=list(READERS), help="default: all that are there")
     parser.add_argument("--alignment", choices=("disparity", "depth"), default="disparity", help="the space in which scale and shift are fitted")
     parser.add_argument("--depth-range", type=float, nargs=2, default=(1e-3, 10.0), metavar=("MIN", "MAX"), help="depths that are scored")
@@ -648,7 +681,6 @@ def arguments():
         raise InputError(f"--ensemble {args.ensemble} --toy {args.toy} --depth-range {args.depth_range}: counts from 1, 0 <= MIN < MAX")
     if (args.list or args.num) and not args.scannet:
         raise InputError("--list and --num belong to --scannet")
-    args.num = args.num or 5000
     return args
 
 
@@ -732,6 +764,8 @@ def main():
                   axes=args.axes, seg_mode=args.seg_mode, cityscapes_eps=args.eps, torch=torch.__version__, device=device.type)
     if predictor:
         recipe |= dict(ensemble=args.ensemble, **sampling_recipe(args, predictor.checkpoint, predictor.model))
+    if not results["value"]:
+        raise InputError(f"none of the {total} frames has a valid truth in {', '.join(wanted)}" + (f" (depth between {args.depth_range[0]} and {args.depth_range[1]})" if "depth" in wanted else ""))
     result = {**results.pop("value"), **results}
     if baseline:
         result["gap"] = {k: (result[k] - result["ceiling"][k]) / (result["mean_map"][k] - result["ceiling"][k])

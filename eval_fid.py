@@ -1,7 +1,7 @@
 """Stage 5a: FID, sFID, IS, precision and recall as ADM's evaluator computes them (Tables 1, 2 and 4).
 
     python eval_fid.py samples/samples.npz VIRTUAL_imagenet256_labeled.npz --json fid.json
-    torchrun --nproc_per_node=8 eval_fid.py samples/rgb val --crop 256 --metrics fid sfid   # folders of pictures
+    torchrun --nproc_per_node=8 eval_fid.py samples val --crop 256 --metrics fid sfid   # folders of pictures
     python eval_fid.py val --crop 256 --save-stats val256.npz                               # a reference of one's own
     python eval_fid.py restored truth --lpips --vgg vgg16.pth --lpips-heads vgg.pth         # paired pictures
 
@@ -11,6 +11,7 @@ for the 8 KB a picture that precision, recall and KID keep.
 """
 import argparse
 import concurrent.futures
+import hashlib
 import json
 import pathlib
 import threading
@@ -262,6 +263,10 @@ class Pictures:
     def __init__(self, path, crop=None):
         self.path, self.crop, self.file = pathlib.Path(path), crop, None
         if self.path.is_dir():
+            if (self.path / "rgb").is_dir():  # what sample.py wrote
+                self.path = self.path / "rgb"
+            if (meta := sampling(self.path)) and meta.get("complete") is False:
+                raise InputError(f"{path}: the set is not complete; finish it with the same sample.py command")
             self.files = [p for p in sorted(self.path.rglob("*")) if p.suffix.lower() in EXTENSIONS and p.suffix != ".npy" and p.is_file()]
             if not self.files:
                 raise InputError(f"{path}: no pictures in this folder")
@@ -281,7 +286,9 @@ class Pictures:
     def read(self, rows):
         """A range of indices -> list of uint8 (H, W, 3)."""
         if self.file is None:
-            pictures = [read_picture(self.files[i]).convert("RGB") for i in rows]
+            pictures = [read_picture(self.files[i]) for i in rows]
+            pictures = [Image.fromarray((np.asarray(p) * 255).round().astype(np.uint8)) if p.mode == "F" else p for p in pictures]  # 16 bits
+            pictures = [p.convert("RGB") for p in pictures]
         else:
             length = int(np.prod(self.shape[1:]))
             with self.lock:
@@ -316,10 +323,14 @@ def read_statistics(path):
         raise InputError(f"{path}: holds {', '.join(found) or 'nothing'}; expected arr_0, or mu and sigma")
     for mean, covariance in known:
         mu, sigma = found[mean], found[covariance]
+        if mu.dtype.kind != "f" or sigma.dtype.kind != "f":
+            raise InputError(f"{path}: {mean} and {covariance} are {mu.dtype} and {sigma.dtype}, expected floats; make the file again")
         if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
             raise InputError(f"{path}: {mean} has shape {mu.shape} and {covariance} {sigma.shape}; they do not belong together")
         if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
             raise InputError(f"{path}: {mean} or {covariance} holds values that are not finite; make the file again")
+        if (sigma.diagonal() < 0).any():
+            raise InputError(f"{path}: {covariance} has negative variances; make the file again")
     return found
 
 
@@ -337,7 +348,8 @@ def same_network(path, found, identity):
         if key == "preprocess" and stored is None and "mu" in found:  # ADM's files carry mu_s, pytorch-fid's do not
             stored = "adm" if "mu_s" in found else "pytorch_fid"
         if stored is not None and value is not None and stored != str(value):
-            raise InputError(f"{path}: its statistics have {key} = {stored[:20]}, this run has {str(value)[:20]}; the two never mix")
+            remedy = f"pass --preprocess {stored}" if key == "preprocess" else "use the weights that made them"
+            raise InputError(f"{path}: its statistics have {key} = {stored[:20]}, this run has {str(value)[:20]}; the two never mix: {remedy} or make them again")
 
 
 @torch.inference_mode()
@@ -424,8 +436,10 @@ def precision_recall(samples, reference, k=NEIGHBOUR, elements=2 ** 26):
     """Improved precision and recall (Kynkaanniemi et al. 2019) of features (N, D) and (R, D), float32 -> precision, recall.
 
     A manifold is the union of the balls that reach each point's k-th neighbour, itself not counted; <= is inside.
-    Distances are squared and computed for `elements` pairs at a time.
+    Distances are squared and computed for `elements` pairs at a time; about the mean, where fp32 loses the least.
     """
+    centre = reference.mean(0)
+    samples, reference = samples - centre, reference - centre
     norms = [x.square().sum(1) for x in (samples, reference)]
 
     def radii(x, norm):
@@ -505,10 +519,11 @@ def paired_lpips(args, rank, world, device):
         odd = sorted(set(a.names) ^ set(b.names))
         raise InputError(f"{a.path} and {b.path}: {len(a)} and {len(b)} pictures, {odd[0] if odd else ''} only in one; LPIPS compares pictures of equal names")
     model, total = Lpips(args.vgg, args.lpips_heads).to(device), torch.zeros(1, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
+    place = {name: i for i, name in enumerate(b.names)}
     for i in tqdm(range(rank, len(a), world), desc="lpips", disable=rank > 0):
-        pair = [p.read(range(i, i + 1))[0] for p in (a, b)]
-        if pair[0].shape != pair[1].shape:
-            raise InputError(f"{a.path} and {b.path}: {a.names[i]} has shapes {pair[0].shape} and {pair[1].shape}; make them equal")
+        pair = [p.read(range(k, k + 1))[0] for p, k in ((a, i), (b, place[a.names[i]]))]
+        if pair[0].shape != pair[1].shape or min(pair[0].shape[:2]) < 16:
+            raise InputError(f"{a.path} and {b.path}: {a.names[i]} has shapes {pair[0].shape} and {pair[1].shape}; they must be equal and at least 16x16")
         total += model(*(next(_batches([p], device)) / 127.5 - 1 for p in pair)).sum()
     return dict(lpips=float(all_reduce(total)) / len(a),
                 recipe=dict(samples=describe(args.samples, len(a)), reference=describe(args.reference, len(b)), lpips="v0.1 vgg",
@@ -523,24 +538,29 @@ def open_pictures(path, crop):
         read_statistics(path)  # says what is wrong with the file, if anything
         try:
             return Pictures(path, crop)
-        except (KeyError, ValueError) as error:
+        except (KeyError, ValueError, OSError, zipfile.BadZipFile, zlib.error) as error:
             raise InputError(f"{path}: no readable pictures (arr_0) in it ({error})")
     return Pictures(path, crop)
 
 
-def describe(path, count):
-    """What a recipe says of one set of pictures: name, number, hash, and how sample.py made it, if it did."""
-    path = pathlib.Path(path)
-    out = dict(name=path.name, count=count, sha256=sha256(path) if path.is_file() else None)
+def sampling(path):
+    """meta.json of sample.py in or beside a folder or file of samples; None where there is none."""
     for meta in (path / "meta.json", path.parent / "meta.json"):
-        if meta.is_file():
-            try:
-                recipe = json.loads(meta.read_text())
-                out["sampling"] = {k: v for k, v in recipe.items() if k not in ("samples", "outputs", "palette")}
-                break
-            except (ValueError, AttributeError):
-                pass  # somebody else's file of that name
-    return out
+        try:
+            recipe = json.loads(meta.read_text())
+            return recipe if "checkpoint_sha256" in recipe else None
+        except (OSError, ValueError, TypeError):
+            pass  # none, or somebody else's file of that name
+    return None
+
+
+def describe(path, count):
+    """What a recipe says of one set of pictures: name, number, hash (of a folder's names and sizes), how sample.py made it."""
+    path = pathlib.Path(path)
+    listing = "".join(f"{p.relative_to(path)} {p.stat().st_size}\n" for p in sorted(path.rglob("*")) if p.is_file())
+    out = dict(name=path.name, count=count, sha256=sha256(path) if path.is_file() else hashlib.sha256(listing.encode()).hexdigest())
+    recipe = sampling(path)
+    return {**out, "sampling": {k: v for k, v in recipe.items() if k not in ("samples", "outputs", "palette")}} if recipe else out
 
 
 def study(path, name, network, wanted, args, rank, world, device):
@@ -556,7 +576,7 @@ def study(path, name, network, wanted, args, rank, world, device):
         pictures = Pictures(path, args.crop)
     except KeyError:  # statistics alone
         pass
-    except (ValueError, OSError, zipfile.BadZipFile) as error:
+    except (ValueError, OSError, zipfile.BadZipFile, zlib.error) as error:
         raise InputError(f"{path}: no readable pictures ({error})")
     if pictures is not None and (features or scored or not stored):
         side = extract(path, pictures, network, features and name == "inception", args.batch_size, rank, world, device)
@@ -598,7 +618,8 @@ def compare(samples, reference, wanted, rank_deficient):
 
 def save_statistics(path, sides, networks):
     """The moments of one set through its networks, under ADM's names, with what made them."""
-    arrays = {"count": np.array([s.count for s in sides.values()][0])}
+    count = next(iter(sides.values())).count
+    arrays = {"count": np.array(count)} if count is not None else {}
     for name, side in sides.items():
         arrays.update({k: np.array(v) for k, v in networks[name].id.items() if v is not None})
         for output, moments in side.moments.items():
@@ -673,6 +694,8 @@ def distances(args, rank, world, device):
         return None
     for line in deficient:
         print(f"WARNING: rank-deficient covariance: {line}; the distance depends on this number, compare equal numbers only")
+    if not any(value is not None for value in result.values()):
+        raise InputError(f"{args.samples} and {args.reference}: neither pictures nor statistics in common for {', '.join(args.metrics)}; give pictures")
     for metric in [k for k, v in result.items() if v is None]:
         print(f"{metric}: left out, one side is statistics alone; give its pictures")
     first = next(iter(sides))

@@ -19,7 +19,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from distributed import InputError, run, whole_file
-from weights import hub_file, to_official, translate
+from weights import locate, to_official, translate
 
 
 # ------------------------------------------------------------------------------------------------
@@ -333,10 +333,10 @@ def build_model(name, modalities=("rgb", "depth", "normal", "seg"), num_classes=
 def load_checkpoint(path):
     """A checkpoint, memory-mapped: {model, ema, opt, step, config, format}; released weights without model and opt.
 
-    path: a file of this project, of MMGen, REPA or SiT, or hf:owner/repository/file.
+    path: a file of this project, of MMGen, REPA or SiT, a run folder, or hf:owner/repository/file.
     Raises InputError when the file is missing, cut short, holds pickled objects, or is something else.
     """
-    path = pathlib.Path(hub_file(path))
+    path = locate(path)
     if not path.is_file():
         raise InputError(f"{path}: no such checkpoint; train one with train.py or leave out --ckpt for the bundled demo")
     try:

@@ -71,7 +71,7 @@ def read_picture(path):
         raise InputError(f"{path}: over {MAX_PIXELS / 1e6:.0f} megapixels; make it smaller")
     except (OSError, SyntaxError, ValueError, EOFError) as error:
         size = pathlib.Path(path).stat().st_size
-        raise InputError(f"{path}: not a readable picture ({size} bytes: {error}); replace it or leave it out with --skip-broken")
+        raise InputError(f"{path}: not a readable picture ({size} bytes: {error}); replace or remove it")
 
 
 def centre_crop(image, size):
@@ -269,7 +269,7 @@ def load_block(rows, source, skip_broken):
             loaded.append(source.load(i))
         except InputError as error:
             if not skip_broken:
-                raise
+                raise InputError(f"{error}; --skip-broken leaves such files out")
             broken[i] = str(error)
             loaded.append(({m: np.zeros((3, source.size, source.size), np.float32) for m in source.modalities}, None))
     return loaded, broken

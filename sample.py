@@ -26,7 +26,7 @@ from distributed import InputError, barrier, run, setup, whole_file
 from model import MODALITIES, load_model
 from prep_latents import EXTENSIONS, centre_crop, read_modality
 from vae import load_vae, sha256
-from weights import hub_file
+from weights import locate
 
 DEMO = pathlib.Path(__file__).parent / "demo"
 GIVEN_TIME = 0.995  # the condition is held this close to clean (noise level 0.005)
@@ -277,10 +277,10 @@ def find_files(location, modality):
         base = location / modality if (location / modality).is_dir() else location
         files = [p for p in sorted(base.rglob("*")) if p.suffix.lower() in EXTENSIONS and p.is_file()]
         if not files:
-            raise InputError(f"--image {base}: no pictures in this folder")
+            raise InputError(f"{base}: no pictures in this folder")
         return base, files
     if not location.is_file():
-        raise InputError(f"--image {location}: no such file or folder")
+        raise InputError(f"{location}: no such file or folder")
     return location.parent, [location]
 
 
@@ -358,8 +358,8 @@ def truth_files(item, modalities):
 class Writer:
     """Writes an item's maps; keeps what the grid shows."""
 
-    def __init__(self, out, modalities, fit):
-        self.out, self.modalities, self.fit = out, modalities, fit
+    def __init__(self, out, modalities, fit, truncate):
+        self.out, self.modalities, self.fit, self.truncate = out, modalities, fit, truncate
 
     def files(self, item, prefix=""):
         """The outputs of an item: {modality: its paths}."""
@@ -375,6 +375,8 @@ class Writer:
             if self.fit == "full" and item.size:
                 mode = dict(mode="nearest") if row.file == "flat" else dict(mode="bilinear", align_corners=False)
                 p = F.interpolate(torch.from_numpy(p)[None], item.size[::-1], **mode)[0].numpy()
+            if self.truncate and row.file == "colour":
+                p = np.floor((p + 1) * 127.5) / 127.5 - 1
             array = row.from_pixels(p)
             with whole_file(paths[0]) as file:
                 Image.fromarray(row.picture(array)).save(file, "png")
@@ -445,6 +447,7 @@ def arguments():
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("samples"))
     parser.add_argument("--outputs", nargs="+", choices=list(MODALITIES), help="modalities to write; default all")
     parser.add_argument("--npz", action="store_true", help="also OUT/samples.npz, the RGB as ADM's arr_0")
+    parser.add_argument("--truncate", action="store_true", help="cut floats to 8 bits as REPA does, in the place of rounding")
     parser.add_argument("--fit", choices=("crop", "full"), default="crop", help="full: the whole picture, maps at its size")
     args = parser.parse_args()
     if args.npz and args.fit == "full":
@@ -522,22 +525,31 @@ def sampling_recipe(args, checkpoint, model):
 
 
 def take_up(out, recipe, items, files):
-    """Prepare OUT -> the items still to be sampled: all, or the rest where the same command was interrupted.
+    """Prepare OUT -> the items still to be sampled: those without outputs newer than their inputs, if OUT is of this recipe.
 
-    files(item) are an item's outputs. Files of another recipe that this run would replace are removed at once, so that
-    no later continuation takes them for its own.
+    files(item) are an item's outputs. Samples of another recipe are removed at once, so that neither a later
+    continuation nor an evaluation takes them for this one's.
     """
     try:
         old = json.loads((out / "meta.json").read_text())
     except (OSError, ValueError):
         old = None
-    if isinstance(old, dict) and old.get("complete") is False and {k: v for k, v in old.items() if k != "complete"} == json.loads(json.dumps(recipe)):
-        return [item for item in items if not all(path.is_file() for path in files(item))]
+    if not isinstance(old, dict) or "complete" not in old:
+        old = {}
+    there = lambda item, path: path.is_file() and all(given.stat().st_mtime <= path.stat().st_mtime for given in item.files.values())
+    if {k: v for k, v in old.items() if k != "complete"} == json.loads(json.dumps(recipe)):
+        left = [item for item in items if not all(there(item, path) for path in files(item))]
+        if len(left) < len(items):
+            print(f"{out}: {len(items) - len(left)} of {len(items)} samples are there; remove {out} to draw them again")
+        return left
+    if old:
+        print(f"{out}: replaces {len(old.get('samples', ()))} samples of another recipe")
+    for sample in old.get("samples", ()):
+        for m in (*MODALITIES, *(f"{m}_to_rgb" for m in MODALITIES)):
+            for end in (".png", ".npy"):
+                (out / m / f"{sample['stem']}{end}").unlink(missing_ok=True)
     for name in ("meta.json", "grid.png", "samples.npz"):
         (out / name).unlink(missing_ok=True)
-    for item in items:
-        for path in files(item):
-            path.unlink(missing_ok=True)
     with whole_file(out / "meta.json") as file:
         file.write(json.dumps({**recipe, "complete": False}, indent=1).encode())
     return items
@@ -555,7 +567,7 @@ def write_npz(out, items):
 def main():
     args = arguments()
     rank, world, device = setup()
-    checkpoint = pathlib.Path(hub_file(args.ckpt or newest_checkpoint())).resolve()  # latest.pt may move on meanwhile
+    checkpoint = locate(args.ckpt or newest_checkpoint()).resolve()  # latest.pt may move on meanwhile
     model = load_model(checkpoint, device=device)
     meta, vae = model.meta, checked_vae(args.vae, model.meta)
     vae = vae.to(device) if vae else None
@@ -566,10 +578,10 @@ def main():
         if args.cfg != 1.0 and any(item.label == meta["num_classes"] for item in items):
             print(f"warning: --cfg {args.cfg} has no effect on pictures without a class; give --class-id")
     outputs = [m for m in model.modalities if m in (args.outputs or model.modalities)]
-    writer = Writer(args.out, outputs, args.fit)
+    writer = Writer(args.out, outputs, args.fit, args.truncate)
     prefixes = ("", *(f"{m}_to_" for m in model.modalities[1:])) if args.task == "translate" else ("",)
     files = lambda item: [path for prefix in prefixes for m, paths in writer.files(item, prefix).items() if not prefix or m == "rgb" for path in paths]
-    recipe = dict(task=args.task, given=given, **sampling_recipe(args, checkpoint, model), fit=args.fit,
+    recipe = dict(task=args.task, given=given, **sampling_recipe(args, checkpoint, model), fit=args.fit, truncate=args.truncate,
                   outputs={m: MODALITIES[m].meaning for m in outputs}, palette=meta["palette"],
                   samples=[dict(stem=item.stem, class_id=item.label, given={m: str(p) for m, p in item.files.items()}) for item in items])
     left = take_up(args.out, recipe, items, files) if rank == 0 else None
@@ -577,8 +589,6 @@ def main():
         box = [left and [item.index for item in left]]
         torch.distributed.broadcast_object_list(box)
         left = [items[i] for i in box[0] or ()]
-    if rank == 0 and len(left) < len(items):
-        print(f"{args.out}: {len(items) - len(left)} of {len(items)} samples are there, going on")
     size = 1 if args.fit == "full" and given else args.batch_size  # pictures of different shapes do not stack
     batches = [left[i:i + size] for i in range(0, len(left), size)]
     for batch in tqdm(batches[rank::world], desc=args.task, disable=rank > 0):

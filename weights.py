@@ -5,6 +5,7 @@ negative of ours: the last layer of each head is negated. The network embeds the
 has our sign; of its learned-sigma heads the first half is the velocity.
 """
 import argparse
+import pathlib
 import re
 
 import torch
@@ -19,17 +20,18 @@ RENAMED = ((r"y_embedder\.embedding_table\.", "y_embedder."), (r"taskcond_embedd
            (r"lis_final_layer\.", "heads."), (r"final_layer\.", "heads.0."), (r"projectors\.0\.", "projector."))
 
 
-def hub_file(path):
-    """hf:owner/repository/file -> a local copy from the Hugging Face hub; any other path as it is.
+def locate(path):
+    """A checkpoint's file: of hf:owner/repository/file a local copy from the hub, of a run folder its latest.pt -> Path.
 
     Raises InputError when it cannot be had.
     """
     if not str(path).startswith("hf:"):
-        return path
+        path = pathlib.Path(path)
+        return path / "latest.pt" if path.is_dir() else path
     from huggingface_hub import hf_hub_download
     owner, name, *file = str(path)[3:].split("/")
     try:
-        return hf_hub_download(f"{owner}/{name}", "/".join(file))
+        return pathlib.Path(hf_hub_download(f"{owner}/{name}", "/".join(file)))
     except Exception as error:  # network, missing file, no permission: the hub raises many kinds
         raise InputError(f"{path}: not to be had from the hub ({type(error).__name__}); download {'/'.join(file)} from {owner}/{name} and give its path")
 

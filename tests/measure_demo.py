@@ -35,7 +35,7 @@ def hue_of(image, mask):
     """The nearest hue family (index into HUES) of the median colour under the mask."""
     import colorsys
     hue = colorsys.rgb_to_hsv(*np.median(image[mask], 0) / 255)[0]
-    distance = [min(abs((hue - sum(span) / 2 + 0.5) % 1 - 0.5), 1) for span in toy_scenes.HUES.values()]
+    distance = [abs((hue - sum(span) / 2 + 0.5) % 1 - 0.5) for span in toy_scenes.HUES.values()]
     return int(np.argmin(distance))
 
 

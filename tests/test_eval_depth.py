@@ -63,8 +63,6 @@ def test_normals_rotated_by_ten_degrees():
 
 
 def test_pooled_median_is_that_of_all_pixels(tmp_path):
-    class Args:
-        seg_mode, alignment, depth_range, eps = "semantic", "disparity", (1e-3, 10), None
     tally, every = eval_depth.Tally(Args, None), []
     for i in range(3):
         truth, guess = (RNG.standard_normal((20, 20 + i, 3)) for _ in range(2))
@@ -128,6 +126,52 @@ def test_ari_and_confusion_equal_scikit_learn():
     assert ours == pytest.approx(theirs, abs=1e-12) and eval_depth.semantic_scores(confusion)["miou"] == pytest.approx(iou, abs=1e-12)
 
 
+class Args:
+    """The flags that a Tally reads."""
+
+    seg_mode, alignment, depth_range, eps = "semantic", "depth", (1e-3, 10.0), None
+
+
+def tallied(args, palette=None, **maps):
+    """Scores of one frame: modality = (prediction, truth)."""
+    tally = eval_depth.Tally(args, palette)
+    tally.add(0, eval_depth.Frame("f", None, None, {m: truth for m, (_, truth) in maps.items()}, None), {m: prediction for m, (prediction, _) in maps.items()})
+    return tally.result()
+
+
+def test_depths_are_clipped_after_the_fit():
+    truth = np.array([[1.0, 2.0, 3.0, 4.0, 9.9]])
+    guess = np.array([[1.0, 2.0, 3.0, 4.0, 30.0]])
+    valid = truth > 0
+    want = eval_depth.depth_scores(np.minimum(np.maximum(eval_depth.align(guess, truth, valid, "depth"), 1e-3), 10), truth, valid)
+    assert tallied(Args, depth=(guess, truth))["abs_rel"] == pytest.approx(want["abs_rel"])
+    below = np.array([[1.0, 2.0, 3.0, -50.0, 0.2]])  # the fit leaves the range
+    truth = np.array([[0.01, 5.0, 9.9, 0.01, 0.5]])
+    fit = eval_depth.align(below, truth, truth > 0, "depth")
+    assert fit.min() < 0 and tallied(Args, depth=(below, truth))["rmse"] == pytest.approx(np.sqrt(np.mean((np.clip(fit, 1e-3, 10) - truth) ** 2)))
+
+
+def test_ignored_and_unknown_labels():
+    truth = np.array([[0, 1, 255, 255]])
+    assert tallied(Args, seg=(np.array([[0, 1, 0, 0]]), truth))["pixel_accuracy"] == 1
+    assert tallied(Args, seg=(np.array([[0, 0, 1, 1]]), truth))["pixel_accuracy"] == 0.5
+    palette = np.array([[0, 0, 0], [9, 9, 9]], np.uint8)
+    for guess, words in ((np.array([[0, 2, 0, 0]]), "labels go from 0 to 1"), (np.array([[0, 255, 0, 0]]), "label every pixel")):
+        with pytest.raises(InputError, match=words):
+            tallied(Args, palette, seg=(guess, truth))
+
+
+def test_an_ensemble_is_its_median():
+    maps = [np.full((4, 4), v) for v in (0.1, 0.2, 0.9)]
+    median, spread = eval_depth.combine("depth", maps, None)
+    assert np.allclose(median, 0.2) and np.allclose(spread, np.std([0.1, 0.2, 0.9]))
+    colours = [toy_scenes.PALETTE[np.full((4, 4), k)] for k in (1, 2, 2)]
+    vote, doubt = eval_depth.combine("seg", colours, toy_scenes.PALETTE)
+    assert (vote == toy_scenes.PALETTE[2]).all() and np.allclose(doubt, 1 / 3)
+    normal, _ = eval_depth.combine("normal", [np.tile(v, (2, 2, 1)) for v in ([0, 0, 1.0], [0, 0.6, 0.8], [0, 0.8, 0.6])], None)
+    assert np.allclose(np.linalg.norm(normal, axis=-1), 1) and np.allclose(normal[0, 0], np.array([0, 0.6, 0.8]))
+
+
 # ------------------------------------------------------------------------------------------------
 # Whole commands.
 
@@ -180,7 +224,14 @@ def test_scannet_folder(command, scannet, tmp_path):
     result = json.loads((tmp_path / "o.json").read_text())
     assert result["no_valid_depth"] == ["scene0001_00/color/000001.jpg"] and "1 of 6 frames have no valid depth" in text
     assert 0 < result["abs_rel"] < 1 and result["recipe"]["count"] == 6 and 0 <= result["ceiling"]["abs_rel"] < result["abs_rel"]
+    (scannet / "scene0000_00/color/000000.jpg").rename(scannet / "scene0000_00/color/0.jpg")
+    (scannet / "scene0000_00/depth/000000.png").rename(scannet / "scene0000_00/depth/0.png")
     frames = tmp_path / "o/frames.txt"
+    command("eval_depth", "--scannet", scannet, *FEW, "--list", frames, "--num", 4, "--out", tmp_path / "l", "--json", tmp_path / "l.json")  # finds 0.jpg
+    frames.write_text("scene0000_00/color/7.jpg scene0000_00/depth/7.png")
+    with pytest.raises(InputError, match="no such file; export this frame"):
+        command("eval_depth", "--scannet", scannet, *FEW, "--list", frames)
+    command("eval_depth", "--scannet", scannet, *FEW, "--out", tmp_path / "o")
     assert len(frames.read_text().splitlines()) == 6
     command("eval_depth", "--scannet", scannet, *FEW, "--num", 2, "--seed", 3, "--out", tmp_path / "p", "--json", tmp_path / "p.json")
     assert len((tmp_path / "p/frames.txt").read_text().splitlines()) == 2
@@ -220,6 +271,10 @@ def test_predictions_against_truth_without_a_model(command, pairs, tmp_path):
     assert result["abs_rel"] < 1e-3 and result["normal_mean"] < 0.3 and result["miou"] == 1 and result["recipe"]["alignment"].startswith("disparity")
     assert run("--seg-mode", "instance")["ari"] == 1
     assert run("--modality", "normal", "--axes", "marigold")["normal_mean"] > 10
+    swap = ("--pred", gt, "--gt", pred, "--modality", "depth", "--out", tmp_path / "o")
+    with pytest.raises(InputError, match="add --alignment depth"):
+        command("eval_depth", *swap)
+    command("eval_depth", *swap, "--alignment", "depth")
     wrong = command("eval_depth", "--pred", pred / "depth", "--gt", gt / "depth", "--modality", "depth", "--alignment", "depth", "--out", tmp_path / "o")
     assert "abs_rel (depth)" in wrong
 

@@ -123,7 +123,7 @@ def test_frechet_distance_closed_forms():
     assert eval_fid.frechet(mu, d1.diag(), mu, d2.diag()) == pytest.approx(float((d1.sqrt() - d2.sqrt()).square().sum()), abs=1e-9)
 
 
-def test_inception_score_closed_forms(tmp_path):
+def test_inception_score_closed_forms(tmp_path, monkeypatch):
     class Fake:
         id = {}
 
@@ -137,9 +137,12 @@ def test_inception_score_closed_forms(tmp_path):
     array = np.zeros((1008, 1, 1, 3), np.uint8)
     array[:, 0, 0, 0], array[:, 0, 0, 1] = np.divmod(np.arange(1008), 256)
     np.savez(tmp_path / "n.npz", arr_0=array)
+    monkeypatch.setattr(eval_fid, "IS_CHUNK", 1008)
     run = lambda logits: eval_fid.extract(tmp_path / "n.npz", eval_fid.Pictures(tmp_path / "n.npz"), Fake(logits), False, 100, 0, 1, torch.device("cpu")).inception_score
     assert run(lambda rows: torch.zeros(len(rows), 1008)) == pytest.approx(1, abs=1e-9)
     assert run(lambda rows: 1e4 * F.one_hot(rows, 1008).float()) == pytest.approx(1008, rel=1e-9)
+    monkeypatch.setattr(eval_fid, "IS_CHUNK", 300)  # chunks of 300, 300, 300 and 108 pictures, each of its own classes
+    assert run(lambda rows: 1e4 * F.one_hot(rows, 1008).float()) == pytest.approx((300 * 3 + 108) / 4, rel=1e-9)
 
 
 @pytest.mark.parametrize("size", (64, 256, 299, 300))
@@ -156,6 +159,17 @@ def test_precision_recall_against_brute_force():
     a, b = rng.standard_normal((300, 16)), rng.standard_normal((200, 16)) * 1.3 + 0.3
     got = eval_fid.precision_recall(torch.from_numpy(a).float(), torch.from_numpy(b).float(), elements=1000)
     assert got == pytest.approx(brute_precision_recall(a, b), abs=1e-9) and 0.2 < got[1] < got[0] < 1
+
+
+def test_pictures_of_any_kind(tmp_path):
+    grey = np.linspace(0, 65535, 64 * 48).reshape(48, 64).astype(np.uint16)
+    Image.fromarray(grey).save(tmp_path / "a 16 bit.png")
+    Image.fromarray((grey // 257).astype(np.uint8)).save(tmp_path / "b.png")
+    Image.new("RGBA", (10, 12), (255, 0, 0, 0)).save(tmp_path / "c.png")
+    pictures = eval_fid.Pictures(tmp_path)
+    a, b, c = pictures.read(range(3))
+    assert a.shape == (48, 64, 3) and np.abs(a.astype(int) - b).max() <= 1 and (c == 255).all() and c.shape == (12, 10, 3)
+    assert eval_fid.tf_resize(torch.from_numpy(c).permute(2, 0, 1)[None].float()).shape == (1, 3, 299, 299)
 
 
 def test_latent_distance_is_never_called_fid(command, tmp_path):
@@ -192,6 +206,17 @@ def broken(tmp_path, name):
     elif name == "empty":
         path = tmp_path / "empty"
         path.mkdir()
+    elif name == "variance":
+        np.savez(path, mu=np.zeros(2048), sigma=-np.eye(2048))
+    elif name == "strings":
+        np.savez(path, mu=np.array(["a"]), sigma=np.eye(1))
+    elif name == "latent":
+        np.savez(path, mu_latent=np.zeros(4), sigma_latent=np.eye(4))
+    elif name == "unfinished":
+        path = tmp_path / "unfinished"
+        (path / "rgb").mkdir(parents=True)
+        Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(path / "rgb" / "0.png")
+        (path / "meta.json").write_text(json.dumps({"checkpoint_sha256": "0", "complete": False}))
     elif name == "text":
         path.write_text("hello")
     return path
@@ -200,6 +225,7 @@ def broken(tmp_path, name):
 @pytest.mark.parametrize("name, words", (
     ("nan", "not finite"), ("shapes", "do not belong together"), ("dimensions", "768 dimensions"), ("pytorch_fid", "never mix"), ("mode", "never mix"),
     ("weights", "never mix"), ("float", "expected uint8"), ("nothing", "expected arr_0"), ("pickle", "not a readable"), ("empty", "no pictures"),
+    ("variance", "negative variances"), ("strings", "expected floats"), ("latent", "give pictures"), ("unfinished", "not complete"),
     ("text", "not a readable"), ("absent", "no such file")))
 def test_bad_references(command, inception, tmp_path, name, words):
     pictures(tmp_path / "a.npz", 4, 1)
@@ -268,10 +294,15 @@ def test_inception_equals_torch_fidelity(inception):
     ours.load_state_dict(torch.load(inception, weights_only=True))
     for size in (64, 256):
         x = torch.randint(0, 256, (2, 3, size, size), dtype=torch.uint8)
+        seen = []
+        hook = theirs.Mixed_6d.branch1x1.register_forward_hook(lambda module, given, out: seen.append(out))
         with torch.inference_mode():
             pool, logits = theirs(x)
+            hook.remove()
+            spatial = seen[0][:, :7].permute(0, 2, 3, 1).reshape(2, -1)
             mine = ours(eval_fid.PREPROCESS["adm"](x.float()))
         print("torch-fidelity", size, float((pool - mine["pool"]).abs().max() / pool.abs().max()), float((logits - mine["logits"]).abs().max() / logits.abs().max()))
+        assert spatial.shape == (2, 2023) and (spatial - mine["spatial"]).abs().max() <= 1e-5 * spatial.abs().max()
         assert (pool - mine["pool"]).abs().max() <= 1e-5 * pool.abs().max() and (logits - mine["logits"]).abs().max() <= 1e-5 * logits.abs().max()
 
 

@@ -194,8 +194,11 @@ def test_an_interrupted_set_continues_to_the_same_file(command, monkeypatch, tmp
     array = np.load(tmp_path / "cut/samples.npz")["arr_0"]
     assert array.dtype == np.uint8 and array.shape == (10, 64, 64, 3) and not (tmp_path / "cut/depth").exists()
     assert (array[4] == np.asarray(Image.open(tmp_path / "cut/rgb/000004.png"))).all()
-    again = command("sample", *argv[:2], "--num", 10, *argv[4:], "--seed", 1, "--out", tmp_path / "cut")  # another recipe starts afresh
-    assert "are there" not in again and not (np.load(tmp_path / "cut/samples.npz")["arr_0"] == array).all()
+    stamp = (tmp_path / "cut/rgb/000004.png").stat().st_mtime_ns
+    assert "10 of 10 samples are there" in command("sample", *argv, "--out", tmp_path / "cut")
+    assert (tmp_path / "cut/rgb/000004.png").stat().st_mtime_ns == stamp
+    again = command("sample", *argv[:2], "--num", 6, *argv[4:], "--seed", 1, "--out", tmp_path / "cut")  # another recipe starts afresh
+    assert "replaces 10 samples" in again and len(list((tmp_path / "cut/rgb").iterdir())) == 6 and not (np.load(tmp_path / "cut/samples.npz")["arr_0"] == array[:6]).all()
 
 
 def test_condition_on_a_folder_tree(command, tmp_path):
@@ -203,3 +206,23 @@ def test_condition_on_a_folder_tree(command, tmp_path):
             "--sampler", "euler", "--steps", 1, "--out", tmp_path)
     meta = json.loads((tmp_path / "meta.json").read_text())
     assert np.load(tmp_path / "samples.npz")["arr_0"].shape == (4, 64, 64, 3) and all("/depth/" in s["given"]["depth"] for s in meta["samples"])
+
+
+def test_truncated_pixels_are_at_most_one_level_lower(command, tmp_path):
+    argv = ("--task", "generate", "--num", 2, "--ckpt", sample.DEMO / "mmgen.pt", "--sampler", "euler", "--steps", 1)
+    command("sample", *argv, "--out", tmp_path / "round")
+    command("sample", *argv, "--truncate", "--out", tmp_path / "cut")
+    a, b = (np.asarray(Image.open(tmp_path / name / "rgb/000001.png")).astype(int) for name in ("round", "cut"))
+    assert set(np.unique(a - b)) == {0, 1} and 0.3 < (a - b).mean() < 0.7
+
+
+def test_a_changed_picture_is_sampled_again(command, tmp_path):
+    picture = tmp_path / "p.png"
+    run = lambda: command("sample", "--task", "understand", "--image", picture, "--ckpt", sample.DEMO / "mmgen.pt", "--sampler", "euler", "--steps", 1, "--out", tmp_path / "o")
+    Image.new("RGB", (64, 64), "red").save(picture)
+    run()
+    before = (tmp_path / "o/depth/p.npy").read_bytes()
+    Image.new("RGB", (64, 64), "blue").save(picture)
+    os.utime(picture, (2e9, 2e9))
+    run()
+    assert (tmp_path / "o/depth/p.npy").read_bytes() != before
