@@ -30,11 +30,11 @@ def command(monkeypatch, capsys):
     return call
 
 
-def shell(*argv, processes=1, timeout=150, threads=2):
+def shell(*argv, processes=1, timeout=150, threads=None):
     """The command as a user starts it, under torchrun if there are several processes -> CompletedProcess."""
     start = [sys.executable] if processes == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "--"]
     return subprocess.run([*start, *map(str, argv)], cwd=ROOT, capture_output=True, text=True, timeout=timeout,
-                          env={**os.environ, "OMP_NUM_THREADS": str(threads)})
+                          env={**os.environ, "OMP_NUM_THREADS": str(threads or 2 // processes)})
 
 
 @pytest.fixture(scope="session")

@@ -150,7 +150,11 @@ def test_foreign_files_are_named(content, words, tmp_path):
 
 
 def test_a_hub_name_that_cannot_be_had(monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    import huggingface_hub
+
+    def unreachable(*args):
+        raise OSError("offline")
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", unreachable)
     with pytest.raises(InputError, match="download 0600000.pt from jiepengwang/MMGen"):
         load_checkpoint("hf:jiepengwang/MMGen/0600000.pt")
 
