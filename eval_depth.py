@@ -31,7 +31,7 @@ from tqdm import tqdm
 import toy_scenes
 from distributed import InputError, barrier, run, setup, whole_file
 from model import MODALITIES, load_model
-from prep_latents import EXTENSIONS, centre_crop, read_picture
+from prep_latents import EXTENSIONS, centre_crop, nearest_colour, read_picture, segments
 from sample import (Noise, check_sampling_flags, checked_vae, class_of, decode_latents, draw_from, draw_grid, newest_checkpoint, sampling_flags,
                     sampling_recipe)
 from weights import locate
@@ -85,12 +85,6 @@ def normal_scores(angle):
 # ------------------------------------------------------------------------------------------------
 # Segmentation.
 
-def nearest_colour(image, colours):
-    """uint8 (H, W, 3) -> index (H, W) of the nearest of colours (K, 3)."""
-    distance = [((image.astype(np.int32) - c.astype(np.int32)) ** 2).sum(-1) for c in np.asarray(colours)]
-    return np.argmin(distance, 0)
-
-
 def semantic_scores(confusion, eps=None):
     """Confusion (K, K), rows truth -> pixel accuracy, class accuracy, mIoU.
 
@@ -102,41 +96,6 @@ def semantic_scores(confusion, eps=None):
         return {"pixel_accuracy": hit.sum() / (confusion.sum() + eps), "class_accuracy": np.mean(hit / (rows + eps)), "miou": np.mean(hit / (union + eps))}
     share = lambda parts: np.mean(hit[parts > 0] / parts[parts > 0]) if (parts > 0).any() else math.nan
     return {"pixel_accuracy": hit.sum() / max(confusion.sum(), 1), "class_accuracy": share(rows), "miou": share(union)}
-
-
-def segments(image, least=0.0005, small=32, radius=24):
-    """Flat colours uint8 (H, W, 3), or labels (H, W) -> segment index (H, W).
-
-    At most 256 distinct colours are taken as they are. Else (a decoded picture): median 5x5, then again and again the
-    fullest bin of 5 bits a channel, refined to the mean of the colours within `radius`, until it holds less than `least`
-    of the pixels; each pixel takes its nearest colour; components under `small` pixels take their neighbours'.
-    """
-    packed = image.astype(np.int64) if image.ndim == 2 else image.astype(np.int64) @ [65536, 256, 1]
-    distinct, index = np.unique(packed, return_inverse=True)
-    if len(distinct) <= 256 or image.ndim == 2:
-        return index.reshape(image.shape[:2])
-    smooth = ndimage.median_filter(image, (5, 5, 1)).reshape(-1, 3).astype(np.float32)
-    left, centres = smooth, []
-    while len(left):
-        bins = (left.astype(np.int64) >> 3) @ [1024, 32, 1]
-        counts = np.bincount(bins)
-        if counts.max() < least * len(smooth):
-            break
-        centre = left[bins == counts.argmax()].mean(0)
-        for _ in range(2):
-            near = ((left - centre) ** 2).sum(1) <= radius ** 2
-            centre = left[near].mean(0)
-        near = (((left - centre) ** 2).sum(1) <= radius ** 2) | (bins == counts.argmax())
-        centres.append(centre)
-        left = left[~near]
-    index = nearest_colour(smooth.reshape(image.shape), np.array(centres))
-    debris = np.zeros(index.shape, bool)
-    for k in range(len(centres)):
-        parts, _ = ndimage.label(index == k)
-        debris |= (np.bincount(parts.ravel()) < small)[parts] & (parts > 0)
-    if debris.any() and not debris.all():
-        index = index[tuple(ndimage.distance_transform_edt(debris, return_distances=False, return_indices=True))]
-    return np.unique(index, return_inverse=True)[1].reshape(index.shape)
 
 
 def boundary(index):

@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from safetensors import SafetensorError
+from scipy import ndimage
 from tqdm import tqdm
 
 import toy_scenes
@@ -130,6 +131,47 @@ def read_modality(path, modality, fit, depth_space="disparity"):
         return array
     vector = array.astype(np.float32) / 127.5 - 1 if array.dtype == np.uint8 else array
     return vector / np.maximum(np.linalg.norm(vector, axis=-1, keepdims=True), 1e-6)  # resizing shortens them
+
+
+def nearest_colour(image, colours):
+    """uint8 (H, W, 3) -> index (H, W) of the nearest of colours (K, 3)."""
+    distance = [((image.astype(np.int32) - c.astype(np.int32)) ** 2).sum(-1) for c in np.asarray(colours)]
+    return np.argmin(distance, 0)
+
+
+def segments(image, least=0.0005, small=32, radius=24):
+    """Flat colours uint8 (H, W, 3), or labels (H, W) -> segment index (H, W).
+
+    At most 256 distinct colours are taken as they are. Else (a decoded picture): median 5x5, then again and again the
+    fullest bin of 5 bits a channel, refined to the mean of the colours within `radius`, until it holds less than `least`
+    of the pixels; each pixel takes its nearest colour; components under `small` pixels take their neighbours'.
+    """
+    packed = image.astype(np.int64) if image.ndim == 2 else image.astype(np.int64) @ [65536, 256, 1]
+    distinct, index = np.unique(packed, return_inverse=True)
+    if len(distinct) <= 256 or image.ndim == 2:
+        return index.reshape(image.shape[:2])
+    smooth = ndimage.median_filter(image, (5, 5, 1)).reshape(-1, 3).astype(np.float32)
+    left, centres = smooth, []
+    while len(left):
+        bins = (left.astype(np.int64) >> 3) @ [1024, 32, 1]
+        counts = np.bincount(bins)
+        if counts.max() < least * len(smooth):
+            break
+        centre = left[bins == counts.argmax()].mean(0)
+        for _ in range(2):
+            near = ((left - centre) ** 2).sum(1) <= radius ** 2
+            centre = left[near].mean(0)
+        near = (((left - centre) ** 2).sum(1) <= radius ** 2) | (bins == counts.argmax())
+        centres.append(centre)
+        left = left[~near]
+    index = nearest_colour(smooth.reshape(image.shape), np.array(centres))
+    debris = np.zeros(index.shape, bool)
+    for k in range(len(centres)):
+        parts, _ = ndimage.label(index == k)
+        debris |= (np.bincount(parts.ravel()) < small)[parts] & (parts > 0)
+    if debris.any() and not debris.all():
+        index = index[tuple(ndimage.distance_transform_edt(debris, return_distances=False, return_indices=True))]
+    return np.unique(index, return_inverse=True)[1].reshape(index.shape)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@
     python sample.py --task understand --image photo.jpg --ckpt runs/mmgen/latest.pt
     python sample.py --task generate --class-id 207 --num 8 --cfg 1.8 --cfg-interval 0 0.7
     python sample.py --task condition --given depth --image depth.png
+    python sample.py --task condition --given depth --image depth.png --mesh   # and its object as a PLY (Fig. 6)
     python sample.py --task translate --image photo.jpg                  # RGB -> modalities -> a new RGB from each
 
 --ckpt defaults to the newest run, else the bundled demo. Under torchrun the samples are shared out. Noise is
@@ -23,8 +24,9 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from distributed import InputError, barrier, run, setup, whole_file
+from mesh import pick_segment, write_mesh
 from model import MODALITIES, load_model
-from prep_latents import EXTENSIONS, centre_crop, read_modality
+from prep_latents import EXTENSIONS, centre_crop, nearest_colour, read_modality, segments
 from vae import load_vae, sha256
 from weights import locate
 
@@ -385,6 +387,18 @@ class Writer:
                     np.save(file, array.astype(np.float32))
 
 
+def write_object(args, item, meta):
+    """OUT/mesh/<stem>.ply: the sampled normals of one segment, integrated to a surface in the colours of the RGB (Fig. 6)."""
+    picture = lambda m: np.asarray(Image.open(args.out / m / f"{item.stem}.png").convert("RGB"))
+    index = nearest_colour(picture("seg"), meta["palette"]) if meta["palette"] else segments(picture("seg"))
+    try:
+        mask = pick_segment(index, args.segment)
+    except InputError as error:
+        raise InputError(f"{item.stem}: {error}")
+    vertices, faces = write_mesh(args.out / "mesh" / f"{item.stem}.ply", np.load(args.out / "normal" / f"{item.stem}.npy"), mask, picture("rgb"), args.focal)
+    print(f"{args.out / 'mesh' / item.stem}.ply: {vertices} vertices, {faces} faces")
+
+
 def write_grid(args, items, model, meta, given, folders):
     """OUT/grid.png from what was written: input, samples, ground truth where it is known."""
     read = lambda folder, item: np.asarray(Image.open(args.out / folder / f"{item.stem}.png").convert("RGB"))
@@ -434,6 +448,12 @@ def check_sampling_flags(args):
                          "counts must be at least 1, the seed not negative, the interval 0 <= LO <= HI <= 1")
 
 
+def pixel(text):
+    """X,Y -> (x, y)."""
+    x, y = text.split(",")
+    return int(x), int(y)
+
+
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", required=True, choices=("generate", "understand", "condition", "translate"))
@@ -447,6 +467,9 @@ def arguments():
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("samples"))
     parser.add_argument("--outputs", nargs="+", choices=list(MODALITIES), help="modalities to write; default all")
     parser.add_argument("--npz", action="store_true", help="also OUT/samples.npz, the RGB as ADM's arr_0")
+    parser.add_argument("--mesh", action="store_true", help="also OUT/mesh/<stem>.ply, the surface of one object")
+    parser.add_argument("--segment", type=pixel, metavar="X,Y", help="--mesh: a pixel of the object; default: the largest segment away from the border")
+    parser.add_argument("--focal", type=float, help="--mesh: perspective, in half-widths of the picture; default: orthographic")
     parser.add_argument("--truncate", action="store_true", help="cut floats to 8 bits as REPA does, in the place of rounding")
     parser.add_argument("--fit", choices=("crop", "full"), default="crop", help="full: the whole picture, maps at its size")
     args = parser.parse_args()
@@ -454,6 +477,10 @@ def arguments():
         raise InputError("--npz with --fit full: pictures of different sizes do not fit one array; use --fit crop")
     if (args.npz or args.task == "translate") and args.outputs and "rgb" not in args.outputs:
         raise InputError(f"--outputs {' '.join(args.outputs)}: --npz and --task translate need the RGB; write it as well")
+    if args.mesh and args.outputs and {"rgb", "normal", "seg"} - set(args.outputs):
+        raise InputError(f"--outputs {' '.join(args.outputs)}: --mesh needs rgb, normal and seg; write them as well")
+    if args.focal is not None and not args.focal > 0:
+        raise InputError(f"--focal {args.focal}: must be positive, in half-widths of the picture")
     if args.data and args.image:
         raise InputError(f"--data {args.data} with --image {args.image[0]}: give one of them")
     check_sampling_flags(args)
@@ -593,6 +620,12 @@ def main():
     batches = [left[i:i + size] for i in range(0, len(left), size)]
     for batch in tqdm(batches[rank::world], desc=args.task, disable=rank > 0):
         sample_batch(args, batch, model, meta, vae, given, device, writer)
+    barrier()
+    if args.mesh:
+        if {"rgb", "normal", "seg"} - set(model.modalities):
+            raise InputError(f"--mesh needs rgb, normal and seg; this checkpoint has {', '.join(model.modalities)}")
+        for item in items[rank::world]:
+            write_object(args, item, meta)
     barrier()
     if rank > 0:
         return

@@ -18,8 +18,9 @@ from tqdm import tqdm
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import toy_scenes  # noqa: E402
 from distributed import run, setup, whole_file  # noqa: E402
-from eval_depth import align, depth_scores, nearest_colour  # noqa: E402
+from eval_depth import align, depth_scores  # noqa: E402
 from model import MODALITIES, load_model  # noqa: E402
+from prep_latents import nearest_colour  # noqa: E402
 from sample import DEMO, Noise, check_sampling_flags, checked_vae, decode_latents, draw_from, sampling_flags, sampling_recipe  # noqa: E402
 
 TYPES, HUES = len(toy_scenes.TYPES), len(toy_scenes.HUES)
