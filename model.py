@@ -17,6 +17,8 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from scipy import ndimage
+from torch.utils import checkpoint as activations
 
 from distributed import InputError, run, whole_file
 from weights import locate, to_official, translate
@@ -60,6 +62,24 @@ def _normal_picture(normal):
     return ((normal * 0.5 + 0.5) * 255).round().clip(0, 255).astype(np.uint8)
 
 
+def canny(image, low=0.1, high=0.2, sigma=1.0):
+    """Canny edges of uint8 (H, W, 3) -> uint8 (H, W, 3), white on black.
+
+    Gaussian, Sobel gradient of the brightness in [0, 1], non-maximum suppression along it, hysteresis between the thresholds.
+    """
+    grey = ndimage.gaussian_filter(image.astype(np.float64).mean(2) / 255, sigma)
+    dy, dx = (ndimage.sobel(grey, axis) / 4 for axis in (0, 1))
+    strength, direction = np.hypot(dx, dy), np.round(np.arctan2(dy, dx) / (np.pi / 4)).astype(int) % 4
+    padded, (H, W) = np.pad(strength, 1), strength.shape
+    at = lambda y, x: padded[1 + y:H + 1 + y, 1 + x:W + 1 + x]
+    peak = np.zeros((H, W), bool)
+    for k, (y, x) in enumerate(((0, 1), (1, 1), (1, 0), (1, -1))):  # ahead and behind along the gradient; ties go ahead
+        peak |= (direction == k) & (strength >= at(y, x)) & (strength > at(-y, -x))
+    parts, count = ndimage.label(peak & (strength > low), np.ones((3, 3)))
+    strong = np.isin(parts, np.unique(parts[peak & (strength > high)])) & (parts > 0)
+    return np.repeat((strong * np.uint8(255))[..., None], 3, 2)
+
+
 class Modality(NamedTuple):
     loss_weight: float      # in the velocity loss
     file: str               # how a data folder's images are read: "colour", "scalar" (8/16 bit or .npy), "vector", "flat" colours
@@ -68,6 +88,7 @@ class Modality(NamedTuple):
     picture: Callable       # the user's array -> uint8 (H, W, 3) to look at
     keep_array: bool        # sample.py writes the float array (.npy) beside the picture
     meaning: str            # for meta.json
+    derive: Callable = None # from uint8 RGB (H, W, 3), where no files are needed: the data's modalities do not include it by themselves
 
 
 MODALITIES = {
@@ -77,6 +98,7 @@ MODALITIES = {
     "normal": Modality(0.1, "vector", _normal_pixels, _normal_map, _normal_picture, True,
                        "unit vectors, +x left, +y up, +z towards the viewer; picture = xyz * 0.5 + 0.5"),
     "seg": Modality(0.1, "flat", _colour_pixels, _colour_image, np.asarray, False, "flat colours, one per class or segment"),
+    "canny": Modality(0.1, "colour", _colour_pixels, _colour_image, np.asarray, False, "Canny edges of the RGB, white on black", canny),
 }
 
 
@@ -238,6 +260,7 @@ class MMDiT(nn.Module):
         M = len(modalities)
         self.modalities, self.num_classes, self.latent_channels = tuple(modalities), num_classes, latent_channels
         self.latent_size, self.patch_size, self.encoder_depth = tuple(latent_size), patch_size, encoder_depth
+        self.checkpointing = False  # train.py --checkpointing
         self.x_embedder = FUSIONS[fusion](M, latent_channels, patch_size, width)
         self.t_embedder = TimeEmbedder(width, M)
         self.task_embedder = nn.Embedding(M + 1, width) if task_embedding else None
@@ -285,7 +308,7 @@ class MMDiT(nn.Module):
         x = self.x_embedder(x, self._positions(h, w))                               # (N, T, D)
         z = None
         for i, block in enumerate(self.blocks, 1):
-            x = block(x, c)                                                         # (N, T, D)
+            x = activations.checkpoint(block, x, c, use_reentrant=False) if self.checkpointing and self.training else block(x, c)  # (N, T, D)
             if i == self.encoder_depth and self.projector is not None:
                 z = self.projector(x[:, :h * w])                                    # (N, T, z_dim)
         v = torch.stack([head(part, c) for head, part in zip(self.heads, self.x_embedder.split(x))], 1)  # (N, M, T, C*p*p)

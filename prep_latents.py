@@ -195,6 +195,7 @@ class ToySource:
     def load(self, i):
         scene = toy_scenes.render(self.start + i, self.size)
         arrays = toy_scenes.maps(scene)
+        arrays.update({m: MODALITIES[m].derive(arrays["rgb"]) for m in self.modalities if MODALITIES[m].derive})
         return {m: MODALITIES[m].to_pixels(arrays[m]) for m in self.modalities}, scene
 
 
@@ -203,15 +204,15 @@ class FolderSource:
         self.root, self.size, self.depth_space = args.data, args.size, args.depth_space
         found = [m for m in MODALITIES if (self.root / m).is_dir()]
         self.modalities = args.modalities or tuple(found)
-        missing = [m for m in self.modalities if m not in found]
+        missing = [m for m in self.modalities if m not in found and not MODALITIES[m].derive]
         if "rgb" not in found or missing:
             raise InputError(f"{self.root / (missing or ['rgb'])[0]}: no such folder; --data needs <root>/rgb/<class>/<name>.png "
                              f"and one folder for each of --modalities (found: {', '.join(found) or 'none'})")
-        self.files = {m: self._index(m) for m in self.modalities}
+        self.files = {m: self._index(m) for m in self.modalities if m in found}
         self.names = sorted(self.files["rgb"])
         if not self.names:
             raise InputError(f"{self.root / 'rgb'}: no pictures; the layout is rgb/<class>/<name>.png")
-        for m in self.modalities:
+        for m in self.files:
             odd = sorted(self.files[m].keys() ^ self.files["rgb"].keys())
             if odd:
                 here, there = (m, "rgb") if odd[0] in self.files[m] else ("rgb", m)
@@ -237,6 +238,10 @@ class FolderSource:
     def load(self, i):
         pixels, sizes = {}, {}
         for m in self.modalities:
+            if m not in self.files:  # computed from the RGB
+                pixels[m] = MODALITIES[m].to_pixels(MODALITIES[m].derive(MODALITIES["rgb"].from_pixels(pixels["rgb"])))
+                continue
+
             def fit(image):
                 sizes[m] = image.width / image.height
                 return centre_crop(image, self.size)

@@ -34,7 +34,7 @@ from weights import fit
 # The task mix. A row's role is its index in the global batch mod 4.
 
 class Role(NamedTuple):
-    given: str = "none"        # the condition: "none", "random" (one modality, any) or a modality's name
+    given: str = "none"        # the condition: "none", "random" (one modality, any), "subset" (any number) or a modality's name
     supervise: str = "all"     # "all" or "rgb"; a condition is never supervised
     drop: float = 0.0          # probability that a non-RGB modality's supervision is dropped
     clean: float = 0.99        # the condition's t is uniform in [clean, 1]
@@ -54,7 +54,9 @@ TASK_MIX = {
     "no-aug": (JOINT_FULL, JOINT_FULL, DECOUPLED_FULL, DECOUPLED_FULL),   # Table 4
     "no-drop": (RGB_ONLY, RGB_ONLY, JOINT_FULL, DECOUPLED_FULL),
     "independent-t": (RGB_ONLY, RGB_ONLY, JOINT, Role(drop=0.5, independent=True)),  # supplement 1.5
-    "rgb2x": (FROM_RGB,) * 4,                                             # released fine-tuning recipe
+    "joint": (RGB_ONLY, RGB_ONLY, JOINT, DECOUPLED),                      # released Hypersim recipe: the paper's mix again
+    "rgb2x": (FROM_RGB,) * 4,                                             # released Hypersim recipe
+    "subset": (RGB_ONLY, JOINT_FULL, DECOUPLED_FULL, Role("subset")),     # ours: one to all but one modality given at once
     "photo": (JOINT_FULL, PHOTO, PHOTO, Role("random", no_class=0.5)),    # ours: fine-tune for pictures without a class
 }
 
@@ -73,6 +75,7 @@ class MixTable(NamedTuple):
     """TASK_MIX's roles of N rows as (N, 1) columns on the device, and which of the M modalities the data has."""
     fixed: torch.Tensor        # index of the given modality, -1 for none or random
     random: torch.Tensor       # bool
+    subset: torch.Tensor       # bool
     independent: torch.Tensor  # bool
     rgb_only: torch.Tensor     # bool
     drop: torch.Tensor
@@ -88,7 +91,7 @@ def mix_table(mix, modalities, present, rows, device):
     roles = [TASK_MIX[mix][i % 4] for i in range(rows)]
     column = lambda f: torch.tensor([f(role) for role in roles], device=device)[:, None]
     return MixTable(column(lambda r: modalities.index(r.given) if r.given in modalities else -1), column(lambda r: r.given == "random"),
-                    column(lambda r: r.independent), column(lambda r: r.supervise == "rgb"), column(lambda r: r.drop),
+                    column(lambda r: r.given == "subset"), column(lambda r: r.independent), column(lambda r: r.supervise == "rgb"), column(lambda r: r.drop),
                     column(lambda r: r.clean), column(lambda r: r.no_class)[:, 0], torch.tensor(present, device=device),
                     torch.tensor([i for i, here in enumerate(present) if here], device=device))
 
@@ -103,8 +106,11 @@ def draw(seed, step, mix, modalities, present, shape, device):
     chosen = table.choices[(rand(N) * len(table.choices)).long().clamp(max=len(table.choices) - 1)]  # the random condition
     posterior, noise = (torch.randn(shape, generator=g, device=device) for _ in range(2))
 
+    lot = torch.where(table.present, rand(N, M), 2.0)  # the modalities that draw the lowest lots are the subset
+    size = 1 + (rand(N, 1) * (len(table.choices) - 1)).long().clamp(max=max(len(table.choices) - 2, 0))
+
     index = torch.arange(M, device=device)
-    given = (index == table.fixed) | (table.random & (index == chosen[:, None]))
+    given = (index == table.fixed) | (table.random & (index == chosen[:, None])) | (table.subset & (lot.argsort(1).argsort(1) < size))
     t = torch.where(table.independent, separate, shared)
     t = torch.where(given, table.clean + (1 - table.clean) * clean, t)
     kept = (drop >= table.drop) | (index == 0)
@@ -285,6 +291,7 @@ def arguments():
     parser.add_argument("--mix", default="mmgen", choices=list(TASK_MIX))
     parser.add_argument("--equal-weights", action="store_true", help="loss weight 1 for every modality")
     parser.add_argument("--repa-weight", type=float, default=0.5)
+    parser.add_argument("--checkpointing", action="store_true", help="recompute each block in the backward pass: less memory, a third more time")
     parser.add_argument("--precision", default="bf16", choices=("bf16", "fp32"))
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: on CUDA only")
     parser.add_argument("--ckpt-every", type=int, default=50_000)
@@ -333,7 +340,7 @@ def main():
     if args.init and not (args.run / "latest.pt").exists():
         table = fit(model, meta, load_checkpoint(args.init), args.init)
         print(table) if rank == 0 else None
-    model.to(device)
+    model.to(device).checkpointing = args.checkpointing
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
