@@ -1,11 +1,12 @@
 import os
 import pickle
 
+import numpy as np
 import pytest
 import torch
 
 from distributed import InputError
-from model import MODALITIES, MMDiT, build_model, load_checkpoint, load_model
+from model import MODALITIES, MMDiT, build_model, canny, load_checkpoint, load_model
 
 
 def random_model(**options):
@@ -114,3 +115,12 @@ def test_export_keeps_the_ema(tmp_path, trained, command):
     a, b = load_model(trained / "latest.pt"), load_model(tmp_path / "small.pt")
     for key, value in a.state_dict().items():
         assert torch.allclose(value, b.state_dict()[key], atol=1e-3, rtol=1e-2), key
+
+
+def test_canny_finds_a_square():
+    image = np.full((40, 40, 3), 60, np.uint8)
+    image[10:30, 12:28] = 200
+    edges = canny(image)[..., 0] == 255
+    rows, columns = np.nonzero(edges)
+    assert set(np.unique(rows)) <= set(range(9, 31)) and edges[20, 11:13].any() and edges[20, 27:29].any() and edges[9:11, 20].any()
+    assert 60 < edges.sum() < 80 and not canny(np.full((40, 40, 3), 60, np.uint8)).any()  # one pixel wide, nothing on a flat picture

@@ -14,7 +14,7 @@ import prep_latents
 import toy_scenes
 from conftest import ROOT, shell
 from distributed import InputError
-from model import MODALITIES
+from model import MODALITIES, canny
 
 ARRAYS = ("rgb", "depth", "normal", "seg", "dino", "labels", "done")
 
@@ -237,3 +237,15 @@ def test_arrays_are_checked_and_flat_ones_stay_flat(tmp_path):
     for name, modality in (("normal", "normal"), ("nan", "depth"), ("zip", "depth")):
         with pytest.raises(InputError, match=f"{name}.npy"):
             prep_latents.read_modality(tmp_path / f"{name}.npy", modality, lambda i: i)
+
+
+def test_a_derived_modality_needs_no_files(command, tmp_path):
+    for i in range(2):
+        path = tmp_path / "tree/rgb/a" / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(toy_scenes.render(i).rgb).save(path)
+    command("prep_latents", "--data", tmp_path / "tree", "--out", tmp_path / "cache", "--size", 64, "--vae", "none", "--no-dino", "--modalities", "rgb", "canny")
+    rgb, edges = (np.load(tmp_path / "cache" / f"{m}.npy") for m in ("rgb", "canny"))
+    assert (edges[0] == canny(rgb[0].transpose(1, 2, 0)).transpose(2, 0, 1)).all() and edges.any()
+    command("prep_latents", "--toy", 2, "--out", tmp_path / "toy", "--vae", "none", "--modalities", "rgb", "seg", "canny")
+    assert (np.load(tmp_path / "toy/canny.npy") == edges).all()

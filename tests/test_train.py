@@ -215,3 +215,27 @@ def test_a_lost_latest_link_is_not_taken_for_a_new_run(cache, trained, tmp_path,
     (folder / "latest.pt").unlink()
     with pytest.raises(InputError, match="points to no checkpoint"):
         command("train", "--data", cache, "--run", folder, *TRAIN)
+
+
+def test_any_subset_is_given_and_never_all():
+    d = [train.draw(0, step, "subset", ["rgb", "depth", "normal", "seg"], (True, True, True, False), (64, 16, 2, 2), "cpu") for step in range(20)]
+    given = torch.cat([x.given[3::4] for x in d])
+    assert set(given.sum(1).tolist()) == {1, 2} and not given[:, 3].any()  # of three modalities present, one or two
+    assert all(0.4 < given[:, m].float().mean() < 0.6 for m in range(3))
+    assert not (torch.cat([x.supervised for x in d]) & torch.cat([x.given for x in d])).any()
+    before = train.draw(0, 3, "mmgen", ["rgb", "depth"], (True, True), (8, 8, 2, 2), "cpu")
+    assert before.given.sum() <= 2
+
+
+def test_checkpointing_changes_no_gradient():
+    gradients = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        model = build_model("T/2", num_classes=12, latent_size=8)
+        for p in model.parameters():
+            torch.nn.init.normal_(p, std=0.02) if p.requires_grad else None
+        model.train().checkpointing = checkpointing
+        v, z = model(torch.randn(2, 16, 8, 8), torch.rand(2, 4), torch.tensor([0, 1]), torch.zeros(2, 4, dtype=torch.bool))
+        (v.square().mean() + z.mean()).backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    assert torch.equal(*gradients)

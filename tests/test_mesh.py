@@ -1,0 +1,95 @@
+"""mesh.py against surfaces that are known exactly."""
+import numpy as np
+import pytest
+from PIL import Image
+
+import mesh
+import sample
+from distributed import InputError
+
+SIZE = 96
+
+
+def sphere(focal):
+    """Normals, mask and exact depth of a unit sphere (perspective: at distance 3; orthographic: radius 0.4 of the picture)."""
+    centre = (SIZE - 1) / 2
+    v, u = np.mgrid[:SIZE, :SIZE]
+    if focal is None:
+        radius = 0.4 * SIZE
+        x, y = (u - centre) / radius, (centre - v) / radius
+        mask = x * x + y * y < 0.98
+        z = np.sqrt(np.where(mask, 1 - x * x - y * y, 0))
+        return np.stack([-x, y, z], -1) * mask[..., None], mask, -z * radius, 2 * radius
+    f = focal * SIZE / 2
+    ray = np.stack([(u - centre) / f, (centre - v) / f, -np.ones((SIZE, SIZE))], -1)
+    a, b = (ray ** 2).sum(-1), -3 * ray[..., 2]
+    root = b * b - a * 8
+    mask = root > 0.05
+    depth = (b - np.sqrt(np.where(mask, root, 0))) / a
+    normal = ray * depth[..., None] + [0, 0, 3]
+    return normal * [-1, 1, 1] * mask[..., None], mask, depth, 2.0
+
+
+def cylinder(focal):
+    """An upright cylinder before a wall: orthographic, with the wall's plane beside it."""
+    v, u = np.mgrid[:SIZE, :SIZE]
+    radius = 0.3 * SIZE
+    x = (u - (SIZE - 1) / 2) / radius
+    inside = (np.abs(x) < 0.97) & (v > 10) & (v < SIZE - 10)
+    z = np.sqrt(np.clip(1 - x * x, 0, None))
+    return np.stack([-x, np.zeros_like(x), z], -1) * inside[..., None], inside, -z * radius, 2 * radius
+
+
+@pytest.mark.parametrize("scene, focal", ((sphere, None), (sphere, 1.2), (cylinder, None)))
+def test_a_known_surface_comes_back(scene, focal):
+    normal, mask, truth, size = scene(focal)
+    depth = mesh.integrate(normal, mask, focal)
+    assert np.isnan(depth[~mask]).all()
+    fit = depth[mask] * (truth[mask] @ depth[mask] / (depth[mask] @ depth[mask])) if focal else depth[mask] - (depth[mask] - truth[mask]).mean()
+    error = np.sqrt(np.mean((fit - truth[mask]) ** 2)) / size
+    print(scene.__name__, focal, "RMS error over size", error)
+    assert error < 0.002
+
+
+def test_the_ply_is_what_its_header_says(tmp_path):
+    normal, mask, truth, size = sphere(1.2)
+    colours = np.random.default_rng(0).integers(0, 256, (SIZE, SIZE, 3)).astype(np.uint8)
+    count, faces = mesh.write_mesh(tmp_path / "s.ply", normal, mask, colours, 1.2)
+    head, body = (tmp_path / "s.ply").read_bytes().split(b"end_header\n", 1)
+    assert f"element vertex {count}\n".encode() in head and f"element face {faces}\n".encode() in head and len(body) == 15 * count + 13 * faces
+    points = np.frombuffer(body[:15 * count], [("xyz", "<f4", 3), ("rgb", "u1", 3)])
+    triangles = np.frombuffer(body[15 * count:], [("n", "u1"), ("corners", "<i4", 3)])
+    assert (points["rgb"] == colours[mask]).all() and (triangles["n"] == 3).all() and triangles["corners"].max() == count - 1
+    a, b, c = (points["xyz"][triangles["corners"][:, i]] for i in range(3))
+    facing = np.cross(b - a, c - a)
+    centre = points["xyz"].mean(0) - [0, 0, 1]
+    assert ((facing * (a - centre)).sum(-1) > 0).mean() > 0.99  # seen counter-clockwise from outside
+
+
+def test_which_segment(tmp_path):
+    index = np.zeros((20, 20), int)
+    index[5:15, 5:15], index[0:3, 0:3] = 1, 2
+    assert mesh.pick_segment(index).sum() == 100 and mesh.pick_segment(index, (1, 1)).sum() == 9
+    with pytest.raises(InputError, match="outside of the picture"):
+        mesh.pick_segment(index, (20, 0))
+    with pytest.raises(InputError, match="name one with --segment"):
+        mesh.pick_segment(np.zeros((20, 20), int))
+
+
+def test_the_chain_from_one_depth_map(command, tmp_path):
+    picture = sample.DEMO / "scenes/depth"
+    first = sorted(picture.rglob("*.png"))[0]
+    command("sample", "--task", "condition", "--given", "depth", "--image", first, "--mesh", "--ckpt", sample.DEMO / "mmgen.pt",
+            "--sampler", "euler", "--steps", 6, "--focal", 1.2, "--out", tmp_path)
+    assert (tmp_path / "mesh" / f"{first.stem}.ply").read_bytes().startswith(b"ply\n")
+
+
+def test_mesh_command_and_its_errors(command, tmp_path):
+    normal, mask, _, _ = sphere(None)
+    np.save(tmp_path / "n.npy", normal)
+    Image.new("RGB", (SIZE, SIZE), "teal").save(tmp_path / "c.png")
+    assert f"{mask.sum()} vertices" in command("mesh", "--normal", tmp_path / "n.npy", "--rgb", tmp_path / "c.png", "--out", tmp_path / "o.ply")
+    Image.new("RGB", (5, 5)).save(tmp_path / "c.png")
+    with pytest.raises(InputError, match="must be of one size"):
+        command("mesh", "--normal", tmp_path / "n.npy", "--rgb", tmp_path / "c.png", "--out", tmp_path / "p.ply")
+    assert not (tmp_path / "p.ply").exists()
