@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 import toy_scenes
 from distributed import InputError, barrier, run, setup, whole_file
-from model import MODALITIES, load_model
+from model import MODALITIES, canny, load_model
 from prep_latents import EXTENSIONS, centre_crop, nearest_colour, read_picture, segments
 from sample import (Noise, check_sampling_flags, checked_vae, class_of, decode_latents, draw_from, draw_grid, newest_checkpoint, sampling_flags,
                     sampling_recipe)
@@ -106,9 +106,9 @@ def boundary(index):
     return edge
 
 
-def boundary_f(a, b):
-    """F-score of boundaries matched within ceil(0.008 * diagonal) pixels."""
-    a, b, radius = boundary(a), boundary(b), math.ceil(0.008 * math.hypot(*a.shape))
+def edge_f(a, b):
+    """F-score of two edge maps (H, W) bool, matched within ceil(0.008 * diagonal) pixels."""
+    radius = math.ceil(0.008 * math.hypot(*a.shape))
     if not a.any() or not b.any():
         return float(a.any() == b.any())
     precision, recall = (np.mean(ndimage.distance_transform_edt(~other)[one] <= radius) for one, other in ((a, b), (b, a)))
@@ -126,7 +126,7 @@ def instance_scores(prediction, truth):
     both, expected = pairs(table), pairs(rows) * pairs(columns) / max(pairs(np.array([truth.size])), 1)
     most = (pairs(rows) + pairs(columns)) / 2
     return {"miou": matched, "best_overlap": iou.max(1).mean(), "ari": (both - expected) / (most - expected) if most != expected else 1.0,
-            "boundary_f": boundary_f(prediction, truth)}
+            "boundary_f": edge_f(boundary(prediction), boundary(truth))}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -181,7 +181,7 @@ def read_seg(path):
     return np.asarray(image.convert("RGB"))
 
 
-READERS = {"depth": read_depth, "normal": read_normal, "seg": read_seg}
+READERS = {"depth": read_depth, "normal": read_normal, "seg": read_seg, "canny": lambda path: np.asarray(read_picture(path).convert("RGB"))}
 
 
 def stems(base, modality):
@@ -230,7 +230,7 @@ def square_frame(name, rgb, class_id, truth):
 class Toy:
     """Held-out toy scenes."""
 
-    modalities, palette, seg_mode = ("depth", "normal", "seg"), toy_scenes.PALETTE, "semantic"
+    modalities, palette, seg_mode = tuple(READERS), toy_scenes.PALETTE, "semantic"
 
     def __init__(self, count):
         self.names = [str(toy_scenes.HELD_OUT + i) for i in range(count)]
@@ -238,7 +238,7 @@ class Toy:
 
     def frame(self, i):
         scene = toy_scenes.render(toy_scenes.HELD_OUT + i)
-        return Frame(self.names[i], Image.fromarray(scene.rgb), None, dict(depth=scene.depth, normal=scene.normal, seg=scene.seg), None)
+        return Frame(self.names[i], Image.fromarray(scene.rgb), None, dict(depth=scene.depth, normal=scene.normal, seg=scene.seg, canny=canny(scene.rgb)), None)
 
 
 class ScanNet:
@@ -386,7 +386,7 @@ def to_truth(modality, array, shape):
     x = x[None, None] if array.ndim == 2 else x.permute(2, 0, 1)[None]
     x = F.interpolate(x, tuple(shape), mode="nearest-exact") if modality == "seg" else F.interpolate(x, tuple(shape), mode="bilinear", align_corners=False)
     x = x[0, 0].numpy() if array.ndim == 2 else x[0].permute(1, 2, 0).numpy()
-    return x.astype(np.uint8) if modality == "seg" else x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-6) if modality == "normal" else x
+    return x.astype(np.uint8) if modality in ("seg", "canny") else x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-6) if modality == "normal" else x
 
 
 def combine(modality, maps, palette):
@@ -517,6 +517,8 @@ class Tally:
             row |= semantic_scores(one[:K, :K], self.args.eps)
         elif "seg" in maps:
             row |= instance_scores(segments(maps["seg"]), segments(frame.truth["seg"]))
+        if "canny" in maps:
+            row["edge_f"] = edge_f(*(x["canny"].mean(-1) > 127 for x in (maps, frame.truth)))
         self.rows[i] = row
 
     def merge(self):
@@ -544,6 +546,8 @@ class Tally:
             out |= semantic_scores(self.confusion[:K, :K], self.args.eps)
         elif any("miou" in row for row in rows):
             out |= {k: mean(k) for k in ("miou", "best_overlap", "ari", "boundary_f")}
+        if any("edge_f" in row for row in rows):
+            out["edge_f"] = mean("edge_f")
         return {k: float(v) for k, v in out.items()}
 
 
@@ -575,6 +579,8 @@ def panels(frame, maps, args, palette):
             error = np.zeros(known.shape)
             error[known] = angles(prediction, truth)
             out[m] = *(MODALITIES[m].picture(x) for x in (truth, prediction)), heat(error, 60), prediction
+        elif m == "canny":
+            out[m] = truth, prediction, heat(np.abs(truth.mean(-1) - prediction.mean(-1)), 255), prediction
         else:
             colours = palette if palette is not None else np.random.default_rng(0).integers(30, 256, (256, 3)).astype(np.uint8)
             look = lambda x: colours[np.minimum(x, len(colours) - 1)] if x.ndim == 2 else x
@@ -600,8 +606,8 @@ def save_maps(out, frame, maps, spread, args, palette):
 
 def cases(rows, count=2):
     """Indices of the best, median and worst images by the first metric there is."""
-    key = next((k for k in ("abs_rel", "normal_mean", "miou") if any(k in row for row in rows.values())), None)
-    order = sorted((i for i in rows if key in rows[i]), key=lambda i: rows[i][key] * (-1 if key == "miou" else 1))
+    key = next((k for k in ("abs_rel", "normal_mean", "miou", "edge_f") if any(k in row for row in rows.values())), None)
+    order = sorted((i for i in rows if key in rows[i]), key=lambda i: rows[i][key] * (-1 if key in ("miou", "edge_f") else 1))
     middle = max(0, len(order) // 2 - count // 2)
     picks = dict.fromkeys(order[:count] + order[middle:middle + count] + order[-count:])
     return key, list(picks)
@@ -710,7 +716,7 @@ def main():
                 if args.save_maps:
                     save_maps(args.out, frame, maps, spread, args, source.palette)
                 if baseline:
-                    tallies["mean_map"].add(i, frame, {m: baseline[m] for m in wanted})
+                    tallies["mean_map"].add(i, frame, {m: baseline[m] for m in wanted if m in baseline})
             for i, frame, maps in zip(block, frames, predictor.ceiling(frames) if predictor else ()):
                 tallies["ceiling"].add(i, frame, maps)
             bar.update(len(block) * world)

@@ -103,7 +103,7 @@ def test_a_true_segment_without_partner_counts_zero():
 def test_boundary_shifted_by_pixels(shift, f):
     a, b = np.zeros((256, 256), int), np.zeros((256, 256), int)  # diagonal 362: radius ceil(2.9) = 3
     a[:, 100:], b[:, 100 + shift:] = 1, 1
-    assert eval_depth.boundary_f(a, b) == f
+    assert eval_depth.edge_f(eval_depth.boundary(a), eval_depth.boundary(b)) == f
 
 
 def test_segments_of_a_noisy_picture():
