@@ -39,6 +39,7 @@ from weights import locate
 IGNORE = 255                            # segmentation label that is not scored
 ANGLES = (5, 7.5, 11.25, 22.5, 30)      # degrees whose share is reported
 BINS = 1_800_000                        # of the pooled median: 1e-4 degrees each
+EDGES = np.arange(1, 20) / 20           # thresholds of a soft edge map
 
 
 # ------------------------------------------------------------------------------------------------
@@ -106,13 +107,18 @@ def boundary(index):
     return edge
 
 
-def edge_f(a, b):
-    """F-score of two edge maps (H, W) bool, matched within ceil(0.008 * diagonal) pixels."""
+def matches(a, b):
+    """Edge maps (H, W) bool -> pixels of a within ceil(0.008 * diagonal) pixels of b, pixels of a, and the same of b: (4,)."""
     radius = math.ceil(0.008 * math.hypot(*a.shape))
-    if not a.any() or not b.any():
-        return float(a.any() == b.any())
-    precision, recall = (np.mean(ndimage.distance_transform_edt(~other)[one] <= radius) for one, other in ((a, b), (b, a)))
-    return 2 * precision * recall / max(precision + recall, 1e-12)
+    near = lambda one, other: int((ndimage.distance_transform_edt(~other)[one] <= radius).sum()) if other.any() else 0
+    return np.array([near(a, b), a.sum(), near(b, a), b.sum()])
+
+
+def f_score(counts):
+    """matches (..., 4) -> F; 1 where both maps are empty."""
+    hit_a, all_a, hit_b, all_b = np.moveaxis(np.asarray(counts, np.float64), -1, 0)
+    precision, recall = hit_a / np.maximum(all_a, 1), hit_b / np.maximum(all_b, 1)
+    return np.where(all_a + all_b == 0, 1.0, 2 * precision * recall / np.maximum(precision + recall, 1e-12))
 
 
 def instance_scores(prediction, truth):
@@ -126,7 +132,7 @@ def instance_scores(prediction, truth):
     both, expected = pairs(table), pairs(rows) * pairs(columns) / max(pairs(np.array([truth.size])), 1)
     most = (pairs(rows) + pairs(columns)) / 2
     return {"miou": matched, "best_overlap": iou.max(1).mean(), "ari": (both - expected) / (most - expected) if most != expected else 1.0,
-            "boundary_f": edge_f(boundary(prediction), boundary(truth))}
+            "boundary_f": float(f_score(matches(boundary(prediction), boundary(truth))))}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -474,7 +480,7 @@ class Tally:
         self.args, self.palette = args, palette
         self.rows, self.empty = {}, {}
         self.histogram, self.sums = np.zeros(BINS + 1, np.int64), np.zeros(3 + len(ANGLES))
-        self.confusion = np.zeros((256, 256), np.int64)
+        self.confusion, self.edges = np.zeros((256, 256), np.int64), np.zeros((len(EDGES), 4), np.int64)
 
     def labels(self, image, name):
         """Labels of a picture of labels or colours; InputError for labels that the palette does not have."""
@@ -518,16 +524,19 @@ class Tally:
         elif "seg" in maps:
             row |= instance_scores(segments(maps["seg"]), segments(frame.truth["seg"]))
         if "canny" in maps:
-            row["edge_f"] = edge_f(*(x["canny"].mean(-1) > 127 for x in (maps, frame.truth)))
+            soft, hard = (x["canny"].mean(-1) / 255 for x in (maps, frame.truth))
+            counts = np.stack([matches(soft > threshold, hard > 0.5) for threshold in EDGES])
+            self.edges += counts
+            row["edge_f"] = float(f_score(counts).max())
         self.rows[i] = row
 
     def merge(self):
         """Bring the tallies of all processes together."""
         if dist.is_initialized():
             parts = [None] * dist.get_world_size()
-            dist.all_gather_object(parts, (self.rows, self.empty, self.histogram, self.sums, self.confusion))
+            dist.all_gather_object(parts, (self.rows, self.empty, self.histogram, self.sums, self.confusion, self.edges))
             self.rows, self.empty = ({k: v for part in parts for k, v in part[j].items()} for j in (0, 1))
-            self.histogram, self.sums, self.confusion = (sum(part[j] for part in parts) for j in (2, 3, 4))
+            self.histogram, self.sums, self.confusion, self.edges = (sum(part[j] for part in parts) for j in (2, 3, 4, 5))
         return self
 
     def result(self):
@@ -547,7 +556,7 @@ class Tally:
         elif any("miou" in row for row in rows):
             out |= {k: mean(k) for k in ("miou", "best_overlap", "ari", "boundary_f")}
         if any("edge_f" in row for row in rows):
-            out["edge_f"] = mean("edge_f")
+            out["edge_f"] = f_score(self.edges).max()  # at the set's best threshold, as edge detectors are scored
         return {k: float(v) for k, v in out.items()}
 
 

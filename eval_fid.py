@@ -515,6 +515,8 @@ def paired_lpips(args, rank, world, device):
     if not (args.vgg and args.lpips_heads):
         raise InputError("--lpips needs --vgg FILE (torchvision's vgg16-397923af.pth) and --lpips-heads FILE (the lpips release's weights/v0.1/vgg.pth)")
     a, b = (open_pictures(path, args.crop) for path in (args.samples, args.reference))
+    if a is None or b is None:
+        raise InputError(f"{args.samples if a is None else args.reference}: holds statistics alone; LPIPS needs pictures")
     if sorted(a.names) != sorted(b.names):
         odd = sorted(set(a.names) ^ set(b.names))
         raise InputError(f"{a.path} and {b.path}: {len(a)} and {len(b)} pictures, {odd[0] if odd else ''} only in one; LPIPS compares pictures of equal names")
@@ -533,14 +535,15 @@ def paired_lpips(args, rank, world, device):
 # ------------------------------------------------------------------------------------------------
 
 def open_pictures(path, crop):
-    """Pictures of a folder or an .npz; InputError where there are none."""
+    """Pictures of a folder or an .npz; None of a file of statistics alone. Raises InputError as Pictures and read_statistics do."""
     if not pathlib.Path(path).is_dir():
         read_statistics(path)  # says what is wrong with the file, if anything
-        try:
-            return Pictures(path, crop)
-        except (KeyError, ValueError, OSError, zipfile.BadZipFile, zlib.error) as error:
-            raise InputError(f"{path}: no readable pictures (arr_0) in it ({error})")
-    return Pictures(path, crop)
+    try:
+        return Pictures(path, crop)
+    except KeyError:
+        return None
+    except (ValueError, OSError, zipfile.BadZipFile, zlib.error) as error:
+        raise InputError(f"{path}: no readable pictures ({error})")
 
 
 def sampling(path):
@@ -571,13 +574,7 @@ def study(path, name, network, wanted, args, rank, world, device):
     stored = {o: tuple(torch.from_numpy(found[k]).double() for k in KEYS[o]) for o in outputs if all(k in found for k in KEYS[o])}
     features = any(m in wanted for m in ("precision", "recall", "kid"))
     scored = "is" in wanted and path == args.samples
-    pictures = None
-    try:
-        pictures = Pictures(path, args.crop)
-    except KeyError:  # statistics alone
-        pass
-    except (ValueError, OSError, zipfile.BadZipFile, zlib.error) as error:
-        raise InputError(f"{path}: no readable pictures ({error})")
+    pictures = open_pictures(path, args.crop)
     if pictures is not None and (features or scored or not stored):
         side = extract(path, pictures, network, features and name == "inception", args.batch_size, rank, world, device)
     else:

@@ -19,6 +19,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from scipy import ndimage
 from torch.utils import checkpoint as activations
+from torch.utils.flop_counter import FlopCounterMode
 
 from distributed import InputError, run, whole_file
 from weights import locate, to_official, translate
@@ -68,7 +69,7 @@ def canny(image, low=0.1, high=0.2, sigma=1.0):
     Gaussian, Sobel gradient of the brightness in [0, 1], non-maximum suppression along it, hysteresis between the thresholds.
     """
     grey = ndimage.gaussian_filter(image.astype(np.float64).mean(2) / 255, sigma)
-    dy, dx = (ndimage.sobel(grey, axis) / 4 for axis in (0, 1))
+    dy, dx = (ndimage.sobel(grey, axis) for axis in (0, 1))
     strength, direction = np.hypot(dx, dy), np.round(np.arctan2(dy, dx) / (np.pi / 4)).astype(int) % 4
     padded, (H, W) = np.pad(strength, 1), strength.shape
     at = lambda y, x: padded[1 + y:H + 1 + y, 1 + x:W + 1 + x]
@@ -351,6 +352,16 @@ def build_model(name, modalities=("rgb", "depth", "normal", "seg"), num_classes=
     model.config = dict(name=name, modalities=list(modalities), num_classes=num_classes, latent_channels=latent_channels,
                         latent_size=list(size), encoder_depth=encoder_depth or default_depth, **options)
     return model
+
+
+def training_flops(**config):
+    """Floating-point operations of one sample's forward and backward pass, counted without a device; config as of build_model."""
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        model = build_model(**config)
+        M, C, (H, W) = len(model.modalities), model.latent_channels, model.latent_size
+        v, z = model(torch.zeros(1, M * C, H, W), torch.zeros(1, M), torch.zeros(1, dtype=torch.long), torch.zeros(1, M, dtype=torch.bool))
+        (v.sum() + (0 if z is None else z.sum())).backward()
+    return counter.get_total_flops()
 
 
 def load_checkpoint(path):

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 import sample
 from distributed import InputError, all_reduce, barrier, run, setup, whole_file
-from model import FORMAT, FUSIONS, MODALITIES, SIZES, build_model, load_checkpoint, load_weights
+from model import FORMAT, FUSIONS, MODALITIES, SIZES, build_model, load_checkpoint, load_weights, training_flops
 from prep_latents import DEFAULT_CACHE, open_array, read_meta
 from weights import fit
 
@@ -349,7 +349,9 @@ def main():
         with whole_file(args.run / "args.json") as file:
             file.write(json.dumps({**vars(args), "world": world, "resumed_at": first}, indent=1, default=str).encode())
         print(f"{args.model} with {', '.join(modalities)}: {sum(p.numel() for p in model.parameters()):,} parameters, "
-              f"{len(cache.rows)} samples, steps {first} to {args.steps}, {world} x {rows} rows in micro-batches of {min(rows, micro)}, {device}")
+              f"{training_flops(**model.config) / 1e9:.1f} GFLOPs a sample and step"
+              + (f" ({training_flops(**model.config) / training_flops(**{**model.config, 'fusion': 'linear'}):.2f} of linear fusion)" if args.fusion != "linear" else "")
+              + f", {len(cache.rows)} samples, steps {first} to {args.steps}, {world} x {rows} rows in micro-batches of {min(rows, micro)}, {device}")
     if args.compile if args.compile is not None else device.type == "cuda":
         for block in model.blocks:
             block.compile(fullgraph=True)

@@ -11,11 +11,9 @@ import sys
 import time
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
-
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 from distributed import run, setup, whole_file  # noqa: E402
-from model import FUSIONS, build_model  # noqa: E402
+from model import FUSIONS, build_model, training_flops  # noqa: E402
 
 
 def inputs(model, batch_size, device):
@@ -23,16 +21,6 @@ def inputs(model, batch_size, device):
     given = torch.zeros(batch_size, M, dtype=torch.bool, device=device)
     return (torch.randn(batch_size, M * C, H, W, device=device), torch.rand(batch_size, M, device=device),
             torch.zeros(batch_size, dtype=torch.long, device=device), given)
-
-
-def flops(**options):
-    """Floating-point operations of one training step (forward and backward) per sample, counted on no device."""
-    with torch.device("meta"):
-        model = build_model(**options)
-        with FlopCounterMode(display=False) as counter:
-            v, z = model(*inputs(model, 1, "meta"))
-            (v.sum() + z.sum()).backward()
-    return counter.get_total_flops()
 
 
 def step(model, batch, precision, device):
@@ -49,7 +37,7 @@ def fusion(args, device):
     """The cost of four modalities, fused or as a sequence, beside RGB alone: FLOPs, and time by turns in one run."""
     rows = {"rgb only": dict(modalities=("rgb",)), **{name: dict(fusion=name) for name in FUSIONS}}
     common = dict(name=args.model, latent_size=args.latent_size)
-    result = {name: {"gflops": flops(**common, **options) / 1e9} for name, options in rows.items()}
+    result = {name: {"gflops": training_flops(**common, **options) / 1e9} for name, options in rows.items()}
     if not args.flops:
         models = {name: build_model(**common, **options).to(device).train() for name, options in rows.items()}
         batches, times = {name: inputs(model, args.batch_size, device) for name, model in models.items()}, {name: [] for name in rows}

@@ -103,7 +103,15 @@ def test_a_true_segment_without_partner_counts_zero():
 def test_boundary_shifted_by_pixels(shift, f):
     a, b = np.zeros((256, 256), int), np.zeros((256, 256), int)  # diagonal 362: radius ceil(2.9) = 3
     a[:, 100:], b[:, 100 + shift:] = 1, 1
-    assert eval_depth.edge_f(eval_depth.boundary(a), eval_depth.boundary(b)) == f
+    assert eval_depth.f_score(eval_depth.matches(eval_depth.boundary(a), eval_depth.boundary(b))) == f
+
+
+def test_soft_edges_are_scored_at_the_best_threshold():
+    truth = np.zeros((64, 64, 3), np.uint8)
+    truth[20] = 255
+    soft = (truth * 0.3).astype(np.uint8)
+    soft[40] = 30  # a weak edge that is none
+    assert tallied(Args, canny=(soft, truth))["edge_f"] == 1 and tallied(Args, canny=(np.roll(truth, 3, 0), truth))["edge_f"] == 0
 
 
 def test_segments_of_a_noisy_picture():

@@ -5,6 +5,7 @@ from PIL import Image
 
 import mesh
 import sample
+import toy_scenes
 from distributed import InputError
 
 SIZE = 96
@@ -93,3 +94,21 @@ def test_mesh_command_and_its_errors(command, tmp_path):
     with pytest.raises(InputError, match="must be of one size"):
         command("mesh", "--normal", tmp_path / "n.npy", "--rgb", tmp_path / "c.png", "--out", tmp_path / "p.ply")
     assert not (tmp_path / "p.ply").exists()
+
+
+@pytest.mark.parametrize("kind", ("sphere", "cylinder"))
+def test_a_rendered_object_comes_back(kind):
+    """The visible surface of a toy scene's main object, in perspective: RMS error over its largest extent."""
+    label = toy_scenes.SEGMENTS.index(kind)
+    errors = []
+    for seed in range(60):
+        scene = toy_scenes.render(seed, 128)
+        parts = mesh.pick_segment(scene.seg, background=[k for k in range(len(toy_scenes.SEGMENTS)) if k != label]) if (scene.seg == label).sum() > 2500 else None
+        if parts is None:
+            continue
+        depth = mesh.integrate(scene.normal, parts, scene.focal)
+        vertices, truth = mesh.surface(depth, scene.focal)[0], mesh.surface(np.where(parts, scene.depth, np.nan), scene.focal)[0]
+        scale = (truth * vertices).sum() / (vertices ** 2).sum()
+        errors.append(np.sqrt(np.mean(((vertices * scale - truth) ** 2).sum(1))) / np.ptp(truth, axis=0).max())
+    print(kind, len(errors), "objects, RMS error over size: median", np.median(errors), "worst", max(errors))
+    assert len(errors) >= 3 and np.median(errors) < 0.02
