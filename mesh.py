@@ -101,7 +101,7 @@ def write_ply(path, vertices, faces, colours):
 def pick_segment(index, at=None, background=()):
     """Mask (H, W) of one connected segment of a label map: the one at pixel (x, y), else the largest whose label is not background.
 
-    Without labels of a background, segments that touch more than half of the border count as such.
+    Without labels of a background, segments that hold a quarter of the border or more count as such.
     """
     H, W = index.shape
     if at is not None:
@@ -128,7 +128,7 @@ def write_mesh(path, normal, mask, rgb, focal=None):
     """Integrate the masked normals and write the surface in the colours of rgb (H, W, 3) -> number of vertices and faces."""
     depth = integrate(normal, mask, focal)
     vertices, faces = surface(depth, focal)
-    write_ply(path, vertices, faces, rgb[mask])
+    write_ply(path, vertices, faces, rgb[np.isfinite(depth)])
     return len(vertices), len(faces)
 
 
@@ -144,6 +144,10 @@ def main():
         normal = np.load(args.normal, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise InputError(f"{args.normal}: not a readable .npy array ({error})")
+    if not isinstance(normal, np.ndarray) or normal.ndim != 3 or normal.dtype.kind != "f" or not np.isfinite(normal).all():
+        raise InputError(f"{args.normal}: normals are finite floats of shape (H, W, 3)")
+    if args.focal is not None and not args.focal > 0:
+        raise InputError(f"--focal {args.focal}: must be positive, in half-widths of the picture")
     rgb = np.asarray(read_picture(args.rgb).convert("RGB"))
     mask = np.linalg.norm(normal, axis=-1) > 0.5 if args.mask is None else np.asarray(read_picture(args.mask).convert("L")) > 127
     if normal.ndim != 3 or normal.shape != rgb.shape or mask.shape != rgb.shape[:2]:

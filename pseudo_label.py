@@ -42,7 +42,7 @@ def load_teacher(modality, name, device):
         try:
             pipeline = transformers.pipeline(PIPELINES[modality], model=rest, device=device)
         except Exception as error:  # hub, configuration and file errors of many kinds
-            raise InputError(f"{flag}: {type(error).__name__}: {str(error).splitlines()[0][:120]}; check the model's name or folder")
+            raise InputError(f"{flag}: {type(error).__name__}: {' '.join(str(error).split())[:120]}; check the model's name or folder")
         if modality == "depth":
             return lambda image: pipeline(image)["predicted_depth"].squeeze().float().cpu().numpy()
         return lambda image: np.array([np.asarray(mask) for mask in pipeline(image)["masks"]], bool).reshape(-1, image.height, image.width)
@@ -58,7 +58,7 @@ def load_teacher(modality, name, device):
         sys.path.insert(0, os.getcwd())
         try:
             return getattr(importlib.import_module(module), function)
-        except (ImportError, AttributeError) as error:
+        except (ImportError, AttributeError, ValueError) as error:
             raise InputError(f"{flag}: {error}; the form is py:MODULE:FUNCTION, found from this folder")
     raise InputError(f"{flag}: a teacher is {'hf:MODEL, ' if modality in PIPELINES else ''}hub:OWNER/REPOSITORY:ENTRY or py:MODULE:FUNCTION")
 
@@ -87,7 +87,7 @@ def to_picture(modality, array, image, seed, depth_space):
     if array.ndim != (2 if modality == "depth" else 3) or array.dtype.kind not in "fiu" or not np.isfinite(array).all():
         raise ValueError(f"{array.dtype} {array.shape}, finite: {bool(np.isfinite(array).all()) if array.dtype.kind == 'f' else True}")
     if modality == "depth":
-        disparity = array.astype(np.float64) if depth_space == "disparity" else 1 / np.maximum(array.astype(np.float64), 1e-6)
+        disparity = array.astype(np.float64) if depth_space == "disparity" else np.where(array > 0, 1 / np.where(array > 0, array.astype(np.float64), 1), 0)
         scaled = (disparity - disparity.min()) / max(np.ptp(disparity), 1e-12)
         smooth = Image.fromarray(scaled.astype(np.float32)).resize(image.size, Image.Resampling.BILINEAR)
         return Image.fromarray((np.asarray(smooth, np.float64) * 65535).round().astype(np.uint16))
@@ -101,10 +101,13 @@ def label_photo(path, stem, out, teachers, depth_space):
     """Write what is missing of one photo: its modalities first, its RGB last. Raises InputError naming the photo."""
     missing = [m for m in teachers if not (out / m / f"{stem}.png").is_file()]
     rgb = out / "rgb" / f"{stem}.png"
-    copy = not any(rgb.with_name(rgb.name[:-4] + end).is_file() for end in EXTENSIONS)
+    copy = not rgb.is_file() and not path.resolve().is_relative_to((out / "rgb").resolve())
     if not missing and not copy:
         return
-    image = read_picture(path).convert("RGB")
+    image = read_picture(path)
+    if image.mode == "F":  # 16 bits, as [0, 1]
+        image = Image.fromarray((np.asarray(image) * 255).round().astype(np.uint8))
+    image = image.convert("RGB")
     seed = int.from_bytes(hashlib.sha256(stem.encode()).digest()[:8], "little")
     for m in missing:
         try:
@@ -129,6 +132,9 @@ def main():
     args = parser.parse_args()
     rank, world, device = setup()
     files = [p for p in sorted(args.images.rglob("*")) if p.suffix.lower() in EXTENSIONS and p.suffix != ".npy" and p.is_file()]
+    inside = args.out.resolve().is_relative_to(args.images.resolve())
+    if inside:
+        raise InputError(f"--out {args.out}: lies inside of --images {args.images}, its pictures would be taken for photos; use another folder")
     if not files:
         raise InputError(f"--images {args.images}: no pictures in this folder")
     stems = [p.relative_to(args.images).with_suffix("").as_posix() for p in files]

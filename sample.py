@@ -394,7 +394,8 @@ def write_object(args, item, meta):
     try:
         mask = pick_segment(index, args.segment)
     except InputError as error:
-        raise InputError(f"{item.stem}: {error}")
+        print(f"warning: no mesh of {item.stem}: {error}")
+        return
     vertices, faces = write_mesh(args.out / "mesh" / f"{item.stem}.ply", np.load(args.out / "normal" / f"{item.stem}.npy"), mask, picture("rgb"), args.focal)
     print(f"{args.out / 'mesh' / item.stem}.ply: {vertices} vertices, {faces} faces")
 
@@ -496,6 +497,8 @@ def conditions(args, model):
     given = tuple(args.given or (() if args.task == "generate" else ("rgb",)))
     if len(set(given)) < len(given):
         raise InputError(f"--given {' '.join(given)}: a modality is there twice")
+    if args.mesh and {"rgb", "normal", "seg"} - set(model.modalities):
+        raise InputError(f"--mesh needs rgb, normal and seg; this checkpoint has {', '.join(model.modalities)}")
     for m in given:
         if m not in model.modalities:
             raise InputError(f"--given {m}: this checkpoint has {', '.join(model.modalities)}")
@@ -572,6 +575,7 @@ def take_up(out, recipe, items, files):
     if old:
         print(f"{out}: replaces {len(old.get('samples', ()))} samples of another recipe")
     for sample in old.get("samples", ()):
+        (out / "mesh" / f"{sample['stem']}.ply").unlink(missing_ok=True)
         for m in (*MODALITIES, *(f"{m}_to_rgb" for m in MODALITIES)):
             for end in (".png", ".npy"):
                 (out / m / f"{sample['stem']}{end}").unlink(missing_ok=True)
@@ -622,8 +626,6 @@ def main():
         sample_batch(args, batch, model, meta, vae, given, device, writer)
     barrier()
     if args.mesh:
-        if {"rgb", "normal", "seg"} - set(model.modalities):
-            raise InputError(f"--mesh needs rgb, normal and seg; this checkpoint has {', '.join(model.modalities)}")
         for item in items[rank::world]:
             write_object(args, item, meta)
     barrier()

@@ -1,8 +1,8 @@
 """Weights from elsewhere: MMGen's released ones, REPA's and SiT's in this project's terms; and back; and --init.
 
 All have SiT's blocks and DiT's names. MMGen's and REPA's time runs from data to noise, so that their velocity is the
-negative of ours: the last layer of each head is negated. The network embeds the noise level either way. SiT's own velocity
-has our sign; of its learned-sigma heads the first half is the velocity.
+negative of ours: the last layer of each head is negated; what they embed is the noise level, as here. SiT's own velocity
+has our sign, and its time too, so that its time layers do not fit; of its learned-sigma heads the first half is the velocity.
 """
 import argparse
 import pathlib
@@ -29,7 +29,10 @@ def locate(path):
         path = pathlib.Path(path)
         return path / "latest.pt" if path.is_dir() else path
     from huggingface_hub import hf_hub_download
-    owner, name, *file = str(path)[3:].split("/")
+    owner, name, *file = str(path)[3:].split("/") + [""] * 2
+    file = [part for part in file if part]
+    if not (owner and name and file):
+        raise InputError(f"{path}: the form is hf:OWNER/REPOSITORY/FILE")
     try:
         return pathlib.Path(hf_hub_download(f"{owner}/{name}", "/".join(file)))
     except Exception as error:  # network, missing file, no permission: the hub raises many kinds
@@ -45,10 +48,12 @@ def translate(checkpoint, path):
     if not isinstance(checkpoint, dict):
         raise InputError(f"{path}: holds a {type(checkpoint).__name__}, expected a checkpoint")
     state = checkpoint.get("ema", checkpoint)
-    if not isinstance(state, dict) or not state or not all(isinstance(v, torch.Tensor) for v in state.values()) or "blocks.0.attn.qkv.weight" not in state:
+    if not isinstance(state, dict) or not state or not all(isinstance(v, torch.Tensor) for v in state.values()) or {"pos_embed", "x_embedder.proj.weight", "y_embedder.embedding_table.weight", "blocks.0.attn.qkv.weight"} - state.keys() \
+            or not any("final_layer" in key for key in state):
         raise InputError(f"{path}: format is {checkpoint.get('format')!r}; expected a checkpoint of this project, of MMGen, REPA or SiT")
     heads = sum(key.startswith("lis_final_layer.") and key.endswith(".linear.weight") for key in state)
-    origin = "MMGen" if heads else "REPA" if "projectors.0.0.weight" in state else "SiT"
+    sigma = not heads and len(state.get("final_layer.linear.bias", ())) == 8 * state["x_embedder.proj.weight"].shape[1]  # twice p*p*C
+    origin = "MMGen" if heads else "SiT" if sigma else "REPA"
     modalities = MODALITIES[:heads] if heads else ("rgb",)
     width, channels = state["pos_embed"].shape[2], state["x_embedder.proj.weight"].shape[1] // len(modalities)
     ema = {}
@@ -60,11 +65,11 @@ def translate(checkpoint, path):
                 value = value.unflatten(0, (4, -1))[:, :channels].flatten(0, 1)
             else:
                 value = -value
-        ema[key] = value
+        if origin != "SiT" or not key.startswith("t_embedder."):
+            ema[key] = value
     side = int(state["pos_embed"].shape[1] ** 0.5) * 2
     args = checkpoint.get("args", {})
     args = vars(args) if isinstance(args, argparse.Namespace) else args if isinstance(args, dict) else {}
-    depth = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks."))
     try:
         model = dict(name=SHAPES[width], modalities=list(modalities), num_classes=len(ema["y_embedder.weight"]) - 1, latent_channels=channels,
                      latent_size=[side, side], encoder_depth=int(args.get("encoder_depth", 8)), task_embedding="task_embedder.weight" in ema,
@@ -73,7 +78,7 @@ def translate(checkpoint, path):
         raise InputError(f"{path}: width {width} or {error} is of no size that this project knows ({', '.join(SHAPES.values())})")
     meta = dict(modalities=list(modalities), vae="sd-mse", vae_sha256=None, scale=SD_SCALE, latent_channels=channels, latent_size=[side, side],
                 resolution=8 * side, num_classes=model["num_classes"], class_names=[], palette=None, seg_mode="instance", depth_space="disparity")
-    return dict(ema=ema, step=int(checkpoint.get("steps", 0)), config=dict(model=model, meta=meta, train={}), origin=origin, depth=depth)
+    return dict(ema=ema, step=int(checkpoint.get("steps", 0)), config=dict(model=model, meta=meta, train={}), origin=origin)
 
 
 def to_official(checkpoint, path):
@@ -85,6 +90,8 @@ def to_official(checkpoint, path):
     if tuple(config["modalities"]) != MODALITIES or config.get("fusion", "linear") != "linear" or not config.get("task_embedding", True):
         raise InputError(f"{path}: modalities {', '.join(config['modalities'])}, fusion {config.get('fusion', 'linear')}: MMGen's format takes "
                          f"{', '.join(MODALITIES)} with linear fusion and task embedding")
+    if checkpoint["config"].get("meta", {}).get("scale", SD_SCALE) != SD_SCALE:
+        raise InputError(f"{path}: trained on latents of scale {checkpoint['config']['meta']['scale']}; MMGen's format knows the Stable Diffusion autoencoder alone")
     back = ((r"y_embedder\.", "y_embedder.embedding_table."), (r"task_embedder\.", "taskcond_embedder.embedding_table."), (r"heads\.", "lis_final_layer."),
             (r"projector\.", "projectors.0."))
     state = {}
@@ -111,6 +118,8 @@ def fit(model, meta, checkpoint, path):
     for key in ("vae_sha256", "scale", "latent_channels"):
         if theirs["meta"][key] != meta[key] and theirs["meta"][key] is not None:
             raise InputError(f"--init {path}: its {key} is {theirs['meta'][key]}, the cache's is {meta[key]}; the latents would not mean the same")
+    if theirs["model"]["name"] != model.config["name"]:
+        raise InputError(f"--init {path}: is of size {theirs['model']['name']}; pass --model {theirs['model']['name']}")
     old, new = theirs["model"]["modalities"], list(model.modalities)
     places = [(new.index(m), old.index(m)) for m in new if m in old]
     state, mine = checkpoint["ema"], model.state_dict()

@@ -74,6 +74,7 @@ def test_an_interrupted_run_ends_with_the_same_files(photos, command, tmp_path, 
 
 
 def test_in_place_leaves_the_photos_alone(photos, command, tmp_path):
+    (photos / "a/0.jpg").rename(photos / "a/0.JPEG")
     photos.rename(tmp_path / "rgb")
     before = sorted((tmp_path / "rgb").rglob("*"))
     command("pseudo_label", "--images", tmp_path / "rgb", "--out", tmp_path, "--depth", "py:drawn_teachers:depth")

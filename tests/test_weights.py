@@ -149,6 +149,14 @@ def test_foreign_files_are_named(content, words, tmp_path):
     assert "x.pt" in str(error.value)
 
 
+def test_init_of_another_size_says_so(tmp_path):
+    _, meta = ours(tmp_path / "a.pt")
+    with pytest.raises(InputError, match="pass --model T/2"):
+        weights.fit(build_model("S/2", num_classes=3, latent_size=16), {**meta, "class_names": ["a", "b", "c"]}, load_checkpoint(tmp_path / "a.pt"), "a.pt")
+    with pytest.raises(InputError, match="the form is hf:OWNER/REPOSITORY/FILE"):
+        load_checkpoint("hf:foo")
+
+
 def test_a_hub_name_that_cannot_be_had(monkeypatch):
     import huggingface_hub
 
