@@ -352,6 +352,19 @@ def same_network(path, found, identity):
             raise InputError(f"{path}: its statistics have {key} = {stored[:20]}, this run has {str(value)[:20]}; the two never mix: {remedy} or make them again")
 
 
+def add_moments(sums, x):
+    """Add features (n, D) to the float64 sums (1 + D, D) of x and x x^T, in place."""
+    x = x.double()
+    sums[0] += x.sum(0)
+    sums[1:].addmm_(x.T, x)
+
+
+def finish_moments(sums, count):
+    """The sums over count pictures -> mean (D,) and covariance (D, D), ddof 1."""
+    mu = sums[0] / count
+    return mu, (sums[1:] - count * torch.outer(mu, mu)) / max(count - 1, 1)
+
+
 @torch.inference_mode()
 def extract(path, pictures, network, keep, batch_size, rank, world, device):
     """Run the pictures through the network, shared out over the processes -> Side.
@@ -388,10 +401,7 @@ def extract(path, pictures, network, keep, batch_size, rank, world, device):
                 log_p, chunk = logits.to(home).double().log_softmax(1), torch.tensor(rows, device=home) // IS_CHUNK
                 scores.index_add_(0, chunk, torch.cat([(log_p.exp() * log_p).sum(1, keepdim=True), log_p.exp()], 1))
             for name, x in outputs.items():
-                x = x.to(home).double()
-                total = sums.setdefault(name, torch.zeros(1 + x.shape[1], x.shape[1], dtype=torch.float64, device=home))
-                total[0] += x.sum(0)
-                total[1:].addmm_(x.T, x)
+                add_moments(sums.setdefault(name, torch.zeros(1 + x.shape[1], x.shape[1], dtype=torch.float64, device=home)), x.to(home))
             if keep:
                 if side.features is None:
                     side.features = torch.zeros(n, outputs["pool"].shape[1], device=home)
@@ -403,9 +413,7 @@ def extract(path, pictures, network, keep, batch_size, rank, world, device):
         sums = {name: torch.zeros(1 + x.shape[1], x.shape[1], dtype=torch.float64, device=home) for name, x in outputs.items() if name != "logits"}
         side.features = torch.zeros(n, 2048, device=home) if keep else None
     for name, total in sums.items():
-        all_reduce(total)
-        mu = total[0] / n
-        side.moments[name] = mu.cpu(), ((total[1:] - n * torch.outer(mu, mu)) / max(n - 1, 1)).cpu()
+        side.moments[name] = tuple(m.cpu() for m in finish_moments(all_reduce(total), n))
     if keep:
         all_reduce(side.features)
     all_reduce(scores)

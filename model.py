@@ -386,8 +386,8 @@ def load_checkpoint(path):
     whole = isinstance(config, dict) and all(isinstance(config.get(part), dict) for part in ("model", "meta", "train"))
     lost = [key for key in ("vae", "vae_sha256", "scale", "latent_channels", "latent_size", "resolution", "class_names", "palette")
             if not whole or key not in config["meta"]]
-    tensors = all(isinstance(v, torch.Tensor) for part in ("ema", "model") for v in checkpoint.get(part, {}).values()) \
-        if all(isinstance(checkpoint.get(part, {}), dict) for part in ("ema", "model")) else False
+    states = [checkpoint.get(part, {}) for part in ("ema", "model")]
+    tensors = all(isinstance(state, dict) and all(isinstance(v, torch.Tensor) for v in state.values()) for state in states)
     if lost or not tensors or not checkpoint.get("ema") or not isinstance(checkpoint.get("step"), int):
         raise InputError(f"{path}: incomplete ({'config ' + lost[0] if lost else 'ema, model or step'} is missing or wrong); use another of its folder")
     return checkpoint

@@ -132,8 +132,7 @@ def main():
     args = parser.parse_args()
     rank, world, device = setup()
     files = [p for p in sorted(args.images.rglob("*")) if p.suffix.lower() in EXTENSIONS and p.suffix != ".npy" and p.is_file()]
-    inside = args.out.resolve().is_relative_to(args.images.resolve())
-    if inside:
+    if args.out.resolve().is_relative_to(args.images.resolve()):
         raise InputError(f"--out {args.out}: lies inside of --images {args.images}, its pictures would be taken for photos; use another folder")
     if not files:
         raise InputError(f"--images {args.images}: no pictures in this folder")

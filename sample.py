@@ -612,7 +612,7 @@ def main():
     writer = Writer(args.out, outputs, args.fit, args.truncate)
     prefixes = ("", *(f"{m}_to_" for m in model.modalities[1:])) if args.task == "translate" else ("",)
     files = lambda item: [path for prefix in prefixes for m, paths in writer.files(item, prefix).items() if not prefix or m == "rgb" for path in paths]
-    recipe = dict(task=args.task, given=given, **sampling_recipe(args, checkpoint, model), fit=args.fit, truncate=args.truncate,
+    recipe = rank == 0 and dict(task=args.task, given=given, **sampling_recipe(args, checkpoint, model), fit=args.fit, truncate=args.truncate,
                   outputs={m: MODALITIES[m].meaning for m in outputs}, palette=meta["palette"],
                   samples=[dict(stem=item.stem, class_id=item.label, given={m: str(p) for m, p in item.files.items()}) for item in items])
     left = take_up(args.out, recipe, items, files) if rank == 0 else None

@@ -54,11 +54,11 @@ TASK_MIX = {
     "no-aug": (JOINT_FULL, JOINT_FULL, DECOUPLED_FULL, DECOUPLED_FULL),   # Table 4
     "no-drop": (RGB_ONLY, RGB_ONLY, JOINT_FULL, DECOUPLED_FULL),
     "independent-t": (RGB_ONLY, RGB_ONLY, JOINT, Role(drop=0.5, independent=True)),  # supplement 1.5
-    "joint": (RGB_ONLY, RGB_ONLY, JOINT, DECOUPLED),                      # released Hypersim recipe: the paper's mix again
     "rgb2x": (FROM_RGB,) * 4,                                             # released Hypersim recipe
     "subset": (RGB_ONLY, JOINT_FULL, DECOUPLED_FULL, Role("subset")),     # ours: one to all but one modality given at once
     "photo": (JOINT_FULL, PHOTO, PHOTO, Role("random", no_class=0.5)),    # ours: fine-tune for pictures without a class
 }
+TASK_MIX["joint"] = TASK_MIX["mmgen"]                                     # released Hypersim recipe: the paper's mix again
 
 
 class Draws(NamedTuple):
@@ -348,10 +348,10 @@ def main():
     if rank == 0:
         with whole_file(args.run / "args.json") as file:
             file.write(json.dumps({**vars(args), "world": world, "resumed_at": first}, indent=1, default=str).encode())
+        flops = training_flops(**model.config)
         print(f"{args.model} with {', '.join(modalities)}: {sum(p.numel() for p in model.parameters()):,} parameters, "
-              f"{training_flops(**model.config) / 1e9:.1f} GFLOPs a sample and step"
-              + (f" ({training_flops(**model.config) / training_flops(**{**model.config, 'fusion': 'linear'}):.2f} of linear fusion)" if args.fusion != "linear" else "")
-              + f", {len(cache.rows)} samples, steps {first} to {args.steps}, {world} x {rows} rows in micro-batches of {min(rows, micro)}, {device}")
+              f"{flops / 1e9:.1f} GFLOPs a sample and step ({flops / training_flops(**{**model.config, 'fusion': 'linear'}):.2f} times linear fusion's), "
+              f"{len(cache.rows)} samples, steps {first} to {args.steps}, {world} x {rows} rows in micro-batches of {min(rows, micro)}, {device}")
     if args.compile if args.compile is not None else device.type == "cuda":
         for block in model.blocks:
             block.compile(fullgraph=True)

@@ -2,16 +2,19 @@
 
     python tests/bench.py --what fusion --model XL/2 --latent-size 32 --flops      # FLOPs alone, no memory needed
     python tests/bench.py --what fusion --model S/2 --latent-size 16 --batch-size 16 --json fusion.json
+    python tests/bench.py --what evaluate --json evaluate.json                     # FID, precision and recall of 50,000 features
 """
 import argparse
 import json
 import pathlib
+import resource
 import statistics
 import sys
 import time
 
 import torch
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+import eval_fid  # noqa: E402
 from distributed import run, setup, whole_file  # noqa: E402
 from model import FUSIONS, build_model, training_flops  # noqa: E402
 
@@ -53,9 +56,31 @@ def fusion(args, device):
     return result
 
 
+def evaluate(args, device):
+    """eval_fid.py's arithmetic on 50,000 synthetic features of 2048 against 10,000."""
+    samples, reference = (torch.randn(n, 2048, generator=torch.Generator().manual_seed(n)).abs_().to(device) for n in (50_000, 10_000))
+
+    def moments(features):
+        sums = torch.zeros(2049, 2048, dtype=torch.float64, device=device)
+        for part in features.split(64):
+            eval_fid.add_moments(sums, part)
+        return eval_fid.finish_moments(sums, len(features))
+
+    clock = [time.perf_counter()]
+    both = [*moments(samples), *moments(reference)]
+    clock.append(time.perf_counter())
+    eval_fid.frechet(*(m.cpu() for m in both))
+    clock.append(time.perf_counter())
+    eval_fid.precision_recall(samples, reference)
+    clock.append(time.perf_counter())
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform != "darwin" else 1e9)
+    return {"seconds": dict(zip(("moments", "frechet", "precision_recall"), (b - a for a, b in zip(clock, clock[1:])))) | {"all": clock[-1] - clock[0]},
+            "memory": {"peak_GB": peak}}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--what", choices=("fusion",), required=True)
+    parser.add_argument("--what", choices=("fusion", "evaluate"), required=True)
     parser.add_argument("--model", default="S/2")
     parser.add_argument("--latent-size", type=int, default=32)
     parser.add_argument("--batch-size", type=int, default=16)
@@ -65,7 +90,7 @@ def main():
     parser.add_argument("--json", type=pathlib.Path)
     args = parser.parse_args()
     _, _, device = setup()
-    result = fusion(args, device)
+    result = {"fusion": fusion, "evaluate": evaluate}[args.what](args, device)
     for name, row in result.items():
         print(f"{name:10s}" + "".join(f"  {key} {value:.4g}" for key, value in row.items()))
     if args.json:

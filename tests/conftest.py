@@ -19,6 +19,20 @@ def two_threads():
     torch.set_num_threads(2)
 
 
+@pytest.fixture(scope="session")
+def figure():
+    """figure("what", value) prints a measured figure; with FIGURES=FILE in the environment they are all written there."""
+    found = {}
+
+    def record(what, value):
+        found[what] = value
+        print(what, value)
+    yield record
+    if os.environ.get("FIGURES") and found:
+        import json
+        pathlib.Path(os.environ["FIGURES"]).write_text(json.dumps({"torch": torch.__version__, **found}, indent=1) + "\n")
+
+
 @pytest.fixture
 def command(monkeypatch, capsys):
     """command("train", "--steps", 3) runs train.main() in this process -> what it printed; InputError passes through."""

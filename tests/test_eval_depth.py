@@ -1,6 +1,9 @@
 """eval_depth.py against closed forms, and whole commands on synthetic truth."""
 import functools
 import json
+import os
+import pathlib
+import types
 
 import numpy as np
 import pytest
@@ -124,14 +127,14 @@ def test_segments_of_a_noisy_picture():
     assert eval_depth.instance_scores(eval_depth.segments(colours[truth].astype(np.uint8)), truth)["miou"] == 1  # exact colours: taken as they are
 
 
-def test_ari_and_confusion_equal_scikit_learn():
+def test_ari_and_confusion_equal_scikit_learn(figure):
     metrics = pytest.importorskip("sklearn.metrics")
     a, b = RNG.integers(0, 5, (30, 30)), RNG.integers(0, 7, (30, 30))
     b[:15] = a[:15]
     ours, theirs = eval_depth.instance_scores(a, b)["ari"], metrics.adjusted_rand_score(b.ravel(), a.ravel())
     confusion = metrics.confusion_matrix(b.ravel(), a.ravel(), labels=range(7))
     iou = metrics.jaccard_score(b.ravel(), a.ravel(), average="macro")
-    print("scikit-learn ARI", theirs, "ours", ours)
+    figure("scikit-learn adjusted Rand index: theirs, ours", [float(theirs), float(ours)])
     assert ours == pytest.approx(theirs, abs=1e-12) and eval_depth.semantic_scores(confusion)["miou"] == pytest.approx(iou, abs=1e-12)
 
 
@@ -179,6 +182,35 @@ def test_an_ensemble_is_its_median():
     assert (vote == toy_scenes.PALETTE[2]).all() and np.allclose(doubt, 1 / 3)
     normal, _ = eval_depth.combine("normal", [np.tile(v, (2, 2, 1)) for v in ([0, 0, 1.0], [0, 0.6, 0.8], [0, 0.8, 0.6])], None)
     assert np.allclose(np.linalg.norm(normal, axis=-1), 1) and np.allclose(normal[0, 0], np.array([0, 0.6, 0.8]))
+
+
+@pytest.mark.skipif("MARIGOLD" not in os.environ, reason="MARIGOLD names no checkout of prs-eth/Marigold")
+@pytest.mark.parametrize("space", ("disparity", "depth"))
+def test_depth_scores_equal_marigold(space, figure):
+    """Their alignment, clipping and metrics in float64 on 200 random predictions and truths with holes."""
+    def load(name):
+        source = (pathlib.Path(os.environ["MARIGOLD"]) / "src/util" / name).read_text()
+        module = types.ModuleType(name)
+        exec(source.replace("import pandas as pd", ""), module.__dict__)  # only their logger needs it
+        return module
+    metric, alignment = load("metric.py"), load("alignment.py")
+    worst, rng = {}, np.random.default_rng(0)
+    for _ in range(200):
+        height, width = rng.integers(40, 120, 2)
+        truth = rng.uniform(0.2, 12, (height, width)) * (rng.random((height, width)) > 0.25)
+        guess = np.abs((1 / np.maximum(truth, 0.3) if space == "disparity" else truth) * rng.uniform(0.5, 3) + rng.normal(1, 0.2, truth.shape)) + 1e-3
+        valid = (truth > 1e-3) & (truth < 10)
+        if space == "depth":
+            theirs = alignment.align_depth_least_square(truth, guess, valid)[0]
+        else:
+            theirs = alignment.align_depth_least_square(alignment.depth2disparity(truth), guess, valid)[0]
+            theirs = alignment.disparity2depth(np.clip(theirs, 1e-3, None))
+        p, g, mask = (torch.from_numpy(x) for x in (np.clip(theirs, 1e-3, 10), truth, valid))
+        want = dict(abs_rel=metric.abs_relative_difference(p, g, mask), rmse=metric.rmse_linear(p, g, mask), delta1=metric.delta1_acc(p, g, mask))
+        got = eval_depth.depth_scores(np.clip(eval_depth.align(guess, truth, valid, space), 1e-3, 10), truth, valid)
+        worst = {k: max(worst.get(k, 0.0), abs(float(v) - float(got[k]))) for k, v in want.items()}
+    figure(f"Marigold, 200 random maps with holes, {space} alignment: largest differences", worst)
+    assert max(worst.values()) <= 1e-6
 
 
 # ------------------------------------------------------------------------------------------------

@@ -261,7 +261,7 @@ def test_cut_array_is_named(command, inception, tmp_path):
 # ------------------------------------------------------------------------------------------------
 # The reference packages.
 
-def test_inception_equals_pytorch_fid(inception, monkeypatch):
+def test_inception_equals_pytorch_fid(inception, monkeypatch, figure):
     module = pytest.importorskip("pytorch_fid.inception")
     monkeypatch.setattr(module, "load_state_dict_from_url", lambda *a, **k: torch.load(inception, weights_only=True))
     theirs, ours = module.InceptionV3().eval(), eval_fid.Inception().eval()
@@ -269,11 +269,11 @@ def test_inception_equals_pytorch_fid(inception, monkeypatch):
     x = torch.rand(2, 3, 64, 64)
     with torch.inference_mode():
         a, b = theirs(x)[0].flatten(1), ours(eval_fid.PREPROCESS["pytorch_fid"](x * 255))["pool"]
-    print("pytorch-fid pool", float((a - b).abs().max()), "of", float(a.abs().max()))
+    figure("pytorch-fid pool_3, random weights: largest difference, largest value", [float((a - b).abs().max()), float(a.abs().max())])
     assert (a - b).abs().max() <= 1e-5 * a.abs().max()
 
 
-def test_frechet_equals_pytorch_fid():
+def test_frechet_equals_pytorch_fid(figure):
     module = pytest.importorskip("pytorch_fid.fid_score")
     rng = np.random.default_rng(0)
     a, b = rng.standard_normal((500, 100)), rng.standard_normal((500, 100)) @ rng.standard_normal((100, 100)) / 10
@@ -283,11 +283,11 @@ def test_frechet_equals_pytorch_fid():
     except TypeError:
         pytest.skip("this release calls scipy's sqrtm in a way that the installed scipy no longer has")
     ours = eval_fid.frechet(*(torch.from_numpy(m) for pair in moments for m in pair))
-    print("pytorch-fid distance", theirs, "ours", ours)
+    figure("pytorch-fid Frechet distance of 500x100 features: theirs, ours", [float(theirs), ours])
     assert ours == pytest.approx(theirs, rel=1e-7)
 
 
-def test_inception_equals_torch_fidelity(inception):
+def test_inception_equals_torch_fidelity(inception, figure):
     module = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
     theirs = module.FeatureExtractorInceptionV3("inception", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(inception))
     ours = eval_fid.Inception().eval()
@@ -301,13 +301,14 @@ def test_inception_equals_torch_fidelity(inception):
             hook.remove()
             spatial = seen[0][:, :7].permute(0, 2, 3, 1).reshape(2, -1)
             mine = ours(eval_fid.PREPROCESS["adm"](x.float()))
-        print("torch-fidelity", size, float((pool - mine["pool"]).abs().max() / pool.abs().max()), float((logits - mine["logits"]).abs().max() / logits.abs().max()))
+        gaps = [float((a - b).abs().max() / a.abs().max()) for a, b in ((pool, mine["pool"]), (logits, mine["logits"]), (spatial, mine["spatial"]))]
+        figure(f"torch-fidelity pool_3, logits, Mixed_6d.branch1x1 at {size} px, random weights: largest relative differences", gaps)
         assert spatial.shape == (2, 2023) and (spatial - mine["spatial"]).abs().max() <= 1e-5 * spatial.abs().max()
         assert (pool - mine["pool"]).abs().max() <= 1e-5 * pool.abs().max() and (logits - mine["logits"]).abs().max() <= 1e-5 * logits.abs().max()
 
 
-def test_metrics_equal_torch_fidelity():
-    prc, kid, isc, fid = (pytest.importorskip(f"torch_fidelity.metric_{m}") for m in ("prc", "kid", "isc", "fid"))
+def test_metrics_equal_torch_fidelity(figure):
+    prc, kid = (pytest.importorskip(f"torch_fidelity.metric_{m}") for m in ("prc", "kid"))
     g = torch.Generator().manual_seed(0)
     a, b = torch.randn(1200, 64, generator=g), torch.randn(1100, 64, generator=g) * 1.1 + 0.1
     theirs = prc.prc_features_to_metric(a, b, prc_neighborhood=3, prc_batch_size=500, save_cpu_ram=True, verbose=False)
@@ -316,10 +317,11 @@ def test_metrics_equal_torch_fidelity():
     theirs_kid = kid.kid_features_to_metric(a.double(), b.double(), verbose=False)
     mean, std = eval_fid.kernel_distance(a, b)
     assert (mean, std) == pytest.approx(tuple(theirs_kid.values()), rel=1e-6)
-    print("torch-fidelity P/R", ours, theirs, "KID", mean, theirs_kid)
+    figure("torch-fidelity precision, recall of 1200 and 1100 features: theirs, ours", [[theirs["precision"], theirs["recall"]], list(ours)])
+    figure("torch-fidelity KID: theirs, ours", [float(next(iter(theirs_kid.values()))), mean])
 
 
-def test_lpips_equals_the_package(tmp_path):
+def test_lpips_equals_the_package(tmp_path, figure):
     lpips, torchvision = pytest.importorskip("lpips"), pytest.importorskip("torchvision")
     torch.manual_seed(0)
     trunk = torchvision.models.vgg16(weights=None)
@@ -335,5 +337,5 @@ def test_lpips_equals_the_package(tmp_path):
     with torch.inference_mode():
         want, got = theirs(a, b).flatten(), ours(a, b)
         assert ours(a, a).abs().max() == 0
-    print("lpips", want.tolist(), got.tolist())
+    figure("lpips VGG, random trunk, released heads: theirs, ours", [want.tolist(), got.tolist()])
     assert (want - got).abs().max() <= 1e-5 * want.abs().max()

@@ -228,14 +228,17 @@ def test_any_subset_is_given_and_never_all():
 
 
 def test_checkpointing_changes_no_gradient():
-    gradients = []
+    gradients, forwards = [], []
     for checkpointing in (False, True):
         torch.manual_seed(0)
         model = build_model("T/2", num_classes=12, latent_size=8)
         for p in model.parameters():
             torch.nn.init.normal_(p, std=0.02) if p.requires_grad else None
         model.train().checkpointing = checkpointing
+        passes = []
+        model.blocks[3].mlp.register_forward_hook(lambda *_: passes.append(1))
         v, z = model(torch.randn(2, 16, 8, 8), torch.rand(2, 4), torch.tensor([0, 1]), torch.zeros(2, 4, dtype=torch.bool))
         (v.square().mean() + z.mean()).backward()
+        forwards.append(len(passes))
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
-    assert torch.equal(*gradients)
+    assert torch.equal(*gradients) and forwards == [1, 2]

@@ -57,6 +57,11 @@ def test_a_released_file_is_recognised_and_runs(tmp_path):
     loaded = load_model(tmp_path / "0600000.pt")
     assert same(model, loaded) and loaded.step == 600000 and loaded.meta["vae"] == "sd-mse" and loaded.modalities == weights.MODALITIES
     raw = torch.load(tmp_path / "0600000.pt", weights_only=False)["ema"]
+    named = {"pos_embed", "x_embedder.proj", "t_embedder.mlp.0", "t_embedder.mlp.2", "t_embedder.mlp_fused.0", "t_embedder.mlp_fused.2",
+             "y_embedder.embedding_table", "taskcond_embedder.embedding_table", *(f"projectors.0.{i}" for i in (0, 2, 4)),
+             *(f"lis_final_layer.{m}.{layer}" for m in range(4) for layer in ("linear", "adaLN_modulation.1")),
+             *(f"blocks.{i}.{layer}" for i in range(8) for layer in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2", "adaLN_modulation.1"))}
+    assert {key.removesuffix(".weight").removesuffix(".bias") for key in raw} == named  # the released state dict's names
     assert torch.equal(raw["lis_final_layer.2.linear.weight"], -model.heads[2].linear.weight) and "taskcond_embedder.embedding_table.weight" in raw
 
 
