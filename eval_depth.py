@@ -417,7 +417,7 @@ class Predictor:
 
     def __init__(self, args, device):
         self.args, self.device = args, device
-        self.checkpoint = locate(args.ckpt or newest_checkpoint()).resolve()
+        self.checkpoint = locate(args.ckpt or newest_checkpoint())
         self.model = load_model(self.checkpoint, device=device)
         self.vae = checked_vae(args.vae, self.model.meta)
         self.vae = self.vae.to(device) if self.vae else None

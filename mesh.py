@@ -9,6 +9,7 @@ import argparse
 import pathlib
 
 import numpy as np
+from PIL import Image, ImageDraw
 from scipy import sparse
 from scipy.ndimage import label
 from scipy.sparse.linalg import cg
@@ -23,8 +24,9 @@ def integrate(normal, mask, focal=None, sharpness=2.0, iterations=100, tolerance
     normal (H, W, 3), mask (H, W) bool; focal in half-widths of the image for a perspective camera whose axis meets the
     centre, None for an orthographic one. Each of the two one-sided derivatives along an axis shall fit the normal; their
     weights, a sigmoid of `sharpness` times the difference of their squares, say on which side of a pixel the surface goes
-    on, so that depth may jump at a silhouette. Iteratively reweighted least squares, solved by conjugate gradients. Depth grows away from the camera: in pixels and up to a constant (orthographic), or up to a
-    factor, with mean 1 (perspective). Raises InputError for an empty mask.
+    on, so that depth may jump at a silhouette. Iteratively reweighted least squares, solved by conjugate gradients. Depth
+    grows away from the camera: in pixels and up to a constant (orthographic), or up to a factor, with mean 1 (perspective).
+    Raises InputError for an empty mask.
     """
     count = int(mask.sum())
     if count == 0:
@@ -98,10 +100,10 @@ def write_ply(path, vertices, faces, colours):
         file.write(header.encode() + points.tobytes() + triangles.tobytes())
 
 
-def pick_segment(index, at=None, background=()):
-    """Mask (H, W) of one connected segment of a label map: the one at pixel (x, y), else the largest whose label is not background.
+def pick_segment(index, at=None):
+    """Mask (H, W) of one connected segment of a label map: the one at pixel (x, y), else the largest that is not background.
 
-    Without labels of a background, segments that hold a quarter of the border or more count as such.
+    What holds a quarter of the picture's border or more counts as background.
     """
     H, W = index.shape
     if at is not None:
@@ -114,21 +116,42 @@ def pick_segment(index, at=None, background=()):
     for k in np.unique(index):
         parts, _ = label(index == k)
         sizes = np.bincount(parts.ravel())
-        sizes[0] = 0
-        mask = parts == sizes.argmax()
-        border = np.concatenate([mask[0], mask[-1], mask[:, 0], mask[:, -1]]).mean()
-        if sizes.max() > most and k not in background and (len(background) or border < 0.25):
-            best, most = mask, sizes.max()
+        for part in 1 + np.flatnonzero(sizes[1:] > most):
+            mask = parts == part
+            border = np.concatenate([mask[0], mask[-1], mask[:, 0], mask[:, -1]]).mean()
+            if sizes[part] > most and border < 0.25:
+                best, most = mask, sizes[part]
     if not most:
         raise InputError("no segment stands free of the border; name one with --segment X,Y")
     return best
 
 
+def view(vertices, faces, colours, yaw, size=256):
+    """A shaded picture (size, size) of the mesh turned by yaw degrees about its upright axis, lit from the viewer; both sides show."""
+    angle = np.radians(yaw)
+    turn = np.array([[np.cos(angle), 0, np.sin(angle)], [0, 1, 0], [-np.sin(angle), 0, np.cos(angle)]])
+    turned = (vertices - (vertices.min(0) + vertices.max(0)) / 2) @ turn.T
+    corners = turned[faces]                                                       # (F, 3, 3)
+    facing = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
+    light = 0.25 + 0.75 * np.abs(facing[:, 2]) / np.maximum(np.linalg.norm(facing, axis=1), 1e-12)
+    tint = (colours[faces].mean(1) * light[:, None]).astype(int)
+    at = corners[..., :2] * [1, -1] * 0.9 * size / max(np.ptp(turned[:, :2], axis=0).max(), 1e-12) + size / 2
+    image = Image.new("RGB", (size, size), "white")
+    pen = ImageDraw.Draw(image)
+    for k in np.argsort(corners[..., 2].mean(1)):                                 # the far ones first
+        pen.polygon([tuple(p) for p in at[k]], tuple(tint[k]))
+    return image
+
+
 def write_mesh(path, normal, mask, rgb, focal=None):
-    """Integrate the masked normals and write the surface in the colours of rgb (H, W, 3) -> number of vertices and faces."""
+    """Integrate the masked normals and write the surface in the colours of rgb (H, W, 3), and beside it a picture of it
+    from three sides -> number of vertices and faces."""
     depth = integrate(normal, mask, focal)
     vertices, faces = surface(depth, focal)
-    write_ply(path, vertices, faces, rgb[np.isfinite(depth)])
+    colours = rgb[np.isfinite(depth)]
+    write_ply(path, vertices, faces, colours)
+    with whole_file(path.with_suffix(".png")) as file:
+        Image.fromarray(np.hstack([view(vertices, faces, colours, yaw) for yaw in (-50, 0, 50)])).save(file, "png")
     return len(vertices), len(faces)
 
 

@@ -49,7 +49,10 @@ def load_teacher(modality, name, device):
     if kind == "hub":
         repository, _, entry = rest.partition(":")
         try:
-            predictor = torch.hub.load(repository, entry, trust_repo=True)
+            try:
+                predictor = torch.hub.load(repository, entry, trust_repo=True, device=str(device))
+            except TypeError:  # an entry that takes no device
+                predictor = torch.hub.load(repository, entry, trust_repo=True)
         except Exception as error:  # whatever that repository's code raises
             raise InputError(f"{flag}: {type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}; the form is hub:OWNER/REPOSITORY:ENTRY")
         return lambda image: np.asarray(predictor(image))
@@ -76,6 +79,8 @@ def to_picture(modality, array, image, seed, depth_space):
     """What a teacher returned -> a PIL image of the photo's size to be saved. Raises ValueError for what does not fit."""
     array = np.asarray(array)
     if modality == "seg":
+        if array.ndim == 3 and array.shape[2] == 4 and array.dtype == np.uint8:
+            array = array[..., :3]  # colours with alpha
         if array.ndim == 3 and array.shape[2] != 3 or array.dtype == bool:
             array = paint(array.reshape(-1, *array.shape[-2:]).astype(bool), seed)
         elif array.ndim == 2:
@@ -143,7 +148,12 @@ def main():
     names = {m: getattr(args, m) for m in ("depth", "normal", "seg") if getattr(args, m)}
     if not names:
         raise InputError("no teacher; name at least one of --depth, --normal, --seg")
+    if rank:
+        barrier()  # the first process fetches what the others then find on the disk
     teachers, skipped = {m: load_teacher(m, name, device) for m, name in names.items()}, []
+    if rank == 0:
+        (args.out / "skipped.txt").unlink(missing_ok=True)  # what was left out is tried, and listed, again
+        barrier()
     with torch.inference_mode():
         for path, stem in tqdm(list(zip(files, stems))[rank::world], desc="label", disable=rank > 0):
             try:
@@ -160,7 +170,9 @@ def main():
             file.writelines(skipped)
     barrier()
     if rank == 0:
-        print(f"{args.out}: {', '.join(names)} of {len(files)} photos" + (f", some left out: {args.out / 'skipped.txt'}" if (args.out / "skipped.txt").is_file() else ""))
+        print(f"{args.out}: {', '.join(names)} of {len(files)} photos"
+              + (f", some left out: {args.out / 'skipped.txt'}; where they lie in {args.out / 'rgb'}, take them away before prep_latents.py"
+                 if (args.out / "skipped.txt").is_file() else ""))
 
 
 if __name__ == "__main__":

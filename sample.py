@@ -575,7 +575,8 @@ def take_up(out, recipe, items, files):
     if old:
         print(f"{out}: replaces {len(old.get('samples', ()))} samples of another recipe")
     for sample in old.get("samples", ()):
-        (out / "mesh" / f"{sample['stem']}.ply").unlink(missing_ok=True)
+        for end in (".ply", ".png"):
+            (out / "mesh" / f"{sample['stem']}{end}").unlink(missing_ok=True)
         for m in (*MODALITIES, *(f"{m}_to_rgb" for m in MODALITIES)):
             for end in (".png", ".npy"):
                 (out / m / f"{sample['stem']}{end}").unlink(missing_ok=True)
@@ -598,7 +599,7 @@ def write_npz(out, items):
 def main():
     args = arguments()
     rank, world, device = setup()
-    checkpoint = locate(args.ckpt or newest_checkpoint()).resolve()  # latest.pt may move on meanwhile
+    checkpoint = locate(args.ckpt or newest_checkpoint())
     model = load_model(checkpoint, device=device)
     meta, vae = model.meta, checked_vae(args.vae, model.meta)
     vae = vae.to(device) if vae else None

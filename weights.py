@@ -21,13 +21,14 @@ RENAMED = ((r"y_embedder\.embedding_table\.", "y_embedder."), (r"taskcond_embedd
 
 
 def locate(path):
-    """A checkpoint's file: of hf:owner/repository/file a local copy from the hub, of a run folder its latest.pt -> Path.
+    """A checkpoint's file: of hf:owner/repository/file a local copy from the hub, of a run folder what its latest.pt is now -> Path.
 
     Raises InputError when it cannot be had.
     """
     if not str(path).startswith("hf:"):
         path = pathlib.Path(path)
-        return path / "latest.pt" if path.is_dir() else path
+        path = path / "latest.pt" if path.is_dir() else path
+        return path.resolve() if path.name == "latest.pt" else path  # the run may go on meanwhile
     from huggingface_hub import hf_hub_download
     owner, name, *file = str(path)[3:].split("/") + [""] * 2
     file = [part for part in file if part]

@@ -103,9 +103,9 @@ def test_a_rendered_object_comes_back(kind):
     errors = []
     for seed in range(60):
         scene = toy_scenes.render(seed, 128)
-        parts = mesh.pick_segment(scene.seg, background=[k for k in range(len(toy_scenes.SEGMENTS)) if k != label]) if (scene.seg == label).sum() > 2500 else None
-        if parts is None:
+        if (scene.seg == label).sum() <= 2500:
             continue
+        parts = mesh.pick_segment(scene.seg == label)
         depth = mesh.integrate(scene.normal, parts, scene.focal)
         vertices, truth = mesh.surface(depth, scene.focal)[0], mesh.surface(np.where(parts, scene.depth, np.nan), scene.focal)[0]
         scale = (truth * vertices).sum() / (vertices ** 2).sum()
