@@ -48,6 +48,11 @@ def all_reduce(tensor):
     return tensor
 
 
+def autocast(device, precision):
+    """The context of a forward pass: bf16 autocast for precision "bf16", nothing for "fp32"."""
+    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
+
+
 @contextlib.contextmanager
 def whole_file(path):
     """Open a temporary neighbour of path for writing bytes; it takes the final name only when complete.

@@ -30,9 +30,9 @@ from tqdm import tqdm
 
 import toy_scenes
 from distributed import InputError, barrier, run, setup, whole_file
-from model import MODALITIES, canny, load_model
+from model import MODALITIES, canny
 from prep_latents import EXTENSIONS, centre_crop, nearest_colour, read_picture, segments
-from sample import (Noise, check_sampling_flags, checked_vae, class_of, decode_latents, draw_from, draw_grid, newest_checkpoint, sampling_flags,
+from sample import (Noise, check_method_flags, check_sampling_flags, checked_vae, class_of, decode_latents, draw_from, draw_grid, newest_checkpoint, open_model, sampling_flags,
                     sampling_recipe)
 from weights import locate
 
@@ -418,7 +418,10 @@ class Predictor:
     def __init__(self, args, device):
         self.args, self.device = args, device
         self.checkpoint = locate(args.ckpt or newest_checkpoint())
-        self.model = load_model(self.checkpoint, device=device)
+        self.model = open_model(self.checkpoint, device)
+        check_method_flags(args, self.model)
+        if "rgb" not in [self.model.modalities[i] for i in self.model.conditions]:
+            raise InputError(f"{self.checkpoint}: does not take RGB as a condition ({', '.join(self.model.modalities)})")
         self.vae = checked_vae(args.vae, self.model.meta)
         self.vae = self.vae.to(device) if self.vae else None
 

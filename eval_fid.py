@@ -519,12 +519,13 @@ class Lpips(nn.Module):
 
 @torch.inference_mode()
 def paired_lpips(args, rank, world, device):
-    """The mean LPIPS of pictures with equal names -> result dict."""
+    """The mean LPIPS of pictures with equal names, "/" as "_" as sample.py writes it -> result dict."""
     if not (args.vgg and args.lpips_heads):
         raise InputError("--lpips needs --vgg FILE (torchvision's vgg16-397923af.pth) and --lpips-heads FILE (the lpips release's weights/v0.1/vgg.pth)")
     a, b = (open_pictures(path, args.crop) for path in (args.samples, args.reference))
     if a is None or b is None:
         raise InputError(f"{args.samples if a is None else args.reference}: holds statistics alone; LPIPS needs pictures")
+    a.names, b.names = ([name.replace("/", "_") for name in p.names] for p in (a, b))
     if sorted(a.names) != sorted(b.names):
         odd = sorted(set(a.names) ^ set(b.names))
         raise InputError(f"{a.path} and {b.path}: {len(a)} and {len(b)} pictures, {odd[0] if odd else ''} only in one; LPIPS compares pictures of equal names")

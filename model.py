@@ -261,7 +261,8 @@ class MMDiT(nn.Module):
         M = len(modalities)
         self.modalities, self.num_classes, self.latent_channels = tuple(modalities), num_classes, latent_channels
         self.latent_size, self.patch_size, self.encoder_depth = tuple(latent_size), patch_size, encoder_depth
-        self.checkpointing = False  # train.py --checkpointing
+        self.conditions = tuple(range(M))  # the modalities that may be given
+        self.checkpointing = False         # train.py --checkpointing
         self.x_embedder = FUSIONS[fusion](M, latent_channels, patch_size, width)
         self.t_embedder = TimeEmbedder(width, M)
         self.task_embedder = nn.Embedding(M + 1, width) if task_embedding else None
@@ -406,7 +407,7 @@ def load_weights(model, state, path, assign=False):
     model.load_state_dict(state, strict=False, assign=assign)
 
 
-def load_model(path, ema=True, device="cpu"):
+def load_model(path, ema=True, device="cpu", build=build_model):
     """The model of a checkpoint for sampling, in fp32 and eval mode, without the projector.
 
     fp32 weights stay in the mapped file until they are used or moved to a device: nothing else of it is read.
@@ -420,7 +421,7 @@ def load_model(path, ema=True, device="cpu"):
         raise InputError(f"{path}: has no {weights} weights, it was exported with the EMA alone")
     try:
         with torch.device("meta"):  # no memory, no initialisation
-            model = build_model(**{**checkpoint["config"]["model"], "projector": False})
+            model = build(**{**checkpoint["config"]["model"], "projector": False})
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"{path}: its model configuration {checkpoint['config']['model']} is not of this version ({error})")
     state = {k: v.float() for k, v in checkpoint[weights].items() if not k.startswith("projector.")}

@@ -4,7 +4,7 @@
     torchrun --nproc_per_node=8 prep_latents.py --data imagenet_mm        # <root>/{rgb,depth,normal,seg}/<class>/<name>.png
 
 The cache is a folder: <modality>.npy float16 (n, 2, C, H, W), mean and log-std of the VAE posterior (unscaled);
-dino.npy int8 (n, T, 768), alignment targets for REPA; labels.npy, names.txt, done.npy, meta.json.
+dino.npy int8 (n, T, 768), alignment targets for REPA; feature.npy float16 (n, F), with --feature; labels.npy, names.txt, done.npy, meta.json.
 An interrupted run continues with the same command. Blocks of --batch-size consecutive rows are encoded
 together whatever the number of processes, so that the cache depends on neither it nor on interruptions.
 """
@@ -290,9 +290,43 @@ class ToyTeacher:
         return np.stack([toy_scenes.teacher(scene, self.grid) for scene in scenes])
 
 
+class Feature:
+    """One vector of a whole image for MT-Diffusion: what a timm model pools (DINOv2's class token; of CLIP the pooled token before its projection)."""
+
+    def __init__(self, name, file, device):
+        import timm
+        try:
+            overlay = dict(file=str(file)) if file else None
+            self.model = timm.create_model(name, pretrained=True, num_classes=0, pretrained_cfg_overlay=overlay).to(device).eval()
+        except (OSError, RuntimeError, LookupError, ValueError, TypeError, SafetensorError, pickle.UnpicklingError) as error:
+            raise InputError(f"--feature {name}: {type(error).__name__} ({' '.join(str(error).split())[:100]}); check the timm name, or pass its weights with --feature-file FILE")
+        self.id, self.size, self.device = name, self.model.num_features, device
+
+    def __call__(self, rgb, scenes):
+        """rgb (B, 3, S, S) in [-1, 1] -> (B, F)."""
+        config = self.model.pretrained_cfg
+        mean, std = (torch.tensor(config[key], device=self.device).view(3, 1, 1) for key in ("mean", "std"))
+        x = F.interpolate(((rgb.to(self.device) + 1) / 2 - mean) / std, config["input_size"][1:], mode="bicubic", antialias=True)
+        return self.model(x).float().cpu().numpy()
+
+
+class ToyFeature:
+    """The toy world's: its teacher's mean over the picture."""
+
+    id, size = "toy-teacher", 768
+
+    def __call__(self, rgb, scenes):
+        return np.stack([toy_scenes.teacher(scene, 1)[0] for scene in scenes])
+
+
 def to_int8(tokens):
     """Each token scaled so that its largest entry is 127: a cosine needs no scale."""
     return (tokens / np.maximum(np.abs(tokens).max(-1, keepdims=True), 1e-8) * 127).round().astype(np.int8)
+
+
+def to_unit(vectors):
+    """Vectors (B, F) as float16 of mean square 1: what MT-Diffusion's squared error is measured in."""
+    return (vectors / np.maximum(np.sqrt((vectors ** 2).mean(-1, keepdims=True)), 1e-8)).astype(np.float16)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -303,6 +337,20 @@ def encode(vae, pixels, device):
         return ((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).numpy()
     mean, logvar = vae.encode(pixels.to(device))
     return torch.stack([mean, logvar / 2], 1).half().cpu().numpy()
+
+
+def latents(batch, modalities, posterior, scale, channels):
+    """Cached rows -> x0 (n, M*C, H, W): posterior samples times scale; uint8 pixels as they are; zeros where absent."""
+    parts = []
+    for m, xi in zip(modalities, posterior.split(channels, 1)):
+        if m not in batch:
+            parts.append(torch.zeros_like(xi))
+        elif batch[m].dtype == torch.uint8:
+            parts.append(batch[m].float() / 127.5 - 1)
+        else:
+            mean, log_std = batch[m].float().unbind(1)
+            parts.append((mean + log_std.exp() * xi) * scale)
+    return torch.cat(parts, 1)
 
 
 def load_block(rows, source, skip_broken):
@@ -322,12 +370,14 @@ def load_block(rows, source, skip_broken):
     return loaded, broken
 
 
-def entries(loaded, modalities, vae, teacher, device):
+def entries(loaded, modalities, vae, teacher, feature, device):
     """Loaded rows -> {file stem: array of the block}."""
     pixels = {m: torch.from_numpy(np.stack([p[m] for p, _ in loaded])) for m in modalities}
     out = {m: encode(vae, pixels[m], device) for m in modalities}
     if teacher is not None:
         out["dino"] = to_int8(teacher(pixels["rgb"], [scene for _, scene in loaded]))
+    if feature is not None:
+        out["feature"] = to_unit(feature(pixels["rgb"], [scene for _, scene in loaded]))
     if loaded[0][1] is not None:
         out["labels"] = np.array([scene.label for _, scene in loaded], np.int64)
     return out
@@ -402,7 +452,7 @@ def open_array(folder, stem, count):
     return array
 
 
-def verify(out, meta, source, vae, teacher, device, batch_size):
+def verify(out, meta, source, vae, teacher, feature, device, batch_size):
     """Re-encode up to 8 whole blocks and compare; InputError at more than one fp16 ulp (two int8 levels for dino)."""
     n = len(source.names)
     same_meta(out, meta)
@@ -415,7 +465,7 @@ def verify(out, meta, source, vae, teacher, device, batch_size):
         block = range(start, min(start + batch_size, n))
         keep = open_array(out, "done", n)[block.start:block.stop] == 1
         loaded, _ = load_block(block, source, skip_broken=True)
-        for stem, fresh in entries(loaded, source.modalities, vae, teacher, device).items():
+        for stem, fresh in entries(loaded, source.modalities, vae, teacher, feature, device).items():
             stored = open_array(out, stem, n)[block.start:block.stop][keep]
             fresh = fresh[keep]
             tolerance = np.spacing(np.maximum(np.abs(stored), np.abs(fresh))) if stored.dtype == np.float16 else (2 if stem == "dino" else 0)
@@ -441,6 +491,8 @@ def main():
     parser.add_argument("--vae", help="sd-mse (default for --data), sd-ema, toy (default for --toy), a file, or none for pixels")
     parser.add_argument("--dino", type=pathlib.Path, metavar="FILE", help="local DINOv2-B/14 weights instead of the hub's")
     parser.add_argument("--no-dino", action="store_true", help="no alignment targets: training runs without REPA")
+    parser.add_argument("--feature", metavar="NAME", help="also a vector of each image for MT-Diffusion, of a timm model such as vit_large_patch14_clip_224.openai; with --toy: toy-teacher")
+    parser.add_argument("--feature-file", type=pathlib.Path, metavar="FILE", help="local weights of --feature")
     parser.add_argument("--depth-space", choices=("disparity", "depth"), default="disparity", help="what the depth files hold")
     parser.add_argument("--seg-mode", choices=("semantic", "instance"), default="instance", help="what the segmentation colours mean")
     parser.add_argument("--batch-size", type=int, default=32, help="rows encoded together; part of the cache's identity")
@@ -456,6 +508,10 @@ def main():
             raise InputError(f"--modalities {' '.join(args.modalities)}: rgb must be among them")
     if args.dino and (args.toy or args.no_dino):
         raise InputError(f"--dino {args.dino}: not with --no-dino, nor with --toy, which brings its own alignment targets")
+    if args.feature and (args.toy is not None) != (args.feature == ToyFeature.id):
+        raise InputError(f"--feature {args.feature}: the toy world brings toy-teacher, and it alone; pictures need the name of a timm model")
+    if args.feature_file and not args.feature_file.is_file():
+        raise InputError(f"--feature-file {args.feature_file}: no such file")
     rank, world, device = setup()
     source = ToySource(args) if args.toy else FolderSource(args)
     vae_name = args.vae or ("toy" if args.toy else "sd-mse")
@@ -465,23 +521,27 @@ def main():
         raise InputError(f"--size {args.size}: must be a multiple of {2 * factor} (VAE factor {factor}, patches of 2)")
     side = args.size // factor
     teacher = None if args.no_dino else ToyTeacher(side // 2) if args.toy else Dino(args.dino, side // 2, device)
+    feature = None if not args.feature else ToyFeature() if args.toy else Feature(args.feature, args.feature_file, device)
     meta = dict(format=FORMAT, modalities=list(source.modalities), vae=vae_name, vae_sha256=sha256(vae.path) if vae else None,
                 scale=vae.scale if vae else 1.0, latent_channels=vae.latent_channels if vae else 3, latent_size=[side, side],
                 resolution=args.size, count=len(source.names), num_classes=len(source.classes), class_names=list(source.classes),
                 palette=source.palette, batch_size=args.batch_size, grid=[side // 2, side // 2], teacher=teacher.id if teacher else None,
+                feature=feature.id if feature else None, feature_size=feature.size if feature else None,
                 names_sha256=hashlib.sha256("\n".join(source.names).encode()).hexdigest(), **source.describe)
     with torch.inference_mode():
         if args.verify:
-            return verify(args.out, meta, source, vae, teacher, device, args.batch_size)
-        fill(args, meta, source, vae, teacher, rank, world, device)
+            return verify(args.out, meta, source, vae, teacher, feature, device, args.batch_size)
+        fill(args, meta, source, vae, teacher, feature, rank, world, device)
 
 
-def fill(args, meta, source, vae, teacher, rank, world, device):
+def fill(args, meta, source, vae, teacher, feature, rank, world, device):
     """Encode the blocks that are not done yet; this process takes every world-th of them."""
     n, B, side = len(source.names), args.batch_size, meta["latent_size"][0]
     shapes = {m: (np.float16, (2, meta["latent_channels"], side, side)) if vae else (np.uint8, (3, side, side)) for m in source.modalities}
     if teacher is not None:
         shapes["dino"] = (np.int8, (meta["grid"][0] * meta["grid"][1], 768))
+    if feature is not None:
+        shapes["feature"] = (np.float16, (feature.size,))
     if source.labels is None:
         shapes["labels"] = (np.int64, ())
     cache = open_cache(args.out, meta, source, {**shapes, "done": (np.uint8, ())}, rank)
@@ -506,7 +566,7 @@ def fill(args, meta, source, vae, teacher, rank, world, device):
         for k, block in enumerate(todo):
             loaded, broken = ahead.pop(0).result()
             ahead += [read(todo[k + 2])] if k + 2 < len(todo) else []
-            for stem, values in entries(loaded, source.modalities, vae, teacher, device).items():
+            for stem, values in entries(loaded, source.modalities, vae, teacher, feature, device).items():
                 cache[stem][block.start:block.stop] = values
             for i, message in broken.items():
                 with open(args.out / "skipped.txt", "a") as file:

@@ -6,30 +6,34 @@
     python sample.py --task condition --given depth --image depth.png
     python sample.py --task condition --given depth --image depth.png --mesh   # and its object as a PLY (Fig. 6)
     python sample.py --task translate --image photo.jpg                  # RGB -> modalities -> a new RGB from each
+    python sample.py --task restore --image photo.png --mask hole.png --ckpt RUN   # MT-Diffusion's tasks: restore, classify
 
 --ckpt defaults to the newest run, else the bundled demo. Under torchrun the samples are shared out. Noise is
 seeded per sample by (seed, index): the same pictures whatever the batch size and the number of processes.
 Writes OUT/<modality>/<stem>.png (.npy for depth and normals), OUT/grid.png and OUT/meta.json.
 """
 import argparse
-import contextlib
 import json
 import pathlib
 import zipfile
+from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
+from scipy import ndimage
 from tqdm import tqdm
 
-from distributed import InputError, barrier, run, setup, whole_file
+import mt_diffusion
+from distributed import InputError, autocast, barrier, run, setup, whole_file
 from mesh import pick_segment, write_mesh
-from model import MODALITIES, load_model
-from prep_latents import EXTENSIONS, centre_crop, nearest_colour, read_modality, segments
+from model import MODALITIES, build_model, load_checkpoint, load_model
+from prep_latents import EXTENSIONS, centre_crop, nearest_colour, read_modality, read_picture, segments, to_unit
 from vae import load_vae, sha256
 from weights import locate
 
+TASKS = ("generate", "understand", "condition", "translate", "restore", "classify")  # the last two: MT-Diffusion's
 DEMO = pathlib.Path(__file__).parent / "demo"
 GIVEN_TIME = 0.995  # the condition is held this close to clean (noise level 0.005)
 
@@ -116,12 +120,12 @@ class Noise:
 
 
 @torch.inference_mode()
-def draw_latents(model, y, held, given, noise, sampler="sde", steps=250, cfg=1.0, interval=(0.0, 1.0), precision="fp32"):
+def draw_latents(model, y, held, given, noise, sampler="sde", steps=250, cfg=1.0, cfg_interval=(0.0, 1.0), precision="fp32"):
     """Sample all modalities -> scaled latents (N, M*C, H, W).
 
     y (N,) classes; held (N, M*C, H, W) clean scaled latents, read where given (M,) bool is set: those channels
     stay at t = 0.995 throughout and are returned clean. Guidance v = v_null + cfg (v_class - v_null) acts on all
-    channels, while the noise level 1 - t lies in interval.
+    channels, while the noise level 1 - t lies in cfg_interval.
     """
     M, C, N = len(model.modalities), model.latent_channels, len(y)
     given = given.to(held.device)
@@ -130,19 +134,42 @@ def draw_latents(model, y, held, given, noise, sampler="sde", steps=250, cfg=1.0
     clamped = GIVEN_TIME * held + (1 - GIVEN_TIME) * noise(held.shape[1:])
 
     def network(x, t, y, rows):
-        with torch.autocast(x.device.type, torch.bfloat16) if precision == "bf16" else contextlib.nullcontext():
+        with autocast(x.device, precision):
             return model(x, t, y, rows)[0].float()
 
     def velocity(x, t):
         x = torch.where(mask, clamped, x)
         times = torch.where(rows, GIVEN_TIME, t)  # (N, M)
-        if cfg == 1.0 or not interval[0] <= 1 - t <= interval[1]:
+        if cfg == 1.0 or not cfg_interval[0] <= 1 - t <= cfg_interval[1]:
             return network(x, times, y, rows)
         v, v_null = network(torch.cat([x, x]), torch.cat([times, times]), torch.cat([y, null]), torch.cat([rows, rows])).chunk(2)
         return v_null + cfg * (v - v_null)
 
     x = SAMPLERS[sampler](velocity, noise(held.shape[1:]), steps, lambda: noise(held.shape[1:]))
     return torch.where(mask, held, x)
+
+
+class Method(NamedTuple):
+    build: Callable      # (**the checkpoint's model configuration) -> model
+    draw: Callable       # as draw_latents, with these of the commands' flags:
+    flags: tuple
+    preview: dict        # their values for train.py's previews
+
+
+METHODS = {
+    "mmgen": Method(build_model, draw_latents, ("sampler", "steps", "cfg", "cfg_interval", "precision"), dict(sampler="euler", steps=25)),
+    "mt-diffusion": Method(mt_diffusion.build, mt_diffusion.draw_latents, ("start", "x_update", "steps", "cfg", "classifier_scale", "precision"), dict(steps=25)),
+}
+
+
+def open_model(path, device):
+    """The EMA of a checkpoint of any method, model.method its name. Raises InputError as load_model does."""
+    method = load_checkpoint(path)["config"]["train"].get("method", "mmgen")
+    if method not in METHODS:
+        raise InputError(f"{path}: method is {method!r}; this version has {', '.join(METHODS)}")
+    model = load_model(path, device=device, build=METHODS[method].build)
+    model.method = method
+    return model
 
 
 def evaluations(sampler, steps):
@@ -213,12 +240,12 @@ def draw_grid(rows, columns, cell=128):
 
 
 class Preview:
-    """train.py's look at all tasks: a grid from four rows of the cache, in 25 Euler steps."""
+    """train.py's look at all tasks: a grid from four rows of the cache, in 25 steps."""
 
-    def __init__(self, meta, cache, device):
-        self.meta, self.cache, self.device = meta, cache, device
+    def __init__(self, cache, device):
+        self.meta, self.cache, self.device = cache.meta, cache, device
         try:
-            self.vae = checked_vae(None, meta)
+            self.vae = checked_vae(None, self.meta)
         except InputError as error:
             self.vae = None
             print(f"no previews: {error}")
@@ -226,7 +253,7 @@ class Preview:
         if self.vae is not None:
             self.vae.to(device)
 
-    def __call__(self, model, path):
+    def __call__(self, model, method, path):
         if self.cache is None:
             return
         C, rows = self.meta["latent_channels"], self.cache.rows[:4]
@@ -236,10 +263,10 @@ class Preview:
         held = torch.cat(clean, 1).to(self.device)
         y = torch.from_numpy(self.cache.arrays["labels"][rows]).to(self.device)
         columns, cells = [], [[] for _ in rows]
-        for task in (None, *range(len(model.modalities)), "data"):
+        for task in (None, *model.conditions, "data"):
             given = torch.tensor([i == task for i in range(len(model.modalities))])
             noise = Noise(0, range(len(rows)), self.device)
-            x = held if task == "data" else draw_latents(model, y, held, given, noise, "euler", 25)
+            x = held if task == "data" else METHODS[method].draw(model, y, held, given, noise, **METHODS[method].preview)
             pixels = decode_latents(self.vae, x, C).cpu().numpy()
             name = "generate" if task is None else task if task == "data" else f"{model.modalities[task]} given"
             columns += [f"{m}\n({name})" for m in model.modalities]
@@ -264,6 +291,7 @@ class Item:
     def __init__(self, index, stem, label, files):
         self.index, self.stem, self.label, self.files = index, stem, label, files
         self.size = None  # (width, height) of the picture that came in, for --fit full
+        self.mask = None  # of --task restore
 
 
 def class_of(path, meta):
@@ -325,8 +353,8 @@ def requests(args, given, meta):
     return items
 
 
-def fitter(args, meta, factor, item=None):
-    """What brings a PIL image to the network's size: ADM's centre crop, or (--fit full) the whole picture."""
+def fitter(args, meta, unit=2, item=None):
+    """What brings a PIL image to the network's size: ADM's centre crop, or (--fit full) the whole picture in multiples of unit."""
     S = meta["resolution"]
     if args.fit == "crop":
         return lambda image: centre_crop(image, S)
@@ -334,7 +362,7 @@ def fitter(args, meta, factor, item=None):
     def whole(image):
         if item is not None:
             item.size = image.size
-        scale, unit = S / min(image.size), 2 * factor
+        scale = S / min(image.size)
         size = tuple(max(unit, round(s * scale / unit) * unit) for s in image.size)
         return image.resize(size, Image.Resampling.NEAREST if image.info.get("flat") else Image.Resampling.BILINEAR if image.mode == "F" else Image.Resampling.BICUBIC)
     return whole
@@ -411,7 +439,7 @@ def write_grid(args, items, model, meta, given, folders):
             image = None
             if m in truth:
                 try:
-                    array = read_modality(truth[m], m, fitter(args, meta, 1), meta["depth_space"])
+                    array = read_modality(truth[m], m, fitter(args, meta), meta["depth_space"])
                     image = MODALITIES[m].picture(MODALITIES[m].from_pixels(MODALITIES[m].to_pixels(array)))
                 except InputError as error:
                     print(f"warning: ground truth left out of the grid: {error}")
@@ -433,13 +461,17 @@ def sampling_flags(parser):
     """The flags of every command that samples a checkpoint."""
     parser.add_argument("--ckpt", type=pathlib.Path, help="default: the newest run, else the bundled demo")
     parser.add_argument("--vae", help="where the VAE of the training cache lies, if not where it was")
-    parser.add_argument("--sampler", choices=list(SAMPLERS), default="sde")
+    parser.add_argument("--sampler", choices=list(SAMPLERS), default="sde", help="MMGen's; MT-Diffusion has Algorithm 1")
     parser.add_argument("--steps", type=int, default=250)
     parser.add_argument("--cfg", type=float, default=1.0, help="guidance scale, 1 = none")
     parser.add_argument("--cfg-interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("LO", "HI"), help="noise levels with guidance")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    mt = parser.add_argument_group("MT-Diffusion")
+    mt.add_argument("--start", choices=("shifted", "standard"), default="shifted", help="z_T around at_T E(X) where X is known, or N(0, 1) as the paper writes")
+    mt.add_argument("--x-update", choices=("mean", "sample", "argmax"), help="how an unknown X follows its head; default: mean, of labels sample")
+    mt.add_argument("--classifier-scale", type=float, default=0.0, help="label: guidance by the gradient of the model's own head")
 
 
 def check_sampling_flags(args):
@@ -447,6 +479,22 @@ def check_sampling_flags(args):
     if args.steps < 1 or args.batch_size < 1 or args.seed < 0 or (args.num is not None and args.num < 1) or not 0 <= args.cfg_interval[0] <= args.cfg_interval[1] <= 1:
         raise InputError(f"--steps {args.steps} --batch-size {args.batch_size} --num {args.num} --seed {args.seed} --cfg-interval {args.cfg_interval}: "
                          "counts must be at least 1, the seed not negative, the interval 0 <= LO <= HI <= 1")
+
+
+def check_method_flags(args, model):
+    """Raise InputError for a flag that the checkpoint's method does not know: it would be ignored."""
+    kind = getattr(model, "pair", None)
+    if kind is None and (args.start != "shifted" or args.x_update or args.classifier_scale):
+        raise InputError("--start, --x-update and --classifier-scale belong to MT-Diffusion, this checkpoint is MMGen's")
+    if kind and tuple(args.cfg_interval) != (0.0, 1.0):
+        raise InputError(f"--cfg-interval {args.cfg_interval}: MMGen's, this checkpoint is MT-Diffusion's")
+    if args.classifier_scale and kind != "label":
+        raise InputError(f"--classifier-scale {args.classifier_scale}: needs a checkpoint of --pair label, this one is of {kind}")
+    allowed = ("sample", "argmax") if kind == "label" else ("mean",)
+    if kind and args.x_update not in (None, *allowed):
+        raise InputError(f"--x-update {args.x_update}: with --pair {kind} an unknown X follows by {' or '.join(allowed)}")
+    if kind and args.steps > mt_diffusion.T:
+        raise InputError(f"--steps {args.steps}: the chain has {mt_diffusion.T}")
 
 
 def pixel(text):
@@ -457,7 +505,7 @@ def pixel(text):
 
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", required=True, choices=("generate", "understand", "condition", "translate"))
+    parser.add_argument("--task", required=True, choices=TASKS)
     parser.add_argument("--given", nargs="+", choices=list(MODALITIES), help="conditions of --task condition")
     parser.add_argument("--image", nargs="+", help="file or folder, one for each given modality")
     parser.add_argument("--data", help="folder tree <root>/<modality>/<class>/<name>.png in the place of --image")
@@ -473,7 +521,15 @@ def arguments():
     parser.add_argument("--focal", type=float, help="--mesh: perspective, in half-widths of the picture; default: orthographic")
     parser.add_argument("--truncate", action="store_true", help="cut floats to 8 bits as REPA does, in the place of rounding")
     parser.add_argument("--fit", choices=("crop", "full"), default="crop", help="full: the whole picture, maps at its size")
+    parser.add_argument("--mask", type=pathlib.Path, help="restore: picture of the photo's size, white is to be restored; or a folder of such, named as the photos")
+    parser.add_argument("--patches", type=int, help=f"restore: hide so many random squares of {mt_diffusion.PATCH} pixels instead, as the paper does")
+    parser.add_argument("--sdedit", type=float, metavar="SHARE", help="restore: the baseline, from the masked image noised so far (0 to 1)")
+    parser.add_argument("--features", type=pathlib.Path, help="generate, feature checkpoints: .npy (K, F), one vector a sample")
     args = parser.parse_args()
+    if (args.task == "restore") != ((args.mask is None) != (args.patches is None)) or (args.sdedit and args.task != "restore"):
+        raise InputError("--task restore, and it alone, takes one of --mask and --patches, and --sdedit")
+    if (args.patches is not None and args.patches < 1) or (args.sdedit is not None and not 0 < args.sdedit <= 1):
+        raise InputError(f"--patches {args.patches} --sdedit {args.sdedit}: at least 1 square; a share above 0, up to 1")
     if args.npz and args.fit == "full":
         raise InputError("--npz with --fit full: pictures of different sizes do not fit one array; use --fit crop")
     if (args.npz or args.task == "translate") and args.outputs and "rgb" not in args.outputs:
@@ -494,14 +550,26 @@ def conditions(args, model):
         raise InputError("--task condition needs --given MODALITY and --image FILE")
     if args.task != "condition" and args.given:
         raise InputError(f"--given {' '.join(args.given)} with --task {args.task}: --given belongs to --task condition")
-    given = tuple(args.given or (() if args.task == "generate" else ("rgb",)))
-    if len(set(given)) < len(given):
-        raise InputError(f"--given {' '.join(given)}: a modality is there twice")
+    kind = getattr(model, "pair", None)  # of MT-Diffusion
     if args.mesh and {"rgb", "normal", "seg"} - set(model.modalities):
         raise InputError(f"--mesh needs rgb, normal and seg; this checkpoint has {', '.join(model.modalities)}")
+    if args.outputs and set(args.outputs) - set(model.modalities):
+        raise InputError(f"--outputs {' '.join(args.outputs)}: this checkpoint has {', '.join(model.modalities)}")
+    if (args.features and kind != "feature") or (args.npz and args.task == "classify"):
+        raise InputError("--features is for a checkpoint of --pair feature" if args.features else "--npz with --task classify: it makes no pictures")
+    if args.task in ("restore", "classify") and kind != {"restore": "masked", "classify": "label"}[args.task]:
+        raise InputError(f"--task {args.task}: needs a checkpoint of train.py --method mt-diffusion --pair {'masked' if args.task == 'restore' else 'label'}")
+    if args.task in ("restore", "classify"):
+        return ("rgb",)
+    if args.task != "generate" and not model.conditions:
+        raise InputError(f"--task {args.task}: this checkpoint (MT-Diffusion, {kind}) takes no modality as a condition; its tasks: generate"
+                         + {"masked": ", restore", "label": ", classify"}.get(kind, ""))
+    given = tuple(args.given or (() if args.task == "generate" else (model.modalities[model.conditions[0]],)))
+    if len(set(given)) < len(given):
+        raise InputError(f"--given {' '.join(given)}: a modality is there twice")
     for m in given:
-        if m not in model.modalities:
-            raise InputError(f"--given {m}: this checkpoint has {', '.join(model.modalities)}")
+        if m not in [model.modalities[i] for i in model.conditions]:
+            raise InputError(f"--given {m}: this checkpoint takes {', '.join(model.modalities[i] for i in model.conditions)}")
     return given
 
 
@@ -516,12 +584,29 @@ def draw_from(args, model, vae, y, pixels, noise):
     for m, p in pixels.items():
         held[:, model.modalities.index(m)] = encode_pixels(vae, p.to(y.device), noise, C)
     mask = torch.tensor([m in pixels for m in model.modalities])
-    return draw_latents(model, y, held.flatten(1, 2), mask, noise, **options(args))
+    return METHODS[model.method].draw(model, y, held.flatten(1, 2), mask, noise, **options(args, model))
 
 
-def options(args):
-    """The keyword arguments of draw_latents that the flags name."""
-    return dict(sampler=args.sampler, steps=args.steps, cfg=args.cfg, interval=args.cfg_interval, precision=args.precision)
+def options(args, model):
+    """The keyword arguments of its method's draw that the flags name."""
+    return {name: getattr(args, name) for name in METHODS[model.method].flags}
+
+
+def read_pixels(args, items, model, vae, given):
+    """The items' pictures of the given modalities: {modality: (N, 3, fH, fW)} in [-1, 1]. Raises InputError where they do not match."""
+    unit, meta = model.patch_size * (vae.factor if vae else 1), model.meta
+    read = lambda item, m: MODALITIES[m].to_pixels(read_modality(item.files[m], m, fitter(args, meta, unit, item), meta["depth_space"]))
+    pixels = {m: torch.from_numpy(np.stack([read(item, m) for item in items])) for m in given}
+    for m in given:
+        if pixels[m].shape != pixels[given[0]].shape:
+            raise InputError(f"{items[0].files[m]}: its size does not match that of {given[0]}; the maps must be aligned")
+    return pixels
+
+
+def whole_picture(args, item, m, meta):
+    """A given picture as it is to be written: with --fit full at its own size. float32 (3, H, W)."""
+    fit = fitter(args, meta) if args.fit == "crop" else lambda image: image
+    return MODALITIES[m].to_pixels(read_modality(item.files[m], m, fit, meta["depth_space"]))
 
 
 def sample_batch(args, items, model, meta, vae, given, device, writer):
@@ -529,29 +614,141 @@ def sample_batch(args, items, model, meta, vae, given, device, writer):
     C, M = meta["latent_channels"], len(model.modalities)
     noise = Noise(args.seed, [item.index for item in items], device)
     y = torch.tensor([item.label for item in items], device=device)
-    read = lambda item, m, fit: MODALITIES[m].to_pixels(read_modality(item.files[m], m, fit, meta["depth_space"]))
-    pixels = {m: torch.from_numpy(np.stack([read(item, m, fitter(args, meta, vae.factor if vae else 1, item)) for item in items])) for m in given}
-    for m in given:
-        if pixels[m].shape != pixels[given[0]].shape:
-            raise InputError(f"{items[0].files[m]}: its size does not match that of {given[0]}; the maps must be aligned")
-    x = draw_from(args, model, vae, y, pixels, noise)
+    x = draw_from(args, model, vae, y, read_pixels(args, items, model, vae, given), noise)
     results = [("", x, given)]
-    if args.task == "translate":  # a new RGB from each predicted modality
+    if args.task == "translate" and model.method == "mmgen":  # a new RGB from each predicted modality
         for i, m in enumerate(model.modalities[1:], 1):
-            results.append((f"{m}_to_", draw_latents(model, y, x, torch.arange(M) == i, noise, **options(args)), None))
+            results.append((f"{m}_to_", draw_latents(model, y, x, torch.arange(M) == i, noise, **options(args, model)), None))
     for prefix, latent, kept in results:
         images = decode_latents(vae, latent, C).cpu().numpy()
         for k, item in enumerate(items):
             maps = {m: images[k, i] for i, m in enumerate(model.modalities) if kept is not None or m == "rgb"}
-            for m in kept or ():  # as it was given
-                maps[m] = pixels[m][k].numpy() if args.fit == "crop" else read(item, m, lambda image: image)
+            maps.update({m: whole_picture(args, item, m, meta) for m in kept or ()})  # as it was given
             writer(item, maps, prefix)
+
+
+# ------------------------------------------------------------------------------------------------
+# MT-Diffusion's own tasks.
+
+def find_masks(args, items):
+    """Give each item of --task restore its mask. Raises InputError where one is missing or not of its picture's size."""
+    folder = {path.relative_to(args.mask).with_suffix("").as_posix().replace("/", "_"): path for path in find_files(args.mask, "mask")[1]} if args.mask.is_dir() else None
+    for item in items:
+        picture = item.files["rgb"]
+        item.mask = folder.get(item.stem, folder.get(picture.stem)) if folder is not None else args.mask
+        if item.mask is None:
+            raise InputError(f"{picture}: no mask {item.stem} or {picture.stem} in {args.mask}")
+        sizes = [read_picture(path).size for path in (picture, item.mask)]
+        if sizes[0] != sizes[1]:
+            raise InputError(f"{item.mask}: {sizes[1][0]}x{sizes[1][1]}, {picture} is {sizes[0][0]}x{sizes[0][1]}; they must be of one size")
+
+
+def hidden_pixels(args, item, fit, size):
+    """What is to be restored, bool (H, W): not black in the item's mask, or --patches random squares of a network input of this size."""
+    if item.mask is None:
+        corners = (np.random.default_rng((args.seed, item.index, args.patches)).random((args.patches, 2)) * size).astype(int)
+        return mt_diffusion.visible(torch.from_numpy(corners)[None], torch.tensor([args.patches]), size, mt_diffusion.PATCH)[0, 0].numpy() == 0
+    mask = read_picture(item.mask)
+    white = mask if mask.mode == "F" else Image.fromarray((np.asarray(mask.convert("L")) > 127).astype(np.float32))
+    return np.asarray(fit(white)) > 1e-3  # a pixel that shrinks away would count as known
+
+
+def restore_batch(args, items, model, meta, vae, given, device, writer):
+    """Fill what a mask hides; the pixels outside of it are written as they are (MT-Diffusion, Sec. 4.1).
+
+    What lies under the mask is first filled from the nearest pixel, so that it does not leak through the autoencoder
+    into the latents around it; then the latents under it are zero, as in training.
+    """
+    C, factor = meta["latent_channels"], vae.factor if vae else 1
+    noise, fit = Noise(args.seed, [item.index for item in items], device), fitter(args, meta, model.patch_size * factor)
+    pixels = read_pixels(args, items, model, vae, given)["rgb"]                                    # (N, 3, fH, fW)
+    size = tuple(pixels.shape[2:])
+    hidden = np.stack([hidden_pixels(args, item, fit, size) for item in items])
+    filled = pixels.clone()
+    for k, mask in enumerate(hidden):
+        nearest = ndimage.distance_transform_edt(mask, return_distances=False, return_indices=True)
+        filled[k] = 0.0 if mask.all() else pixels[k][:, nearest[0], nearest[1]]
+    cells = F.max_pool2d(torch.from_numpy(hidden)[:, None].float(), factor).to(device)             # (N, 1, H, W)
+    z = encode_pixels(vae, filled.to(device), noise, C)                                            # (N, C, H, W)
+    x, begin = z * (1 - cells), None
+    if args.sdedit:
+        begin = encode_pixels(vae, torch.where(torch.from_numpy(hidden)[:, None], 0.0, pixels).to(device), noise, C), args.sdedit
+        x = torch.zeros_like(x)
+    known = torch.ones(len(items), dtype=torch.bool, device=device)
+    latent, _ = model.sample(noise, known, x, begin=begin, size=x.shape[2:], **options(args, model))
+    images = decode_latents(vae, latent, C)[:, 0].cpu()
+    for image, mask, item in zip(images, hidden, items):
+        whole = whole_picture(args, item, "rgb", meta)                                             # (3, H, W) of the output
+        if whole.shape[1:] != size:
+            image = F.interpolate(image[None], whole.shape[1:], mode="bilinear", align_corners=False)[0]
+            mask = hidden_pixels(args, item, lambda m: m, size) if item.mask else \
+                F.interpolate(torch.from_numpy(mask)[None, None].float(), whole.shape[1:])[0, 0].numpy() > 0
+        writer(item, {"rgb": np.where(mask, image.numpy(), whole)})
+        writer(item, {"rgb": np.where(mask, np.float32(0), whole)}, "masked_")
+
+
+def vector_batch(args, items, model, meta, vae, given, device, writer):
+    """Images with their labels or feature vectors, both drawn where nothing is known of them (MT-Diffusion, Sec. 4.2); or
+    --task classify: labels of images."""
+    noise = Noise(args.seed, [item.index for item in items], device)
+    if args.task == "classify":
+        z = encode_pixels(vae, read_pixels(args, items, model, vae, given)["rgb"].to(device), noise, meta["latent_channels"])
+        x = model.recognise(z, noise).softmax(1).cpu()
+    else:
+        x, known = torch.tensor([item.label for item in items], device=device), torch.zeros(len(items), dtype=torch.bool, device=device)
+        if model.pair == "label":
+            known = x < meta["num_classes"]
+        elif args.features:
+            vectors = read_features(args.features, model.features)
+            x, known = torch.from_numpy(np.stack([vectors[item.index % len(vectors)] for item in items])).to(device), ~known
+        z, x = model.sample(noise, known, x if model.pair == "label" or args.features else None, **options(args, model))
+        for image, item in zip(decode_latents(vae, z, meta["latent_channels"])[:, 0].cpu().numpy(), items):
+            writer(item, {"rgb": image})
+        x = x.cpu() if model.pair == "feature" else F.one_hot(x.cpu(), meta["num_classes"]).float()
+    for vector, item in zip(x, items):
+        path = vector_file(args.out, model.pair, item)
+        with whole_file(path) as file:
+            if model.pair == "feature":
+                np.save(file, vector.numpy())
+            else:
+                chance, at = vector.topk(min(5, len(vector)))
+                file.write(json.dumps([[meta["class_names"][i] if meta["class_names"] else str(i), i, p] for i, p in zip(at.tolist(), chance.tolist()) if p > 0]).encode())
+
+
+def vector_file(out, pair, item):
+    return out / "feature" / f"{item.stem}.npy" if pair == "feature" else out / "classes" / f"{item.stem}.json"
+
+
+def read_features(path, size):
+    """Vectors (K, F) of a .npy file, at the scale of the cache's. Raises InputError for anything else."""
+    try:
+        vectors = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(f"--features {path}: not a readable .npy array ({error})")
+    if not isinstance(vectors, np.ndarray) or vectors.dtype.kind != "f" or vectors.ndim != 2 or vectors.shape[1] != size or not len(vectors) or not np.isfinite(vectors).all():
+        raise InputError(f"--features {path}: needs finite floats of shape (K, {size})")
+    return to_unit(vectors.astype(np.float32)).astype(np.float32)
+
+
+def report_classes(args, items, meta):
+    """Print the recognised classes -> {top1, top5} over the pictures whose class is known."""
+    found = [json.loads(vector_file(args.out, "label", item).read_text()) for item in items]
+    for item, best in list(zip(items, found))[:12]:
+        print(f"{item.stem}: " + ", ".join(f"{name} {p:.3f}" for name, _, p in best))
+    told = [(item.label, [i for _, i, _ in best]) for item, best in zip(items, found) if item.label < meta["num_classes"]]
+    if not told or args.task != "classify":
+        return {}
+    scores = dict(top1=np.mean([label == best[0] for label, best in told]), top5=np.mean([label in best for label, best in told]), labelled=len(told))
+    print(f"top-1 {100 * scores['top1']:.2f} %, top-5 {100 * scores['top5']:.2f} % of {len(told)} pictures")
+    return scores
 
 
 def sampling_recipe(args, checkpoint, model):
     """What produced the samples: the part of a recipe that all sampling commands share."""
-    return dict(checkpoint=checkpoint.name, checkpoint_sha256=sha256(checkpoint), step=model.step, weights="ema", sampler=args.sampler, steps=args.steps,
-                evaluations=evaluations(args.sampler, args.steps), cfg=args.cfg, cfg_interval=list(args.cfg_interval), seed=args.seed, precision=args.precision, vae=model.meta["vae"], vae_sha256=model.meta["vae_sha256"])
+    chosen = options(args, model)
+    count = evaluations(args.sampler, args.steps) if "sampler" in chosen else args.steps
+    return dict(checkpoint=checkpoint.name, checkpoint_sha256=sha256(checkpoint), method=model.method, step=model.step, weights="ema", evaluations=count,
+                seed=args.seed, vae=model.meta["vae"], vae_sha256=model.meta["vae_sha256"], **chosen)
 
 
 def take_up(out, recipe, items, files):
@@ -566,8 +763,8 @@ def take_up(out, recipe, items, files):
         old = None
     if not isinstance(old, dict) or "complete" not in old:
         old = {}
-    there = lambda item, path: path.is_file() and all(given.stat().st_mtime <= path.stat().st_mtime for given in item.files.values())
-    if {k: v for k, v in old.items() if k != "complete"} == json.loads(json.dumps(recipe)):
+    there = lambda item, path: path.is_file() and all(given.stat().st_mtime <= path.stat().st_mtime for given in (*item.files.values(), item.mask) if given)
+    if {k: v for k, v in old.items() if k not in ("complete", "scores")} == json.loads(json.dumps(recipe)):
         left = [item for item in items if not all(there(item, path) for path in files(item))]
         if len(left) < len(items):
             print(f"{out}: {len(items) - len(left)} of {len(items)} samples are there; remove {out} to draw them again")
@@ -575,11 +772,9 @@ def take_up(out, recipe, items, files):
     if old:
         print(f"{out}: replaces {len(old.get('samples', ()))} samples of another recipe")
     for sample in old.get("samples", ()):
-        for end in (".ply", ".png"):
-            (out / "mesh" / f"{sample['stem']}{end}").unlink(missing_ok=True)
-        for m in (*MODALITIES, *(f"{m}_to_rgb" for m in MODALITIES)):
-            for end in (".png", ".npy"):
-                (out / m / f"{sample['stem']}{end}").unlink(missing_ok=True)
+        for folder in (*MODALITIES, *(f"{m}_to_rgb" for m in MODALITIES), "masked_rgb", "mesh", "classes", "feature"):
+            for end in (".png", ".npy", ".ply", ".json"):
+                (out / folder / f"{sample['stem']}{end}").unlink(missing_ok=True)
     for name in ("meta.json", "grid.png", "samples.npz"):
         (out / name).unlink(missing_ok=True)
     with whole_file(out / "meta.json") as file:
@@ -600,21 +795,32 @@ def main():
     args = arguments()
     rank, world, device = setup()
     checkpoint = locate(args.ckpt or newest_checkpoint())
-    model = load_model(checkpoint, device=device)
+    model = open_model(checkpoint, device)
+    check_method_flags(args, model)
     meta, vae = model.meta, checked_vae(args.vae, model.meta)
     vae = vae.to(device) if vae else None
-    given = conditions(args, model)
+    given, kind = conditions(args, model), getattr(model, "pair", None)
     items = requests(args, given, meta)
+    if args.mask:
+        find_masks(args, items)
+    if kind == "label" and not args.class_id and args.task == "generate" and args.classes == "random":
+        for item in items:  # drawn with its picture
+            item.label = meta["num_classes"]
     if rank == 0:
         print(f"{checkpoint}: {', '.join(model.modalities)}, {meta['num_classes']} classes, step {model.step}; {len(items)} samples on {device}")
         if args.cfg != 1.0 and any(item.label == meta["num_classes"] for item in items):
             print(f"warning: --cfg {args.cfg} has no effect on pictures without a class; give --class-id")
-    outputs = [m for m in model.modalities if m in (args.outputs or model.modalities)]
+    again = [f"{m}_to_" for m in model.modalities[1:]] if args.task == "translate" and model.method == "mmgen" else ["masked_"] if args.task == "restore" else []
+    outputs = [m for m in model.modalities if m in (args.outputs or model.modalities) and args.task != "classify"]
     writer = Writer(args.out, outputs, args.fit, args.truncate)
-    prefixes = ("", *(f"{m}_to_" for m in model.modalities[1:])) if args.task == "translate" else ("",)
-    files = lambda item: [path for prefix in prefixes for m, paths in writer.files(item, prefix).items() if not prefix or m == "rgb" for path in paths]
+    batch_of = restore_batch if args.task == "restore" else vector_batch if kind in ("label", "feature") else sample_batch
+    files = lambda item: [path for prefix in ("", *again) for m, paths in writer.files(item, prefix).items() if not prefix or m == "rgb" for path in paths] \
+        + ([vector_file(args.out, kind, item)] if kind in ("label", "feature") else [])
+    extras = {name: str(getattr(args, name)) for name in ("mask", "patches", "sdedit", "features") if getattr(args, name) is not None}
+    extras.update({"features_sha256": sha256(args.features)} if args.features else {})
     recipe = rank == 0 and dict(task=args.task, given=given, **sampling_recipe(args, checkpoint, model), fit=args.fit, truncate=args.truncate,
                   outputs={m: MODALITIES[m].meaning for m in outputs}, palette=meta["palette"],
+                  **extras,
                   samples=[dict(stem=item.stem, class_id=item.label, given={m: str(p) for m, p in item.files.items()}) for item in items])
     left = take_up(args.out, recipe, items, files) if rank == 0 else None
     if world > 1:
@@ -624,7 +830,7 @@ def main():
     size = 1 if args.fit == "full" and given else args.batch_size  # pictures of different shapes do not stack
     batches = [left[i:i + size] for i in range(0, len(left), size)]
     for batch in tqdm(batches[rank::world], desc=args.task, disable=rank > 0):
-        sample_batch(args, batch, model, meta, vae, given, device, writer)
+        batch_of(args, batch, model, meta, vae, given, device, writer)
     barrier()
     if args.mesh:
         for item in items[rank::world]:
@@ -632,14 +838,16 @@ def main():
     barrier()
     if rank > 0:
         return
-    folders = outputs + ([f"{m}_to_rgb" for m in model.modalities[1:]] if args.task == "translate" else [])
-    folders.sort(key=lambda m: m not in given)
-    write_grid(args, items, model, meta, given, folders)
+    scores = {"scores": report_classes(args, items, meta)} if kind == "label" else {}
+    if args.task == "restore":
+        write_grid(args, items, model, meta, (), ["masked_rgb", "rgb"])
+    elif outputs:
+        write_grid(args, items, model, meta, given, sorted(outputs + [f"{prefix}rgb" for prefix in again], key=lambda m: m not in given))
     if args.npz:
         write_npz(args.out, items)
     with whole_file(args.out / "meta.json") as file:
-        file.write(json.dumps({**recipe, "complete": True}, indent=1).encode())
-    print(args.out / "grid.png")
+        file.write(json.dumps({**recipe, **scores, "complete": True}, indent=1).encode())
+    print(args.out / ("grid.png" if outputs else "classes"))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
     torchrun --nproc_per_node=8 train.py                                            # ImageNet cache in data/cache
     python train.py --data data/toy --model T/2 --steps 3000 --batch-size 64        # the toy world on a laptop
+    python train.py --method mt-diffusion --pair rgb seg --data data/toy --model T/2 --run runs/mt   # the other system
 
 The same command continues an interrupted run, bit for bit, on any number of processes: every random
 draw of a step is made for the whole global batch by one generator seeded with (seed, step), then sliced.
@@ -23,10 +24,11 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+import mt_diffusion
 import sample
-from distributed import InputError, all_reduce, barrier, run, setup, whole_file
+from distributed import InputError, all_reduce, autocast, barrier, run, setup, whole_file
 from model import FORMAT, FUSIONS, MODALITIES, SIZES, build_model, load_checkpoint, load_weights, training_flops
-from prep_latents import DEFAULT_CACHE, open_array, read_meta
+from prep_latents import DEFAULT_CACHE, latents, open_array, read_meta
 from weights import fit
 
 
@@ -141,9 +143,67 @@ def losses(v, target, z, dino, supervised):
     return velocity, -cosine.mean(1).sum()
 
 
-def total_loss(velocity, repa, counts, rows, weights, repa_weight):
-    """(M,), () sums -> the scalar loss: per-modality means over their supervised rows, weighted, plus REPA."""
-    return (weights * velocity / counts.clamp(min=1)).sum() + repa_weight * repa / rows
+def total_loss(sums, counts, weights):
+    """(K,) sums -> the scalar loss: each term's mean over the rows that it counts, weighted."""
+    return (weights * sums / counts.clamp(min=1)).sum()
+
+
+class MMGen:
+    """The objective of the paper: velocities and REPA. What an objective brings to the loop below:
+
+    model     the network; backbone, its transformer blocks; recipe and method for the checkpoint; summary() for the first line
+    names     of its K terms in log.jsonl; weights (K,) of the terms in the loss; reads, the cache's arrays it needs
+    prepare   (step, a batch on the device, this process's slice of the global batch) -> {tensors of its rows}, counts (K,) of the
+              global batch, known before the forward pass
+    loss      (network, {tensors of some rows}) -> (K,) sums over them; the network may be the model or a wrapper of it
+    initialise (checkpoint, path) -> --init's table
+    """
+
+    method = "mmgen"
+
+    def __init__(self, args, cache, device):
+        meta, self.args, self.device = cache.meta, args, device
+        self.modalities = [m for m in MODALITIES if m in (args.modalities or cache.modalities)]
+        if "rgb" not in self.modalities or (args.mix == "rgb2x" and not set(self.modalities[1:]) & set(cache.modalities)):
+            raise InputError(f"modalities {self.modalities} of a cache with {list(cache.modalities)}: rgb must be there, and for rgb2x another one")
+        repa_weight = args.repa_weight if cache.dino else 0.0
+        self.model = self.backbone = build_model(args.model, self.modalities, meta["num_classes"], meta["latent_channels"], meta["latent_size"],
+                                                 fusion=args.fusion, task_embedding=not args.no_task_embedding, projector=repa_weight > 0)
+        self.meta, self.present = meta, tuple(m in cache.modalities for m in self.modalities)
+        self.recipe = dict(mix=args.mix, repa_weight=repa_weight, equal_weights=args.equal_weights)
+        self.names = [f"loss_{m}" for m in (*self.modalities, "repa")]
+        self.reads = [m for m in self.modalities if m in cache.modalities] + ["labels"] + ["dino"] * (repa_weight > 0)
+        self.weights = torch.tensor([1.0 if args.equal_weights else MODALITIES[m].loss_weight for m in self.modalities] + [repa_weight], device=device)
+        self.unaligned = " (the cache has no alignment targets)" if args.repa_weight and not cache.dino else ""
+
+    def summary(self):
+        config = self.model.config
+        flops, extra = training_flops(**config), ""
+        if config["fusion"] != "linear":
+            extra = f" ({flops / training_flops(**{**config, 'fusion': 'linear'}):.2f} times linear fusion's)"
+        return f"{', '.join(self.modalities)}{'' if config['projector'] else '; training without REPA'}{self.unaligned}; {flops / 1e9:.1f} GFLOPs a sample and step{extra}"
+
+    def initialise(self, checkpoint, path):
+        return fit(self.model, self.meta, checkpoint, path)
+
+    def prepare(self, step, batch, part):
+        C, N = self.meta["latent_channels"], self.args.batch_size
+        draws = draw(self.args.seed, step, self.args.mix, self.modalities, self.present, (N, len(self.modalities) * C, *self.meta["latent_size"]), self.device)
+        counts = torch.cat([draws.supervised.sum(0), torch.full((1,), N, device=self.device)])            # (M+1,)
+        mine = Draws(*(x[part] for x in draws))
+        x0 = latents(batch, self.modalities, mine.posterior, self.meta["scale"], C)                       # (rows, M*C, H, W)
+        x, target = interpolate(x0, mine.noise, mine.t, C)                                                # (rows, M*C, H, W)
+        y = torch.where(mine.null, self.meta["num_classes"], batch["labels"])                             # (rows,)
+        return dict(x=x, target=target, t=mine.t, y=y, given=mine.given, supervised=mine.supervised, dino=batch.get("dino", y)), counts
+
+    def loss(self, network, rows):
+        with autocast(self.device, self.args.precision):
+            v, z = network(rows["x"], rows["t"], rows["y"], rows["given"])
+        velocity, repa = losses(v, rows["target"], z, rows["dino"], rows["supervised"])
+        return torch.cat([velocity, repa[None]])                                                          # (M+1,)
+
+
+METHODS = {objective.method: objective for objective in (MMGen, mt_diffusion.Objective)}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -152,7 +212,7 @@ def total_loss(velocity, repa, counts, rows, weights, repa_weight):
 class Cache:
     """A finished cache. Raises InputError when it is missing, unfinished or damaged."""
 
-    def __init__(self, folder, need_dino):
+    def __init__(self, folder, need_dino=False):
         self.meta = read_meta(folder)
         n = self.meta["count"]
         done = open_array(folder, "done", n)
@@ -163,7 +223,7 @@ class Cache:
             raise InputError(f"{folder}: none of its {n} rows could be encoded, see skipped.txt")
         self.modalities = tuple(self.meta["modalities"])
         self.dino = self.meta["teacher"] is not None and need_dino
-        stems = (*self.modalities, *(["dino"] if self.dino else []), "labels")
+        stems = (*self.modalities, *["dino"] * self.dino, *["feature"] * bool(self.meta.get("feature")), "labels")
         self.arrays = {stem: open_array(folder, stem, n) for stem in stems}
         C, size = self.meta["latent_channels"], tuple(self.meta["latent_size"])
         moments = ((np.uint8, (n, C, *size)), (np.float16, (n, 2, C, *size)))[self.meta["vae"] != "none"]
@@ -171,6 +231,8 @@ class Cache:
         expected["labels"] = (np.int64, (n,))
         if self.dino:
             expected["dino"] = (np.int8, (n, self.meta["grid"][0] * self.meta["grid"][1], 768))
+        if self.meta.get("feature"):
+            expected["feature"] = (np.float16, (n, self.meta["feature_size"]))
         for stem, (dtype, shape) in expected.items():
             array = self.arrays[stem]
             if array.dtype != dtype or array.shape != shape:
@@ -190,36 +252,22 @@ class Cache:
             out.append(self._order[position])
         return np.array(out)
 
-    def gather(self, rows, pin):
+    def gather(self, rows, stems, pin):
         """Rows -> {array: CPU tensor}."""
-        batch = {stem: torch.from_numpy(array[rows]) for stem, array in self.arrays.items()}
+        batch = {stem: torch.from_numpy(self.arrays[stem][rows]) for stem in stems}
         return {stem: x.pin_memory() for stem, x in batch.items()} if pin else batch
 
 
-def prefetch(cache, seed, steps, batch_size, part, device):
+def prefetch(cache, stems, seed, steps, batch_size, part, device):
     """Yield the part (a slice of the global batch) of each step's rows on the device, gathered two steps ahead."""
     pin = device.type == "cuda"
-    load = lambda step: cache.gather(cache.order(seed, step * batch_size, batch_size)[part], pin)
+    load = lambda step: cache.gather(cache.order(seed, step * batch_size, batch_size)[part], stems, pin)
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         ahead = [pool.submit(load, step) for step in steps[:2]]
         for k in range(len(steps)):
             batch = ahead.pop(0).result()
             ahead += [pool.submit(load, steps[k + 2])] if k + 2 < len(steps) else []
             yield {stem: x.to(device, non_blocking=True) for stem, x in batch.items()}
-
-
-def latents(batch, modalities, posterior, scale, channels):
-    """Cached rows -> x0 (n, M*C, H, W): posterior samples times scale; uint8 pixels as they are; zeros where absent."""
-    parts = []
-    for m, xi in zip(modalities, posterior.split(channels, 1)):
-        if m not in batch:
-            parts.append(torch.zeros_like(xi))
-        elif batch[m].dtype == torch.uint8:
-            parts.append(batch[m].float() / 127.5 - 1)
-        else:
-            mean, log_std = batch[m].float().unbind(1)
-            parts.append((mean + log_std.exp() * xi) * scale)
-    return torch.cat(parts, 1)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -249,6 +297,7 @@ def resume(folder, model, ema, optimiser, config, rank):
         checkpoint = load_checkpoint(path)
         if not isinstance(checkpoint.get("opt"), dict) or "model" not in checkpoint:
             raise InputError(f"{path}: has no optimiser state, it was exported for sampling; start a new --run with --init {path}")
+        checkpoint["config"]["train"].setdefault("method", "mmgen")  # runs of before there were two
         for part in ("model", "meta", "train"):
             for key in sorted(config[part].keys() | checkpoint["config"][part].keys()):
                 old, new = checkpoint["config"][part].get(key), config[part].get(key)
@@ -266,6 +315,16 @@ def resume(folder, model, ema, optimiser, config, rank):
     return step
 
 
+def update(parameters, optimiser):
+    """Clip to norm 1 and step -> the gradient's norm, and 1.0 where it is not finite: then the weights are left alone, without a host read."""
+    norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+    bad = (~torch.isfinite(norm)).float()
+    optimiser.found_inf, optimiser.grad_scale = bad, None  # what a gradient scaler would tell the fused step
+    optimiser.step()
+    optimiser.zero_grad(set_to_none=True)
+    return norm, bad
+
+
 @torch.no_grad()
 def update_ema(ema, model, step):
     """EMA with the rate min(0.9999, (1 + n) / (10 + n)): a short run's average is not its initial weights."""
@@ -281,16 +340,11 @@ def arguments():
     parser.add_argument("--run", type=pathlib.Path, default=pathlib.Path("runs/mmgen"), help="run folder; an unfinished run continues")
     parser.add_argument("--model", default="XL/2", choices=list(SIZES))
     parser.add_argument("--fusion", default="linear", choices=list(FUSIONS))
-    parser.add_argument("--modalities", nargs="+", choices=list(MODALITIES), help="default: the cache's; those the cache lacks are not supervised")
-    parser.add_argument("--no-task-embedding", action="store_true")
     parser.add_argument("--steps", type=int, default=600_000)
     parser.add_argument("--batch-size", type=int, default=256, help="global, whatever the number of processes")
     parser.add_argument("--micro-batch", type=int, default=64, help="at most so many rows in one forward pass, the rest is accumulated")
     parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--mix", default="mmgen", choices=list(TASK_MIX))
-    parser.add_argument("--equal-weights", action="store_true", help="loss weight 1 for every modality")
-    parser.add_argument("--repa-weight", type=float, default=0.5)
     parser.add_argument("--checkpointing", action="store_true", help="recompute each block in the backward pass: less memory, a third more time")
     parser.add_argument("--precision", default="bf16", choices=("bf16", "fp32"))
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: on CUDA only")
@@ -298,6 +352,14 @@ def arguments():
     parser.add_argument("--preview-every", type=int, default=10_000)
     parser.add_argument("--log-every", type=int, default=100)
     parser.add_argument("--init", type=pathlib.Path, help="start from the EMA of this checkpoint")
+    parser.add_argument("--method", default="mmgen", choices=list(METHODS))
+    mmgen = parser.add_argument_group("MMGen")
+    mmgen.add_argument("--mix", default="mmgen", choices=list(TASK_MIX))
+    mmgen.add_argument("--modalities", nargs="+", choices=list(MODALITIES), help="default: the cache's; those the cache lacks are not supervised")
+    mmgen.add_argument("--equal-weights", action="store_true", help="loss weight 1 for every modality")
+    mmgen.add_argument("--repa-weight", type=float, default=0.5)
+    mmgen.add_argument("--no-task-embedding", action="store_true")
+    mt_diffusion.add_flags(parser.add_argument_group("MT-Diffusion"))
     return parser.parse_args()
 
 
@@ -323,24 +385,19 @@ def main():
     rank, world, device = setup()
     part, micro = split(args, rank, world)
     rows = part.stop - part.start
-    cache = Cache(args.data, need_dino=args.repa_weight > 0)
-    meta, modalities = cache.meta, [m for m in MODALITIES if m in (args.modalities or cache.modalities)]
-    if "rgb" not in modalities or (args.mix == "rgb2x" and not set(modalities[1:]) & set(cache.modalities)):
-        raise InputError(f"modalities {modalities} of a cache with {list(cache.modalities)}: rgb must be there, and for rgb2x another one")
-    repa_weight = args.repa_weight if cache.dino else 0.0
-    if rank == 0 and repa_weight == 0:
-        print("training without REPA: " + ("the cache has no alignment targets (--no-dino)" if args.repa_weight else "--repa-weight 0"))
-
+    cache = Cache(args.data, need_dino=args.method == "mmgen" and args.repa_weight > 0)
+    if args.pair and args.method != "mt-diffusion":
+        raise InputError(f"--pair {' '.join(args.pair)}: belongs to --method mt-diffusion")
     torch.manual_seed(args.seed)
-    model = build_model(args.model, modalities, meta["num_classes"], meta["latent_channels"], meta["latent_size"],
-                        fusion=args.fusion, task_embedding=not args.no_task_embedding, projector=repa_weight > 0)
-    config = {"model": model.config, "meta": meta,
-              "train": dict(mix=args.mix, batch_size=args.batch_size, lr=args.lr, seed=args.seed, precision=args.precision,
-                            repa_weight=repa_weight, equal_weights=args.equal_weights)}
+    objective = METHODS[args.method](args, cache, device)
+    model = objective.model
+    config = {"model": model.config, "meta": cache.meta,
+              "train": dict(method=args.method, batch_size=args.batch_size, lr=args.lr, seed=args.seed, precision=args.precision, **objective.recipe)}
     if args.init and not (args.run / "latest.pt").exists():
-        table = fit(model, meta, load_checkpoint(args.init), args.init)
+        table = objective.initialise(load_checkpoint(args.init), args.init)
         print(table) if rank == 0 else None
-    model.to(device).checkpointing = args.checkpointing
+    model.to(device)
+    objective.backbone.checkpointing = args.checkpointing
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
@@ -348,49 +405,32 @@ def main():
     if rank == 0:
         with whole_file(args.run / "args.json") as file:
             file.write(json.dumps({**vars(args), "world": world, "resumed_at": first}, indent=1, default=str).encode())
-        flops = training_flops(**model.config)
-        print(f"{args.model} with {', '.join(modalities)}: {sum(p.numel() for p in model.parameters()):,} parameters, "
-              f"{flops / 1e9:.1f} GFLOPs a sample and step ({flops / training_flops(**{**model.config, 'fusion': 'linear'}):.2f} times linear fusion's), "
-              f"{len(cache.rows)} samples, steps {first} to {args.steps}, {world} x {rows} rows in micro-batches of {min(rows, micro)}, {device}")
+        print(f"{args.model}, {sum(p.numel() for p in model.parameters()):,} parameters, {objective.summary()}; {len(cache.rows)} samples, "
+              f"steps {first} to {args.steps}, {world} x {rows} rows in micro-batches of {min(rows, micro)}, {device}")
     if args.compile if args.compile is not None else device.type == "cuda":
-        for block in model.blocks:
+        for block in objective.backbone.blocks:
             block.compile(fullgraph=True)
     wrapped = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True) if world > 1 else model
-    preview = sample.Preview(meta, cache, device) if rank == 0 and args.preview_every <= args.steps else None
+    preview = sample.Preview(cache, device) if rank == 0 and args.preview_every <= args.steps else None
 
-    M, C, size = len(modalities), meta["latent_channels"], meta["latent_size"]
-    shape, present = (args.batch_size, M * C, *size), [m in cache.modalities for m in modalities]
-    weights = torch.tensor([1.0 if args.equal_weights else MODALITIES[m].loss_weight for m in modalities], device=device)
-    sums, counted, skipped = torch.zeros(M + 1, device=device), torch.zeros(M + 1, device=device), torch.zeros(3, device=device)
+    K = len(objective.names)
+    sums, counted, skipped = torch.zeros(K, device=device), torch.zeros(K, device=device), torch.zeros(3, device=device)
     norms, since, clock = torch.zeros((), device=device), 0, time.perf_counter()
     steps = range(first, args.steps)
     bar = tqdm(total=args.steps, initial=first, desc=args.run.name, disable=rank > 0)
-    for step, batch in zip(steps, prefetch(cache, args.seed, steps, args.batch_size, part, device)):
-        draws = draw(args.seed, step, args.mix, modalities, present, shape, device)
-        counts = draws.supervised.sum(0)  # (M,) over the global batch, known before the forward pass
-        mine = Draws(*(x[part] for x in draws))
-        x0 = latents(batch, modalities, mine.posterior, meta["scale"], C)   # (rows, M*C, H, W)
-        x, target = interpolate(x0, mine.noise, mine.t, C)                  # (rows, M*C, H, W)
-        y = torch.where(mine.null, meta["num_classes"], batch["labels"])    # (rows,)
+    for step, batch in zip(steps, prefetch(cache, objective.reads, args.seed, steps, args.batch_size, part, device)):
+        tensors, counts = objective.prepare(step, batch, part)
         total = torch.zeros_like(sums)
         for i in range(0, rows, micro):
-            j = slice(i, i + micro)
             last = i + micro >= rows
             with contextlib.nullcontext() if world == 1 or last else wrapped.no_sync():
-                with torch.autocast(device.type, torch.bfloat16) if args.precision == "bf16" else contextlib.nullcontext():
-                    v, z = wrapped(x[j], mine.t[j], y[j], mine.given[j])
-                velocity, repa = losses(v, target[j], z, batch["dino"][j] if z is not None else None, mine.supervised[j])
-                (world * total_loss(velocity, repa, counts, args.batch_size, weights, repa_weight)).backward()  # DDP averages
-            total += torch.cat([velocity.detach(), repa.detach()[None]])
-        norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        bad = (~torch.isfinite(norm)).float()
-        optimiser.found_inf, optimiser.grad_scale = bad, None  # the fused step leaves the weights alone where bad: no host read
-        optimiser.step()
-        optimiser.zero_grad(set_to_none=True)
+                terms = objective.loss(wrapped, {name: x[i:i + micro] for name, x in tensors.items()})
+                (world * total_loss(terms, counts, objective.weights)).backward()  # DDP averages
+            total += terms.detach()
+        norm, bad = update(parameters, optimiser)
         update_ema(ema, model, step)
         sums += torch.where(bad > 0, 0.0, total)               # a skipped step does not count
-        counted[:M] += (1 - bad) * counts
-        counted[M] += (1 - bad) * args.batch_size
+        counted += (1 - bad) * counts
         norms += torch.where(bad > 0, 0.0, norm)
         skipped[0] += bad                                      # in all
         skipped[1] = (skipped[1] + 1) * bad                    # in a row, now
@@ -401,7 +441,7 @@ def main():
         saving = done % args.ckpt_every == 0 or done == args.steps
         if done % args.log_every == 0 or saving:
             mean = (all_reduce(sums.clone()) / counted.clamp(min=1)).tolist()
-            entry = {"step": done, **{f"loss_{m}": mean[i] for i, m in enumerate(modalities)}, "loss_repa": mean[M],
+            entry = {"step": done, **dict(zip(objective.names, mean)),
                      "grad_norm": (norms / since).item(), "img_per_s": since * args.batch_size / (time.perf_counter() - clock),
                      "skipped": int(skipped[0])}
             if skipped[2] >= 10:
@@ -410,14 +450,14 @@ def main():
             if rank == 0:
                 with open(args.run / "log.jsonl", "a") as file:
                     file.write(json.dumps(entry) + "\n")
-                bar.set_postfix({m: f"{mean[i]:.3f}" for i, m in enumerate(modalities)})
+                bar.set_postfix({name.removeprefix("loss_"): f"{x:.3f}" for name, x in zip(objective.names, mean)})
             for counter in (sums, counted, norms, skipped[2:]):
                 counter.zero_()
             since, clock = 0, time.perf_counter()
         if saving and rank == 0:
             save_checkpoint(args.run, model, ema, optimiser, done, config)
         if preview is not None and done % args.preview_every == 0:
-            preview(ema, args.run / "previews" / f"{done:07d}.png")
+            preview(ema, args.method, args.run / "previews" / f"{done:07d}.png")
         bar.update()
     bar.close()
     barrier()

@@ -108,11 +108,12 @@ def to_official(checkpoint, path):
 
 
 @torch.no_grad()
-def fit(model, meta, checkpoint, path):
+def fit(model, meta, checkpoint, path, method="mmgen"):
     """--init: copy what fits of a checkpoint's EMA into the model, modalities and classes matched by name -> a table, as text.
 
     Where a modality is new, the columns through which it enters start at zero, so that the others keep their meaning; a
-    class that the file does not know starts as its null class; positions are interpolated to another grid.
+    class that the file does not know starts as its null class; positions are interpolated to another grid. method is the
+    model's: of a checkpoint of the other one the heads are left out, what they predict is something else.
     Raises InputError when the latents are of another kind or nothing fits.
     """
     theirs = checkpoint["config"]
@@ -123,15 +124,21 @@ def fit(model, meta, checkpoint, path):
         raise InputError(f"--init {path}: is of size {theirs['model']['name']}; pass --model {theirs['model']['name']}")
     old, new = theirs["model"]["modalities"], list(model.modalities)
     places = [(new.index(m), old.index(m)) for m in new if m in old]
-    state, mine = checkpoint["ema"], model.state_dict()
+    state, mine, foreign = checkpoint["ema"], model.state_dict(), theirs["train"].get("method", "mmgen") != method
+    if any(key.startswith("backbone.") for key in state):  # of MT-Diffusion
+        state = {key.removeprefix("backbone."): value for key, value in state.items() if key.startswith("backbone.")}
+    vectors = getattr(model.y_embedder, "in_features", None)  # in the place of classes
+    state = {key: value for key, value in state.items() if not (foreign and key.startswith("heads."))
+             and not (key == "y_embedder.weight" and theirs["model"].get("features") != vectors)}
     classes = [list(names) for names in (theirs["meta"]["class_names"], meta["class_names"])]
-    same_classes = len(state["y_embedder.weight"]) == len(mine["y_embedder.weight"]) and (not classes[0] or classes[0] == classes[1])
+    rows = {name: len(weights.get("y_embedder.weight", ())) for name, weights in (("old", state), ("new", mine))}
+    same_classes = bool(vectors) or (rows["old"] == rows["new"] and (not classes[0] or classes[0] == classes[1]))
     fate, used = {}, set()
     for key, target in mine.items():
         numbered, source = re.match(r"((?:heads|x_embedder\.proj)\.)(\d+)(\..*)", key), key
         if numbered:  # one module per modality
             m = new[int(numbered[2])]
-            source = f"{numbered[1]}{old.index(m)}{numbered[3]}" if m in old else None
+            source = key if old == new else f"{numbered[1]}{old.index(m)}{numbered[3]}" if m in old else None
         if source not in state:
             fate[key] = "new"
             continue
@@ -139,7 +146,7 @@ def fit(model, meta, checkpoint, path):
         joint = {"x_embedder.proj.weight": 1, "t_embedder.mlp_fused.0.weight": 1, "x_embedder.modality": 0, "task_embedder.weight": 0}.get(key)
         fate[key] = "taken"
         if key == "pos_embed" and value.shape != target.shape:
-            grid = [s // 2 for s in theirs["model"]["latent_size"]]
+            grid = [s // theirs["model"].get("patch_size", 2) for s in theirs["model"]["latent_size"]]
             table = value.unflatten(1, grid).permute(0, 3, 1, 2)
             target.copy_(F.interpolate(table, model.grid, mode="bicubic", align_corners=False).flatten(2).transpose(1, 2))
             fate[key] = "inflated"
@@ -147,7 +154,7 @@ def fit(model, meta, checkpoint, path):
             rows = {name: value[i] for i, name in enumerate(classes[0])}
             target.copy_(torch.stack([rows.get(name, value[-1]) for name in classes[1]] + [value[-1]]))
             fate[key] = "inflated"
-        elif joint is not None and old != new:
+        elif joint is not None and old != new and value.shape[2:] == target.shape[2:]:
             first = int(key == "task_embedder.weight")  # its row 0 belongs to no modality
             parts, pieces = (x.narrow(joint, first, x.shape[joint] - first).chunk(len(names), joint) for x, names in ((value, old), (target, new)))
             if joint == 1:

@@ -1,23 +1,251 @@
 """Benchmarks, not tests: what things cost on this machine, without data.
 
-    python tests/bench.py --what fusion --model XL/2 --latent-size 32 --flops      # FLOPs alone, no memory needed
-    python tests/bench.py --what fusion --model S/2 --latent-size 16 --batch-size 16 --json fusion.json
-    python tests/bench.py --what evaluate --json evaluate.json                     # FID, precision and recall of 50,000 features
+    python tests/bench.py --what train --model XL/2 --batch-size 256                       # img/s, share of a matmul, memory
+    python tests/bench.py --what train --model S/2 --latent-size 16 --batch-size 64 --peer DIR --json train.json
+    python tests/bench.py --what sample --steps 25 --sampler euler --batch-size 16          # the network alone: no decoding
+    python tests/bench.py --what load --batch-size 256                                      # the loader, from a warm cache
+    python tests/bench.py --what prep --num 512                                             # prep_latents.py on toy scenes
+    python tests/bench.py --what fusion --model XL/2 --latent-size 32 --flops               # FLOPs alone, no memory needed
+    python tests/bench.py --what heads --model S/2 --latent-size 16 --batch-size 64         # MT-Diffusion over the single task
+    python tests/bench.py --what evaluate                                                   # FID, precision and recall of 50,000 features
+
+--peer DIR is a checkout of jiepengwang/MMGen: its model, loss and loop run by turns with ours on the same tensors, and
+`ratio` is its time over ours. Times are medians over --rounds.
 """
 import argparse
+import contextlib
+import copy
+import functools
+import importlib
+import io
 import json
 import pathlib
 import resource
 import statistics
 import sys
+import tempfile
 import time
 
+import numpy as np
 import torch
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import eval_fid  # noqa: E402
-from distributed import run, setup, whole_file  # noqa: E402
+import mt_diffusion  # noqa: E402
+import prep_latents  # noqa: E402
+import sample  # noqa: E402
+import train  # noqa: E402
+from distributed import InputError, autocast, run, setup, whole_file  # noqa: E402
 from model import FUSIONS, build_model, training_flops  # noqa: E402
 
+FOUR = ["rgb", "depth", "normal", "seg"]
+
+
+def finish(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def by_turns(rows, rounds, device):
+    """Median seconds of each function {name: f}, run by turns; the first two rounds warm up."""
+    times = {name: [] for name in rows}
+    for round in range(rounds + 2):
+        for name, work in rows.items():
+            finish(device)
+            start = time.perf_counter()
+            work()
+            finish(device)
+            times[name] += [time.perf_counter() - start] if round > 1 else []
+    return {name: statistics.median(t) for name, t in times.items()}
+
+
+def matmul_rate(precision, device):
+    """FLOP/s of a large matmul, the limit of this machine."""
+    n = 8192 if device.type == "cuda" else 2048
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    return 2 * n ** 3 / by_turns({"matmul": lambda: a @ b}, 8, device)["matmul"]
+
+
+def peak_memory(device):
+    """GB: of the device, or resident."""
+    return torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
+
+
+# ------------------------------------------------------------------------------------------------
+# Training.
+
+def synthetic(args):
+    """A cache's meta.json and one batch of it, on the CPU."""
+    C, S, N, grid = 4, args.latent_size, args.batch_size, args.latent_size // 2
+    g = torch.Generator().manual_seed(0)
+    meta = dict(modalities=FOUR, latent_channels=C, latent_size=[S, S], num_classes=1000, scale=0.18215, teacher="synthetic", grid=[grid, grid])
+    batch = {m: torch.stack([torch.randn(N, C, S, S, generator=g) * 5, torch.randn(N, C, S, S, generator=g) * 0.1 - 3], 1).half() for m in FOUR}
+    batch.update(labels=torch.randint(1000, (N,), generator=g), dino=torch.randint(-127, 128, (N, grid * grid, 768), generator=g, dtype=torch.int8))
+    return meta, batch
+
+
+def our_step(args, device, precision):
+    """train.py's step: objective, backward pass, clipping, gated AdamW, EMA."""
+    meta, batch = synthetic(args)
+    flags = argparse.Namespace(modalities=None, mix="mmgen", repa_weight=0.5, equal_weights=False, no_task_embedding=False, fusion="linear", model=args.model,
+                               batch_size=args.batch_size, seed=0, precision=precision)
+    objective = train.MMGen(flags, argparse.Namespace(meta=meta, modalities=FOUR, dino=True), device)
+    model = objective.model.to(device)
+    ema = copy.deepcopy(model).requires_grad_(False)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimiser = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.0, fused=True)
+    if args.compile:
+        for block in model.blocks:
+            block.compile(fullgraph=True)
+    batch, micro, count = {k: x.to(device) for k, x in batch.items()}, args.micro_batch or args.batch_size, 0
+
+    def step():
+        nonlocal count
+        tensors, counts = objective.prepare(count, batch, slice(0, args.batch_size))
+        for i in range(0, args.batch_size, micro):
+            terms = objective.loss(model, {name: x[i:i + micro] for name, x in tensors.items()})
+            train.total_loss(terms, counts, objective.weights).backward()
+        train.update(parameters, optimiser)
+        train.update_ema(ema, model, count)
+        count += 1
+    return step, training_flops(**model.config)
+
+
+def peer_step(args, device, precision):
+    """The released loop's step with its own model and loss: posterior, loss, reads for its log, clipping, AdamW, EMA."""
+    sit, loss = (importlib.import_module(name) for name in ("models.sit", "loss"))
+    with contextlib.redirect_stdout(io.StringIO()):
+        model = sit.SiT_models[f"SiT-{args.model}"](input_size=args.latent_size, num_classes=1000, z_dims=[768], encoder_depth=8, num_tasks=4, is_mmcat_diff=True,
+                                                    use_decouple_task=True, use_taskcond_emb=True, fused_attn=True, qk_norm=False).to(device).train()
+        objective = loss.SILoss(use_decouple_task=True, num_tasks=4, ratio_train_onlyrgb=0.5, use_quater_mixing=True, use_decouple_rand1=True)
+    ema = copy.deepcopy(model).requires_grad_(False)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.0)
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+    _, batch = synthetic(args)
+    mean, std = (torch.cat([batch[m][:, k].float() for m in FOUR], 1).to(device) for k in (0, 1))
+    std, y, features = std.exp(), batch["labels"].to(device), batch["dino"].float().to(device)
+    kind = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+
+    def step():
+        x = (mean + std * torch.randn_like(mean)) * 0.18215
+        with torch.autocast(device.type, kind, enabled=precision != "fp32"):
+            errors, alignment, mask = objective(model, x, dict(y=y), zs=[features])
+        total = 0.0
+        for k, (error, valid, weight) in enumerate(zip(errors.chunk(4, 1), mask.chunk(4, 1), (1.0, 0.2, 0.1, 0.1))):
+            rows = error.flatten(1).mean(1)[valid[:, 0, 0, 0] > 0]
+            if len(rows):  # it reads the host here, and each item below
+                total = total + weight * rows.mean()
+                rows.mean().item()
+        value = total + 0.5 * alignment.mean()
+        scaler.scale(value).backward()
+        scaler.unscale_(optimiser)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        scaler.step(optimiser)
+        scaler.update()
+        optimiser.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            for old, new in zip(ema.parameters(), model.parameters()):
+                if new.requires_grad:
+                    old.mul_(0.9999).add_(new.data, alpha=1e-4)
+        [x.item() for x in (total, alignment.mean(), norm)]
+    return step
+
+
+def training(args, device):
+    """Training throughput; with --peer the released loop by turns, in fp32 (and bf16, on CUDA its own fp16 too)."""
+    rows = {}
+    for precision in dict.fromkeys(("fp32", args.precision)):
+        rows[f"ours, {precision}"], flops = our_step(args, device, precision)
+    if args.peer:
+        for precision in ("fp32",) if device.type == "cpu" else ("fp16",):
+            rows[f"peer, {precision}"] = peer_step(args, device, precision)
+    seconds = by_turns(rows, args.rounds, device)
+    result = {}
+    for name, t in seconds.items():
+        rate = args.batch_size * flops / t
+        result[name] = dict(ms=1e3 * t, img_per_s=args.batch_size / t, tflops=rate / 1e12)
+        result[name].update(dict(matmul_share=rate / matmul_rate(name.split(", ")[1], device)) if name.startswith("ours") else {})
+        result[name].update({f"ratio to {peer}": seconds[peer] / t for peer in seconds if peer.startswith("peer") and name.startswith("ours")})
+    result["memory"] = dict(peak_GB=peak_memory(device))
+    return result
+
+
+# ------------------------------------------------------------------------------------------------
+# Sampling, loading, preparing.
+
+def sampling(args, device):
+    """--steps of a sampler for a batch of category samples, the network alone; the peer's Euler or Euler-Maruyama."""
+    model = build_model(args.model, latent_size=args.latent_size, projector=False).to(device).eval().requires_grad_(False)
+    if args.compile:
+        for block in model.blocks:
+            block.compile(fullgraph=True)
+    y, shape = torch.arange(args.batch_size, device=device) % 1000, (args.batch_size, 16, args.latent_size, args.latent_size)
+    held, nothing = torch.zeros(shape, device=device), torch.zeros(4, dtype=torch.bool)
+    draw = lambda precision: lambda: sample.draw_latents(model, y, held, nothing, sample.Noise(0, range(args.batch_size), device), sampler=args.sampler, steps=args.steps,
+                                                         cfg=args.cfg, precision=precision)
+    rows = {f"ours, {precision}": draw(precision) for precision in dict.fromkeys(("fp32", args.precision))}
+    if args.peer:
+        sit, samplers = (importlib.import_module(name) for name in ("models.sit", "samplers"))
+        peer = sit.SiT_models[f"SiT-{args.model}"](input_size=args.latent_size, num_classes=1000, z_dims=[768], encoder_depth=8, num_tasks=4, is_mmcat_diff=True,
+                                                   use_decouple_task=True, use_taskcond_emb=True, fused_attn=True, qk_norm=False).to(device).eval()
+        theirs = {"euler": lambda x: samplers.euler_sampler(peer, x, y, args.steps, cfg_scale=args.cfg, use_decouple_task=True),
+                  "heun": lambda x: samplers.euler_sampler(peer, x, y, args.steps, heun=True, cfg_scale=args.cfg, use_decouple_task=True),
+                  "sde": lambda x: samplers.euler_maruyama_sampler(peer, x, y, args.steps, cfg_scale=args.cfg)}[args.sampler]
+        rows["peer, fp32"] = lambda: theirs(torch.randn(shape, device=device))
+    seconds = by_turns(rows, args.rounds, device)
+    return {name: dict(s=t, img_per_s=args.batch_size / t) | ({"ratio": seconds["peer, fp32"] / t} if args.peer and name != "peer, fp32" else {}) for name, t in seconds.items()}
+
+
+def loading(args, device):
+    """Samples a second from prefetch, of a cache of --num rows in the page cache, with and without alignment targets."""
+    with tempfile.TemporaryDirectory(dir=args.scratch) as folder:
+        folder, n, S, grid = pathlib.Path(folder), args.num, args.latent_size, args.latent_size // 2
+        meta = dict(format=prep_latents.FORMAT, modalities=FOUR, vae="sd-mse", vae_sha256=None, scale=0.18215, latent_channels=4, latent_size=[S, S], resolution=8 * S, count=n,
+                    num_classes=1000, class_names=[str(i) for i in range(1000)], palette=None, grid=[grid, grid], teacher="synthetic", names_sha256="", seg_mode="instance",
+                    depth_space="disparity", batch_size=32)
+        (folder / "meta.json").write_text(json.dumps(meta))
+        rng = np.random.default_rng(0)
+        for m in FOUR:
+            np.save(folder / f"{m}.npy", rng.standard_normal((n, 2, 4, S, S), np.float32).astype(np.float16))
+        np.save(folder / "dino.npy", rng.integers(-127, 128, (n, grid * grid, 768), np.int8))
+        np.save(folder / "labels.npy", rng.integers(0, 1000, n))
+        np.save(folder / "done.npy", np.ones(n, np.uint8))
+        result = {}
+        for name, dino in (("with DINO", True), ("without", False)):
+            cache, steps = train.Cache(folder, need_dino=dino), range(max(8, 3 * n // args.batch_size))
+            stems = FOUR + ["labels"] + ["dino"] * dino
+            for _ in train.prefetch(cache, stems, 0, steps, args.batch_size, slice(0, args.batch_size), device):  # warms up
+                pass
+            start = time.perf_counter()
+            for _ in train.prefetch(cache, stems, 1, steps, args.batch_size, slice(0, args.batch_size), device):
+                pass
+            t = time.perf_counter() - start
+            size = sum(cache.arrays[stem][0].nbytes for stem in stems)
+            result[name] = dict(samples_per_s=len(steps) * args.batch_size / t, GB_per_s=len(steps) * args.batch_size * size / t / 1e9)
+    return result
+
+
+def preparing(args, device):
+    """prep_latents.py on --num toy scenes: scenes a second, and the share of the time in the encoder."""
+    inside, encode = [0.0], prep_latents.encode
+
+    def timed(vae, pixels, device):
+        finish(device)
+        start = time.perf_counter()
+        out = encode(vae, pixels, device)
+        inside[0] += time.perf_counter() - start
+        return out
+    prep_latents.encode = timed
+    with tempfile.TemporaryDirectory(dir=args.scratch) as folder:
+        argv, sys.argv = sys.argv, ["prep_latents.py", "--toy", str(args.num), "--out", f"{folder}/cache", "--batch-size", str(args.batch_size)]
+        start = time.perf_counter()
+        prep_latents.main()
+        t, sys.argv = time.perf_counter() - start, argv
+    return {"prep": dict(img_per_s=args.num / t, encoder_share=inside[0] / t)}
+
+
+# ------------------------------------------------------------------------------------------------
+# Architecture.
 
 def inputs(model, batch_size, device):
     M, C, (H, W) = len(model.modalities), model.latent_channels, model.latent_size
@@ -27,13 +255,11 @@ def inputs(model, batch_size, device):
 
 
 def step(model, batch, precision, device):
-    """One forward and backward pass, finished on the device."""
-    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+    """One forward and backward pass."""
+    with autocast(device, precision):
         v, z = model(*batch)
     (v.float().square().mean() + z.float().mean()).backward()
     model.zero_grad(set_to_none=True)
-    if device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 def fusion(args, device):
@@ -43,17 +269,51 @@ def fusion(args, device):
     result = {name: {"gflops": training_flops(**common, **options) / 1e9} for name, options in rows.items()}
     if not args.flops:
         models = {name: build_model(**common, **options).to(device).train() for name, options in rows.items()}
-        batches, times = {name: inputs(model, args.batch_size, device) for name, model in models.items()}, {name: [] for name in rows}
-        for round in range(args.rounds + 1):  # the first warms up
-            for name, model in models.items():
-                start = time.perf_counter()
-                step(model, batches[name], args.precision, device)
-                times[name] += [time.perf_counter() - start] if round else []
-        for name in rows:
-            result[name]["ms_per_sample"] = 1e3 * statistics.median(times[name]) / args.batch_size
+        work = {name: functools.partial(step, model, inputs(model, args.batch_size, device), args.precision, device) for name, model in models.items()}
+        for name, seconds in by_turns(work, args.rounds, device).items():
+            result[name]["ms_per_sample"] = 1e3 * seconds / args.batch_size
     for row in result.values():
         row.update({f"{key}_ratio": row[key] / result["linear"][key] for key in ("gflops", "ms_per_sample") if key in row})
     return result
+
+
+def heads(args, device):
+    """MT-Diffusion's training step over that of a model of the noise alone, which sees X as well, by turns in one run.
+
+    Image heads: the backbone with the second head against the same with one. Label: the head, without and with E(y), against none.
+    """
+    n, size, rows = args.batch_size, (4, args.latent_size, args.latent_size), {}
+    common = dict(num_classes=args.classes, latent_channels=4, latent_size=args.latent_size)
+    z, k, seen = torch.randn(n, *size, device=device), torch.randint(1000, (n,), device=device), torch.ones(n, dtype=torch.bool, device=device)
+    y = torch.arange(n, device=device) % args.classes
+    image, label = (mt_diffusion.build(args.model, pair, ["rgb"] * (1 + (pair == "masked")), **common).to(device) for pair in ("masked", "label"))
+    single = mt_diffusion.build(args.model, "masked", ["rgb", "rgb"], **common).to(device)
+    del single.backbone.heads[1]
+    zero = torch.zeros_like(z)
+
+    def both():
+        return sum(part.float().square().mean() for part in image(z, k, z, seen))
+
+    def alone():
+        out, _ = single.backbone(torch.cat([z, z], 1), torch.stack([1 - k / 1000, seen.float()], 1), y * 0, torch.stack([~seen, seen], 1))
+        return out.float().square().mean()
+
+    def with_label(encode):
+        e = label.encode(y) if encode else zero
+        eps, logits = label(z + 0 * e, k, y, ~seen)
+        return eps.float().square().mean() + label.x_error(logits, y).mean()
+
+    def without_label():
+        return label.backbone(z, 1 - k[:, None] / 1000, y, ~seen[:, None])[0].float().square().mean()
+
+    rows = {"image, single": alone, "image, both": both, "label, single": without_label, "label, head": lambda: with_label(False),
+            "label, head, E": lambda: with_label(True)}
+    def work(loss):
+        with autocast(device, args.precision):
+            value = loss()
+        value.backward()
+    seconds = by_turns({name: functools.partial(work, loss) for name, loss in rows.items()}, args.rounds, device)
+    return {name: {"ms_per_sample": 1e3 * t / n, "ratio": t / seconds[name.split(",")[0] + ", single"]} for name, t in seconds.items()}
 
 
 def evaluate(args, device):
@@ -73,29 +333,46 @@ def evaluate(args, device):
     clock.append(time.perf_counter())
     eval_fid.precision_recall(samples, reference)
     clock.append(time.perf_counter())
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform != "darwin" else 1e9)
     return {"seconds": dict(zip(("moments", "frechet", "precision_recall"), (b - a for a, b in zip(clock, clock[1:])))) | {"all": clock[-1] - clock[0]},
-            "memory": {"peak_GB": peak}}
+            "memory": {"peak_GB": peak_memory(device)}}
+
+
+WHAT = {"train": training, "sample": sampling, "load": loading, "prep": preparing, "fusion": fusion, "heads": heads, "evaluate": evaluate}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--what", choices=("fusion", "evaluate"), required=True)
+    parser.add_argument("--what", choices=list(WHAT), required=True)
     parser.add_argument("--model", default="S/2")
     parser.add_argument("--latent-size", type=int, default=32)
     parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--micro-batch", type=int, help="train: rows in one forward pass")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="train and sample measure fp32 as well")
+    parser.add_argument("--compile", action="store_true", help="train, sample: our blocks")
+    parser.add_argument("--peer", type=pathlib.Path, metavar="DIR", help="train, sample: a checkout of jiepengwang/MMGen to run by turns")
+    parser.add_argument("--sampler", choices=list(sample.SAMPLERS), default="euler")
+    parser.add_argument("--steps", type=int, default=25)
+    parser.add_argument("--cfg", type=float, default=1.0)
+    parser.add_argument("--num", type=int, default=4096, help="load, prep: rows")
+    parser.add_argument("--scratch", type=pathlib.Path, help="load, prep: folder for the temporary cache")
+    parser.add_argument("--classes", type=int, default=1000, help="heads: of the label setting")
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
-    parser.add_argument("--flops", action="store_true", help="count only")
+    parser.add_argument("--flops", action="store_true", help="fusion: count only")
     parser.add_argument("--json", type=pathlib.Path)
     args = parser.parse_args()
+    if args.peer:
+        if not (args.peer / "models" / "sit.py").is_file():
+            raise InputError(f"--peer {args.peer}: no checkout of jiepengwang/MMGen, models/sit.py is missing")
+        sys.path.insert(0, str(args.peer))
+        for name in ("models", "loss", "samplers"):
+            sys.modules.pop(name, None)
     _, _, device = setup()
-    result = {"fusion": fusion, "evaluate": evaluate}[args.what](args, device)
+    result = WHAT[args.what](args, device)
     for name, row in result.items():
-        print(f"{name:10s}" + "".join(f"  {key} {value:.4g}" for key, value in row.items()))
+        print(f"{name:15s}" + "".join(f"  {key} {value:.4g}" for key, value in row.items()))
     if args.json:
-        recipe = dict(model=args.model, latent_size=args.latent_size, batch_size=args.batch_size, rounds=args.rounds, precision=args.precision,
-                      threads=torch.get_num_threads(), torch=torch.__version__, device=str(device))
+        recipe = dict(command=" ".join(["tests/bench.py", *[a for a in sys.argv[1:] if a not in (str(args.peer), str(args.json), str(args.scratch))]]), threads=torch.get_num_threads(),
+                      torch=torch.__version__, device=torch.cuda.get_device_name() if device.type == "cuda" else device.type)
         with whole_file(args.json) as file:
             file.write(json.dumps({**result, "recipe": recipe}, indent=1).encode())
 

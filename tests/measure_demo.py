@@ -19,9 +19,9 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import toy_scenes  # noqa: E402
 from distributed import run, setup, whole_file  # noqa: E402
 from eval_depth import align, depth_scores  # noqa: E402
-from model import MODALITIES, load_model  # noqa: E402
+from model import MODALITIES  # noqa: E402
 from prep_latents import nearest_colour  # noqa: E402
-from sample import DEMO, Noise, check_sampling_flags, checked_vae, decode_latents, draw_from, sampling_flags, sampling_recipe  # noqa: E402
+from sample import DEMO, Noise, check_sampling_flags, checked_vae, decode_latents, draw_from, open_model, sampling_flags, sampling_recipe  # noqa: E402
 
 TYPES, HUES = len(toy_scenes.TYPES), len(toy_scenes.HUES)
 
@@ -53,7 +53,7 @@ def main():
     check_sampling_flags(args)
     _, _, device = setup()
     checkpoint = args.ckpt or DEMO / "mmgen.pt"
-    model = load_model(checkpoint, device=device)
+    model = open_model(checkpoint, device)
     vae = checked_vae(args.vae, model.meta).to(device)
     fast = argparse.Namespace(**vars(args))  # understanding, with the flags' sampler and steps
     slow = argparse.Namespace(**{**vars(args), "sampler": args.create[0], "steps": int(args.create[1])})

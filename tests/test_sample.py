@@ -70,7 +70,7 @@ def test_guidance_acts_on_all_channels_inside_its_interval():
     plain, guided = run(), run(cfg=2.0)
     assert ((plain - guided).abs().amax((0, 2, 3)) > 1e-3).all()
     calls.clear()
-    run(cfg=2.0, interval=(0.4, 0.8))
+    run(cfg=2.0, cfg_interval=(0.4, 0.8))
     assert calls == [(2, 1.0), (4, 0.75), (4, 0.5), (2, 0.25)]
     null = torch.full_like(y, model.num_classes)
     swap = lambda y_, **k: sample.draw_latents(model, y_, held, torch.zeros(4, dtype=torch.bool), sample.Noise(0, [0, 1], "cpu"), "euler", 1, **k)
