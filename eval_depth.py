@@ -696,6 +696,7 @@ def main():
     wanted = [m for m in args.modality or known if m in known]
     if not wanted or set(args.modality or ()) - set(known):
         raise InputError(f"--modality {' '.join(args.modality or ())}: there are {', '.join(known) or 'none'} in both truth and prediction")
+    source.modalities = tuple(wanted)  # nothing else is read
     if predictor:
         predictor.palette = source.palette
     tallies = {"value": Tally(args, source.palette)}

@@ -372,6 +372,10 @@ class Objective:
         if kind not in SETTINGS or (kind == "pair") != (len(args.pair) == 2 and args.pair[0] != args.pair[1]) or missing:
             raise InputError(f"--pair {' '.join(args.pair)}: give two modalities of the cache ({', '.join(cache.modalities)}), SOURCE TARGET, "
                              f"or one of {', '.join(list(SETTINGS)[1:])}")
+        if not args.eps_weight and not args.x_weight:
+            raise InputError("--eps-weight 0 --x-weight 0: nothing would be trained")
+        if args.head != "middle" and kind != "label":
+            raise InputError(f"--head {args.head}: belongs to --pair label")
         if (args.single is not None and kind not in ("label", "feature")) or (args.hidden is not None and kind not in ("pair", "masked")):
             raise InputError(f"--pair {kind}: --single is of label and feature, --hidden of two modalities and masked")
         if kind == "feature" and not cache.meta.get("feature"):

@@ -291,7 +291,7 @@ class Item:
     def __init__(self, index, stem, label, files):
         self.index, self.stem, self.label, self.files = index, stem, label, files
         self.size = None  # (width, height) of the picture that came in, for --fit full
-        self.mask = None  # of --task restore
+        self.mask, self.place = None, stem  # of --task restore: the mask's file, the picture's stem
 
 
 def class_of(path, meta):
@@ -347,6 +347,7 @@ def requests(args, given, meta):
         for k in range(args.num or 1):
             stem = stem_of(path, base).replace("/", "_") + (f"_{k}" if (args.num or 1) > 1 else "")
             items.append(Item(len(items), stem, K if label is None else label, group))
+            items[-1].place = stem_of(path, base).replace("/", "_")
     stems = [item.stem for item in items]
     if len(set(stems)) < len(stems):
         raise InputError(f"--image {base}: two pictures share the stem {max(set(stems), key=stems.count)}; rename one")
@@ -476,6 +477,8 @@ def sampling_flags(parser):
 
 def check_sampling_flags(args):
     """Raise InputError for values of the shared flags that cannot be."""
+    if not (np.isfinite(args.cfg) and np.isfinite(args.classifier_scale)):
+        raise InputError(f"--cfg {args.cfg} --classifier-scale {args.classifier_scale}: must be finite")
     if args.steps < 1 or args.batch_size < 1 or args.seed < 0 or (args.num is not None and args.num < 1) or not 0 <= args.cfg_interval[0] <= args.cfg_interval[1] <= 1:
         raise InputError(f"--steps {args.steps} --batch-size {args.batch_size} --num {args.num} --seed {args.seed} --cfg-interval {args.cfg_interval}: "
                          "counts must be at least 1, the seed not negative, the interval 0 <= LO <= HI <= 1")
@@ -532,8 +535,6 @@ def arguments():
         raise InputError(f"--patches {args.patches} --sdedit {args.sdedit}: at least 1 square; a share above 0, up to 1")
     if args.npz and args.fit == "full":
         raise InputError("--npz with --fit full: pictures of different sizes do not fit one array; use --fit crop")
-    if (args.npz or args.task == "translate") and args.outputs and "rgb" not in args.outputs:
-        raise InputError(f"--outputs {' '.join(args.outputs)}: --npz and --task translate need the RGB; write it as well")
     if args.mesh and args.outputs and {"rgb", "normal", "seg"} - set(args.outputs):
         raise InputError(f"--outputs {' '.join(args.outputs)}: --mesh needs rgb, normal and seg; write them as well")
     if args.focal is not None and not args.focal > 0:
@@ -553,6 +554,8 @@ def conditions(args, model):
     kind = getattr(model, "pair", None)  # of MT-Diffusion
     if args.mesh and {"rgb", "normal", "seg"} - set(model.modalities):
         raise InputError(f"--mesh needs rgb, normal and seg; this checkpoint has {', '.join(model.modalities)}")
+    if (args.npz or (args.task == "translate" and kind is None)) and "rgb" not in (args.outputs or model.modalities):
+        raise InputError(f"--npz and --task translate need the RGB: {'write it as well' if args.outputs else 'this checkpoint has ' + ', '.join(model.modalities)}")
     if args.outputs and set(args.outputs) - set(model.modalities):
         raise InputError(f"--outputs {' '.join(args.outputs)}: this checkpoint has {', '.join(model.modalities)}")
     if (args.features and kind != "feature") or (args.npz and args.task == "classify"):
@@ -635,16 +638,18 @@ def find_masks(args, items):
     folder = {path.relative_to(args.mask).with_suffix("").as_posix().replace("/", "_"): path for path in find_files(args.mask, "mask")[1]} if args.mask.is_dir() else None
     for item in items:
         picture = item.files["rgb"]
-        item.mask = folder.get(item.stem, folder.get(picture.stem)) if folder is not None else args.mask
+        item.mask = folder.get(item.place, folder.get(picture.stem)) if folder is not None else args.mask
         if item.mask is None:
-            raise InputError(f"{picture}: no mask {item.stem} or {picture.stem} in {args.mask}")
+            raise InputError(f"{picture}: no mask {item.place} or {picture.stem} in {args.mask}")
+        if not hidden_pixels(args, item, lambda mask: mask, None).any():
+            raise InputError(f"{item.mask}: hides nothing; what is to be restored must be white (255)")
         sizes = [read_picture(path).size for path in (picture, item.mask)]
         if sizes[0] != sizes[1]:
             raise InputError(f"{item.mask}: {sizes[1][0]}x{sizes[1][1]}, {picture} is {sizes[0][0]}x{sizes[0][1]}; they must be of one size")
 
 
 def hidden_pixels(args, item, fit, size):
-    """What is to be restored, bool (H, W): not black in the item's mask, or --patches random squares of a network input of this size."""
+    """What is to be restored, bool (H, W): white in the item's mask, or --patches random squares of a network input of this size."""
     if item.mask is None:
         corners = (np.random.default_rng((args.seed, item.index, args.patches)).random((args.patches, 2)) * size).astype(int)
         return mt_diffusion.visible(torch.from_numpy(corners)[None], torch.tensor([args.patches]), size, mt_diffusion.PATCH)[0, 0].numpy() == 0
@@ -745,8 +750,8 @@ def report_classes(args, items, meta):
 
 def sampling_recipe(args, checkpoint, model):
     """What produced the samples: the part of a recipe that all sampling commands share."""
-    chosen = options(args, model)
-    count = evaluations(args.sampler, args.steps) if "sampler" in chosen else args.steps
+    chosen = options(args, model) if getattr(args, "task", None) != "classify" else {}
+    count = 1 if not chosen else evaluations(args.sampler, args.steps) if "sampler" in chosen else args.steps
     return dict(checkpoint=checkpoint.name, checkpoint_sha256=sha256(checkpoint), method=model.method, step=model.step, weights="ema", evaluations=count,
                 seed=args.seed, vae=model.meta["vae"], vae_sha256=model.meta["vae_sha256"], **chosen)
 
@@ -763,7 +768,7 @@ def take_up(out, recipe, items, files):
         old = None
     if not isinstance(old, dict) or "complete" not in old:
         old = {}
-    there = lambda item, path: path.is_file() and all(given.stat().st_mtime <= path.stat().st_mtime for given in (*item.files.values(), item.mask) if given)
+    there = lambda item, path: path.is_file() and all(given.stat().st_mtime <= path.stat().st_mtime for given in item.files.values())
     if {k: v for k, v in old.items() if k not in ("complete", "scores")} == json.loads(json.dumps(recipe)):
         left = [item for item in items if not all(there(item, path) for path in files(item))]
         if len(left) < len(items):
@@ -800,9 +805,13 @@ def main():
     meta, vae = model.meta, checked_vae(args.vae, model.meta)
     vae = vae.to(device) if vae else None
     given, kind = conditions(args, model), getattr(model, "pair", None)
+    if args.features:
+        args.num = args.num or len(read_features(args.features, model.features))
     items = requests(args, given, meta)
     if args.mask:
         find_masks(args, items)
+    if args.class_id and kind and kind != "label":
+        raise InputError(f"--class-id {args.class_id[0]}: this checkpoint (MT-Diffusion, {kind}) knows nothing of classes")
     if kind == "label" and not args.class_id and args.task == "generate" and args.classes == "random":
         for item in items:  # drawn with its picture
             item.label = meta["num_classes"]
@@ -821,7 +830,8 @@ def main():
     recipe = rank == 0 and dict(task=args.task, given=given, **sampling_recipe(args, checkpoint, model), fit=args.fit, truncate=args.truncate,
                   outputs={m: MODALITIES[m].meaning for m in outputs}, palette=meta["palette"],
                   **extras,
-                  samples=[dict(stem=item.stem, class_id=item.label, given={m: str(p) for m, p in item.files.items()}) for item in items])
+                  samples=[dict(stem=item.stem, class_id=item.label, given={m: str(p) for m, p in item.files.items()}, **({"mask_sha256": sha256(item.mask)} if item.mask else {}))
+                           for item in items])
     left = take_up(args.out, recipe, items, files) if rank == 0 else None
     if world > 1:
         box = [left and [item.index for item in left]]

@@ -359,8 +359,13 @@ def arguments():
     mmgen.add_argument("--equal-weights", action="store_true", help="loss weight 1 for every modality")
     mmgen.add_argument("--repa-weight", type=float, default=0.5)
     mmgen.add_argument("--no-task-embedding", action="store_true")
-    mt_diffusion.add_flags(parser.add_argument_group("MT-Diffusion"))
-    return parser.parse_args()
+    mt = parser.add_argument_group("MT-Diffusion")
+    mt_diffusion.add_flags(mt)
+    args = parser.parse_args()
+    for action in {"mmgen": mt, "mt-diffusion": mmgen}[args.method]._group_actions:
+        if getattr(args, action.dest) != action.default:
+            raise InputError(f"{action.option_strings[0]}: does not belong to --method {args.method}")
+    return args
 
 
 def split(args, rank, world):
@@ -386,8 +391,6 @@ def main():
     part, micro = split(args, rank, world)
     rows = part.stop - part.start
     cache = Cache(args.data, need_dino=args.method == "mmgen" and args.repa_weight > 0)
-    if args.pair and args.method != "mt-diffusion":
-        raise InputError(f"--pair {' '.join(args.pair)}: belongs to --method mt-diffusion")
     torch.manual_seed(args.seed)
     objective = METHODS[args.method](args, cache, device)
     model = objective.model

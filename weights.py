@@ -123,12 +123,14 @@ def fit(model, meta, checkpoint, path, method="mmgen"):
     if theirs["model"]["name"] != model.config["name"]:
         raise InputError(f"--init {path}: is of size {theirs['model']['name']}; pass --model {theirs['model']['name']}")
     old, new = theirs["model"]["modalities"], list(model.modalities)
-    places = [(new.index(m), old.index(m)) for m in new if m in old]
-    state, mine, foreign = checkpoint["ema"], model.state_dict(), theirs["train"].get("method", "mmgen") != method
-    if any(key.startswith("backbone.") for key in state):  # of MT-Diffusion
-        state = {key.removeprefix("backbone."): value for key, value in state.items() if key.startswith("backbone.")}
+    everything, mine, foreign = checkpoint["ema"], model.state_dict(), theirs["train"].get("method", "mmgen") != method
+    if any(key.startswith("backbone.") for key in everything):  # of MT-Diffusion
+        everything = {key.removeprefix("backbone."): value for key, value in everything.items() if key.startswith("backbone.")}
+    if method == "mt-diffusion" and not foreign:  # there a place has a role, whatever modality is in it
+        old, new = ([f"place {i}" for i in range(len(names))] for names in (old, new))
+    places = [(i, old.index(m)) for i, m in enumerate(new) if m in old]
     vectors = getattr(model.y_embedder, "in_features", None)  # in the place of classes
-    state = {key: value for key, value in state.items() if not (foreign and key.startswith("heads."))
+    state = {key: value for key, value in everything.items() if not (foreign and key.startswith("heads."))
              and not (key == "y_embedder.weight" and theirs["model"].get("features") != vectors)}
     classes = [list(names) for names in (theirs["meta"]["class_names"], meta["class_names"])]
     rows = {name: len(weights.get("y_embedder.weight", ())) for name, weights in (("old", state), ("new", mine))}
@@ -171,7 +173,7 @@ def fit(model, meta, checkpoint, path, method="mmgen"):
         used |= {source} if fate[key] != "new" else set()
     if "taken" not in fate.values():
         raise InputError(f"--init {path}: none of its {len(state)} weights fits this model; check --model")
-    fate.update({f"{key} (file)": "left out" for key in state if key not in used})
+    fate.update({f"{key} (file)": "left out" for key in everything if key not in used})
     lines = [f"--init {path} ({checkpoint.get('origin', 'ours')}, step {checkpoint['step']})"]
     for what in ("taken", "inflated", "new", "left out"):
         names = [key for key, value in fate.items() if value == what]

@@ -303,6 +303,9 @@ def test_restoration_keeps_every_other_pixel(trained, command, tmp_path):
     Image.fromarray(255 - mask).save(tmp_path / "mask.png")
     assert "are there" not in command(*again)  # a changed mask is another task
     assert (np.asarray(Image.open(tmp_path / "full/rgb/photo.png"))[mask > 0] == photo[mask > 0]).all()
+    Image.fromarray(mask // 255).save(tmp_path / "mask.png")
+    with pytest.raises(InputError, match="hides nothing"):
+        command(*again)
     Image.fromarray(mask[:40]).save(tmp_path / "mask.png")
     with pytest.raises(InputError, match="must be of one size"):
         command("sample", "--task", "restore", "--image", tmp_path / "photo.png", "--mask", tmp_path / "mask.png", "--ckpt", run, "--steps", 3, "--out", tmp_path / "x")
@@ -336,11 +339,15 @@ def test_translation_does_not_depend_on_the_batch(trained, command, tmp_path):
         command("sample", "--task", "translate", "--image", sample.DEMO / "scenes", "--ckpt", run, "--steps", 3, "--batch-size", size, "--out", tmp_path / str(size))
     a, b = (np.stack([np.asarray(Image.open(p)).astype(int) for p in sorted((tmp_path / s / "seg").glob("*.png"))]) for s in "14")
     assert len(a) == 4 and np.abs(a - b).max() <= 1
+    command("sample", "--task", "translate", "--image", sample.DEMO / "scenes", "--outputs", "seg", "--ckpt", run, "--steps", 2, "--out", tmp_path / "alone")
+    assert not (tmp_path / "alone/rgb").exists()
+    command("eval_depth", "--data", sample.DEMO / "scenes", "--ckpt", run, "--steps", 2, "--out", tmp_path / "e")
     command("sample", "--task", "generate", "--num", 2, "--ckpt", run, "--steps", 3, "--out", tmp_path / "joint")
     assert len(list((tmp_path / "joint").glob("*/00000?.png"))) == 4
     with pytest.raises(InputError, match="does not take RGB"):
         command("eval_depth", "--toy", 2, "--ckpt", trained("seg", "rgb"), "--steps", 3)
-    for flags, message in ((("--classifier-scale", 1), "--pair label"), (("--x-update", "argmax"), "follows by mean"), (("--steps", 1001), "has 1000"), (("--cfg-interval", 0, 0.5), "MMGen's")):
+    for flags, message in ((("--classifier-scale", 1), "--pair label"), (("--x-update", "argmax"), "follows by mean"), (("--steps", 1001), "has 1000"), (("--cfg-interval", 0, 0.5), "MMGen's"),
+                           (("--cfg", "nan"), "finite"), (("--class-id", 3), "knows nothing of classes")):
         with pytest.raises(InputError, match=message):
             command("sample", "--task", "generate", "--ckpt", run, "--out", tmp_path / "x", *flags)
     with pytest.raises(InputError, match="takes rgb"):
@@ -358,19 +365,32 @@ def test_resume_and_processes(data, trained, command, tmp_path):
     assert same_weights(tmp_path / "whole/latest.pt", tmp_path / "two/latest.pt") < 1e-6
 
 
-def test_init_takes_backbones_and_heads(data, trained, command, tmp_path):
-    first = trained("masked")
-    again = command("train", "--method", "mt-diffusion", "--pair", "masked", "--x-weight", 0, "--agg", "none", "--data", data, "--model", "T/2", "--steps", 1, "--batch-size", 8,
-                    "--init", first, "--run", tmp_path / "single")
-    assert "left out" not in again.split("new")[-1].replace("left out    0", "") and "taken" in again
-    table = command("train", "--method", "mt-diffusion", "--pair", "rgb", "seg", "--data", data, "--model", "T/2", "--steps", 1, "--batch-size", 8,
-                    "--init", sample.DEMO / "mmgen.pt", "--run", tmp_path / "from-mmgen")
-    assert "inflated" in table and "heads.0, heads.1" in table
+def test_init_goes_by_role(data, trained, command, tmp_path):
+    """Noise to noise and X to X between settings; between methods without heads; and the table says what was left out."""
+    flags = ("--method", "mt-diffusion", "--data", data, "--model", "T/2", "--steps", 1, "--batch-size", 8, "--lr", 1e-12)
+    first = trained("rgb", "seg")
+    theirs = load_checkpoint(first)["ema"]
+    for name, pair in (("turned", ("seg", "rgb")), ("masked", ("masked",)), ("label", ("label",))):
+        table = command("train", *flags, "--pair", *pair, "--x-weight", 0, "--agg", "none", "--init", first, "--run", tmp_path / name)
+        mine = load_checkpoint(tmp_path / name)["ema"]
+        places = 1 if name == "label" else 2
+        for key in ("backbone.heads.{}.adaLN_modulation.1.bias", "backbone.x_embedder.proj.weight"):
+            for place in range(places):
+                a, b = (ema[key.format(place)] for ema in (mine, theirs))
+                b = b[:, :a.shape[1]] if "x_embedder" in key else b
+                assert (a - b).abs().max() < 1e-6, (name, key)
+        assert ("left out    0" in table) == (name != "label")
+    table = command("train", *flags, "--pair", "rgb", "seg", "--init", sample.DEMO / "mmgen.pt", "--run", tmp_path / "from-mmgen")
+    assert "inflated" in table and "heads.0, heads.1" in table.split("left out")[0] and "heads.3" in table.split("left out")[1]
+    back = command("train", "--data", data, "--model", "T/2", "--steps", 1, "--batch-size", 8, "--repa-weight", 0, "--init", first, "--run", tmp_path / "back")
+    assert "heads.1" in back.split("left out")[1]
+    command("train", *flags, "--pair", "feature", "--init", tmp_path / "label", "--run", tmp_path / "feature")
 
 
 @pytest.mark.parametrize("flags, message", (
     (("--pair", "rgb", "canny"), "two modalities of the cache"), (("--pair", "rgb", "rgb"), "two modalities"), (("--pair", "nonsense"), "two modalities"),
-    (("--pair", "label", "--single", "1.5"), "must lie in"), (("--pair", "feature"), "has no feature vectors")))
+    (("--pair", "label", "--single", "1.5"), "must lie in"), (("--pair", "feature"), "has no feature vectors"), (("--pair", "label", "--mix", "rgb2x"), "does not belong"),
+    (("--pair", "label", "--eps-weight", "0", "--x-weight", "0"), "nothing would be trained"), (("--pair", "masked", "--head", "output"), "belongs to --pair label")))
 def test_bad_flags(cache, command, tmp_path, flags, message):
     with pytest.raises(InputError, match=message):
         command("train", "--method", "mt-diffusion", *flags, "--data", cache, "--model", "T/2", "--steps", 1, "--batch-size", 8, "--run", tmp_path / "r")
