@@ -61,7 +61,16 @@ def mt_overhead():
                  [[name, number(row["ms_per_sample"], ".1f"), number(row["ratio"], ".3f")] for name, row in result.items() if name != "recipe"])
 
 
-TABLES = {f.__name__: f for f in (ablations, mt_translation, mt_restoration, mt_heads_of_x, mt_overhead)}
+def speed():
+    """results/bench_train_cpu.json and bench_sample_cpu.json: tests/bench.py with --peer."""
+    train, sample = read("bench_train_cpu"), read("bench_sample_cpu")
+    names = {"ours, fp32": "here, fp32", "ours, bf16": "here, bf16", "peer, fp32": "the authors' code, fp32"}
+    return table(["S/2, 16x16 latents, 2 CPU cores", "training, img/s", "over the authors'", "sampling, img/s", "over the authors'"],
+                 [[names[row], number(train[row]["img_per_s"], ".1f"), number(train[row].get("ratio to peer, fp32"), ".2f", " x"), number(sample[row]["img_per_s"], ".2f"),
+                   number(sample[row].get("ratio"), ".2f", " x")] for row in names])
+
+
+TABLES = {f.__name__: f for f in (speed, ablations, mt_translation, mt_restoration, mt_heads_of_x, mt_overhead)}
 
 
 def main():
