@@ -301,7 +301,8 @@ class MTDiffusion(nn.Module):
             guess = self.unknown(noise, shape)
             x = guess if x is None else torch.where(beside(known, guess), x, guess)
         carries = (torch.ones_like(known) if self.images else ~known)[:, None, None, None].float()
-        e, z = carries * self.encode(x), noise(shape)
+        encoded = (lambda x: carries * self.encode(x)) if carries.any() else lambda x: carries  # classes that are all known carry nothing
+        e, z = encoded(x), noise(shape)
         if begin is not None:
             K = max(1, round(begin[1] * steps))
             z = schedule.q_sample(begin[0], [e], index(K - 1), z)
@@ -312,7 +313,7 @@ class MTDiffusion(nn.Module):
             if free_x:
                 fresh = self.follow(predicted, rule, noise)
                 x = torch.where(beside(known, fresh), x, fresh)
-                e = carries * self.encode(x)
+                e = encoded(x)
             z0 = schedule.clean(z, eps, [e], index(i)).clamp(-self.bound, self.bound)
             z = schedule.mean(z, z0, [e], index(i))
             if i > 0:

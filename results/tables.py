@@ -27,6 +27,9 @@ def ablations():
     """results/ablations.json: {name: {flags, understand: eval_depth.py's JSON}}."""
     rows = [[name, f"`{run['flags']}`" if run["flags"] else "", *(number(run["understand"][key], form) for key, form in (("abs_rel", ".3f"), ("normal_mean", ".1f"), ("miou", ".3f")))]
             for name, run in read("ablations").items()]
+    first = read("ablations")["mmgen"]["understand"]
+    rows += [[name, "", *(number(first[part][key], form) for key, form in (("abs_rel", ".3f"), ("normal_mean", ".1f"), ("miou", ".3f")))]
+             for name, part in (("the training set's mean map", "mean_map"), ("the autoencoder", "ceiling"))]
     return table(["", "flags", "AbsRel", "normals (degrees)", "mIoU"], rows)
 
 
@@ -70,7 +73,15 @@ def speed():
                    number(sample[row].get("ratio"), ".2f", " x")] for row in names])
 
 
-TABLES = {f.__name__: f for f in (speed, ablations, mt_translation, mt_restoration, mt_heads_of_x, mt_overhead)}
+def data_speed():
+    """results/bench_load_cpu.json and bench_prep_cpu.json."""
+    load, prep = read("bench_load_cpu"), read("bench_prep_cpu")["prep"]
+    return table(["loader, warm, with DINO", "without", "`prep_latents.py`, toy scenes", "its time in the encoder"],
+                 [[number(load["with DINO"]["samples_per_s"], ",.0f", " samples/s"), number(load["without"]["samples_per_s"], ",.0f", " samples/s"),
+                   number(prep["img_per_s"], ".0f", " scenes/s"), number(prep["encoder_share"], ".0%")]])
+
+
+TABLES = {f.__name__: f for f in (speed, data_speed, ablations, mt_translation, mt_restoration, mt_heads_of_x, mt_overhead)}
 
 
 def main():

@@ -280,13 +280,15 @@ def fusion(args, device):
 def heads(args, device):
     """MT-Diffusion's training step over that of a model of the noise alone, which sees X as well, by turns in one run.
 
-    Image heads: the backbone with the second head against the same with one. Label: the head, without and with E(y), against none.
+    Image heads: the backbone with the second head against the same with one. Label: the head (-M), with E(y), and the
+    classifier on the output (-E), against none.
     """
     n, size, rows = args.batch_size, (4, args.latent_size, args.latent_size), {}
     common = dict(num_classes=args.classes, latent_channels=4, latent_size=args.latent_size)
     z, k, seen = torch.randn(n, *size, device=device), torch.randint(1000, (n,), device=device), torch.ones(n, dtype=torch.bool, device=device)
     y = torch.arange(n, device=device) % args.classes
     image, label = (mt_diffusion.build(args.model, pair, ["rgb"] * (1 + (pair == "masked")), **common).to(device) for pair in ("masked", "label"))
+    output = mt_diffusion.build(args.model, "label", ["rgb"], head="output", **common).to(device)
     single = mt_diffusion.build(args.model, "masked", ["rgb", "rgb"], **common).to(device)
     del single.backbone.heads[1]
     zero = torch.zeros_like(z)
@@ -298,16 +300,16 @@ def heads(args, device):
         out, _ = single.backbone(torch.cat([z, z], 1), torch.stack([1 - k / 1000, seen.float()], 1), y * 0, torch.stack([~seen, seen], 1))
         return out.float().square().mean()
 
-    def with_label(encode):
-        e = label.encode(y) if encode else zero
-        eps, logits = label(z + 0 * e, k, y, ~seen)
-        return eps.float().square().mean() + label.x_error(logits, y).mean()
+    def with_label(model, encode):
+        e = model.encode(y) if encode else zero
+        eps, logits = model(z + 0 * e, k, y, ~seen)
+        return eps.float().square().mean() + model.x_error(logits, y).mean()
 
     def without_label():
         return label.backbone(z, 1 - k[:, None] / 1000, y, ~seen[:, None])[0].float().square().mean()
 
-    rows = {"image, single": alone, "image, both": both, "label, single": without_label, "label, head": lambda: with_label(False),
-            "label, head, E": lambda: with_label(True)}
+    rows = {"image, single": alone, "image, both": both, "label, single": without_label, "label, head -M": lambda: with_label(label, False),
+            "label, head -M and E(y)": lambda: with_label(label, True), "label, head -E": lambda: with_label(output, False)}
     def work(loss):
         with autocast(device, args.precision):
             value = loss()

@@ -40,6 +40,15 @@ def hue_of(image, mask):
     return int(np.argmin(distance))
 
 
+def report(result, recipe, path):
+    """Print a result with its recipe and write it to path, if there is one."""
+    text = json.dumps({**result, "recipe": recipe}, indent=1)
+    print(text)
+    if path:
+        with whole_file(path) as file:
+            file.write(text.encode())
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--num", type=int, default=256, help="held-out scenes for conditioned generation")
@@ -100,11 +109,7 @@ def main():
 
     recipe = dict(**sampling_recipe(fast, checkpoint, model), create=list(args.create), guidance=args.guidance, held_out=args.num, generated=args.generate,
                   torch=torch.__version__, device=device.type)
-    text = json.dumps({**result, "recipe": recipe}, indent=1)
-    print(text)
-    if args.json:
-        with whole_file(args.json) as file:
-            file.write(text.encode())
+    report(result, recipe, args.json)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,8 @@ from PIL import Image
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import sample  # noqa: E402
 import toy_scenes  # noqa: E402
-from distributed import InputError, run, setup, whole_file  # noqa: E402
+from distributed import InputError, run, setup  # noqa: E402
+from measure_demo import report  # noqa: E402
 from model import MODALITIES  # noqa: E402
 
 
@@ -93,11 +94,7 @@ def main():
             raise InputError(f"--ckpt {args.ckpt}: translation is measured by eval_depth.py")
     recipe = dict(checkpoint_sha256=sample.sha256(sample.locate(args.ckpt)), step=model.step, setting=model.pair, train=sample.load_checkpoint(args.ckpt)["config"]["train"],
                   held_out=args.num, steps=args.steps, sdedit=args.sdedit, seed=args.seed, torch=torch.__version__, device=device.type)
-    text = json.dumps({**result, "recipe": recipe}, indent=1)
-    print(text)
-    if args.json:
-        with whole_file(args.json) as file:
-            file.write(text.encode())
+    report(result, recipe, args.json)
 
 
 if __name__ == "__main__":

@@ -42,13 +42,13 @@ def cylinder(focal):
 
 
 @pytest.mark.parametrize("scene, focal", ((sphere, None), (sphere, 1.2), (cylinder, None)))
-def test_a_known_surface_comes_back(scene, focal):
+def test_a_known_surface_comes_back(scene, focal, figure):
     normal, mask, truth, size = scene(focal)
     depth = mesh.integrate(normal, mask, focal)
     assert np.isnan(depth[~mask]).all()
     fit = depth[mask] * (truth[mask] @ depth[mask] / (depth[mask] @ depth[mask])) if focal else depth[mask] - (depth[mask] - truth[mask]).mean()
     error = np.sqrt(np.mean((fit - truth[mask]) ** 2)) / size
-    print(scene.__name__, focal, "RMS error over size", error)
+    figure(f"mesh of an exact {scene.__name__}, focal {focal}, RMS error over size", float(error))
     assert error < 0.002
 
 
@@ -97,7 +97,7 @@ def test_mesh_command_and_its_errors(command, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ("sphere", "cylinder"))
-def test_a_rendered_object_comes_back(kind):
+def test_a_rendered_object_comes_back(kind, figure):
     """The visible surface of a toy scene's main object, in perspective: RMS error over its largest extent."""
     label = toy_scenes.SEGMENTS.index(kind)
     errors = []
@@ -110,5 +110,5 @@ def test_a_rendered_object_comes_back(kind):
         vertices, truth = mesh.surface(depth, scene.focal)[0], mesh.surface(np.where(parts, scene.depth, np.nan), scene.focal)[0]
         scale = (truth * vertices).sum() / (vertices ** 2).sum()
         errors.append(np.sqrt(np.mean(((vertices * scale - truth) ** 2).sum(1))) / np.ptp(truth, axis=0).max())
-    print(kind, len(errors), "objects, RMS error over size: median", np.median(errors), "worst", max(errors))
+    figure(f"mesh of a rendered {kind}, RMS error over size", dict(objects=len(errors), median=float(np.median(errors)), worst=float(max(errors))))
     assert len(errors) >= 3 and np.median(errors) < 0.02
