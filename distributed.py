@@ -2,10 +2,11 @@
 
 A command started without torchrun is a world of one process and takes the same path.
 """
+import collections
 import contextlib
 import datetime
 import errno
-import glob
+import functools
 import os
 import pathlib
 import sys
@@ -53,6 +54,15 @@ def autocast(device, precision):
     return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
 
 
+@functools.cache
+def leftovers(folder):
+    """{file name: temporaries of it that killed processes left} of a folder, listed once: it may hold 50,000 pictures."""
+    found = collections.defaultdict(list)
+    for path in folder.glob(".*.tmp"):
+        found[path.name[1:].rsplit(".", 2)[0]].append(path)
+    return found
+
+
 @contextlib.contextmanager
 def whole_file(path):
     """Open a temporary neighbour of path for writing bytes; it takes the final name only when complete.
@@ -61,7 +71,7 @@ def whole_file(path):
     """
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    for stale in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+    for stale in leftovers(path.parent).pop(path.name, ()):
         stale.unlink(missing_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

@@ -32,8 +32,8 @@ import toy_scenes
 from distributed import InputError, barrier, run, setup, whole_file
 from model import MODALITIES, canny
 from prep_latents import EXTENSIONS, centre_crop, nearest_colour, read_picture, segments
-from sample import (Noise, check_method_flags, check_sampling_flags, checked_vae, class_of, decode_latents, draw_from, draw_grid, newest_checkpoint, open_model, sampling_flags,
-                    sampling_recipe)
+from sample import (Noise, check_sampling_flags, checked_vae, class_of, decode_latents, draw_from, draw_grid, newest_checkpoint, open_model, sampling_flags,
+                    sampling_recipe, settle_flags)
 from weights import locate
 
 IGNORE = 255                            # segmentation label that is not scored
@@ -418,8 +418,8 @@ class Predictor:
     def __init__(self, args, device):
         self.args, self.device = args, device
         self.checkpoint = locate(args.ckpt or newest_checkpoint())
-        self.model = open_model(self.checkpoint, device)
-        check_method_flags(args, self.model)
+        self.model = open_model(self.checkpoint, device, args.compile)
+        settle_flags(args, self.model)
         if "rgb" not in [self.model.modalities[i] for i in self.model.conditions]:
             raise InputError(f"{self.checkpoint}: does not take RGB as a condition ({', '.join(self.model.modalities)})")
         self.vae = checked_vae(args.vae, self.model.meta)
@@ -438,7 +438,7 @@ class Predictor:
         for k in range(self.args.ensemble):
             noise = Noise(self.args.seed, [i + (k << 32) for i in indices], self.device)
             x = draw_from(self.args, self.model, self.vae, y, {"rgb": rgb}, noise)
-            members.append(decode_latents(self.vae, x, self.model.latent_channels).cpu().numpy())
+            members.append(decode_latents(self.vae, x, self.model.latent_channels, self.args.precision).cpu().numpy())
         out = []
         for n, frame in enumerate(frames):
             maps, spread = {}, {}

@@ -13,6 +13,8 @@ seeded per sample by (seed, index): the same pictures whatever the batch size an
 Writes OUT/<modality>/<stem>.png (.npy for depth and normals), OUT/grid.png and OUT/meta.json.
 """
 import argparse
+import collections
+import concurrent.futures
 import json
 import pathlib
 import zipfile
@@ -112,11 +114,12 @@ class Noise:
     """Standard normals, each sample's from a generator of its own seeded by (seed, global index)."""
 
     def __init__(self, seed, indices, device):  # numpy's: torch's CPU generator would read 32 bits of a seed
-        self.generators, self.device = [np.random.default_rng((seed, int(i))) for i in indices], device
+        self.generators, self.device = [np.random.default_rng((seed, int(i))) for i in indices], torch.device(device)
 
     def __call__(self, shape):
         """(N, *shape)"""
-        return torch.from_numpy(np.stack([g.standard_normal(tuple(shape), np.float32) for g in self.generators])).to(self.device)
+        x = torch.from_numpy(np.stack([g.standard_normal(tuple(shape), np.float32) for g in self.generators]))
+        return (x.pin_memory() if self.device.type == "cuda" else x).to(self.device, non_blocking=True)  # drawn while the device works
 
 
 @torch.inference_mode()
@@ -149,26 +152,40 @@ def draw_latents(model, y, held, given, noise, sampler="sde", steps=250, cfg=1.0
     return torch.where(mask, held, x)
 
 
+# What --fast chooses for MMGen, by quality against evaluations on the toy world (README, Few steps).
+FAST = {
+    "generate": dict(sampler="heun", steps=10),
+    "understand": dict(sampler="euler", steps=2),
+    "condition": dict(sampler="heun", steps=10),
+    "translate": dict(sampler="heun", steps=10),
+}
+
+
 class Method(NamedTuple):
     build: Callable      # (**the checkpoint's model configuration) -> model
     draw: Callable       # as draw_latents, with these of the commands' flags:
     flags: tuple
     preview: dict        # their values for train.py's previews
+    fast: Callable       # task -> those of --fast
 
 
 METHODS = {
-    "mmgen": Method(build_model, draw_latents, ("sampler", "steps", "cfg", "cfg_interval", "precision"), dict(sampler="euler", steps=25)),
-    "mt-diffusion": Method(mt_diffusion.build, mt_diffusion.draw_latents, ("start", "x_update", "steps", "cfg", "classifier_scale", "precision"), dict(steps=25)),
+    "mmgen": Method(build_model, draw_latents, ("sampler", "steps", "cfg", "cfg_interval", "precision"), dict(sampler="euler", steps=25),
+                    lambda task: FAST[task]),
+    "mt-diffusion": Method(mt_diffusion.build, mt_diffusion.draw_latents, ("start", "x_update", "steps", "cfg", "classifier_scale", "precision"), dict(steps=25),
+                           lambda task: dict(steps=50)),
 }
 
 
-def open_model(path, device):
-    """The EMA of a checkpoint of any method, model.method its name. Raises InputError as load_model does."""
+def open_model(path, device, compile=False):
+    """The EMA of a checkpoint of any method, model.method its name, its blocks compiled or not. Raises InputError as load_model does."""
     method = load_checkpoint(path)["config"]["train"].get("method", "mmgen")
     if method not in METHODS:
         raise InputError(f"{path}: method is {method!r}; this version has {', '.join(METHODS)}")
     model = load_model(path, device=device, build=METHODS[method].build)
     model.method = method
+    for block in getattr(model, "backbone", model).blocks if compile else ():
+        block.compile(fullgraph=True)
     return model
 
 
@@ -198,12 +215,13 @@ def encode_pixels(vae, pixels, noise, channels):
 
 
 @torch.inference_mode()
-def decode_latents(vae, x, channels, batch=64):
-    """Scaled latents (N, M*C, H, W) -> pixels (N, M, 3, fH, fW) in [-1, 1]."""
+def decode_latents(vae, x, channels, precision="fp32", batch=64):
+    """Scaled latents (N, M*C, H, W) -> pixels (N, M, 3, fH, fW) in [-1, 1], fp32; precision "bf16" decodes in bf16."""
     z = x.unflatten(1, (-1, channels))
     if vae is None:
         return z.clamp(-1, 1)
-    pixels = torch.cat([vae.decode(part / vae.scale) for part in z.flatten(0, 1).split(batch)])
+    with autocast(x.device, precision):
+        pixels = torch.cat([vae.decode(part / vae.scale).float() for part in z.flatten(0, 1).split(batch)])
     return pixels.clamp(-1, 1).unflatten(0, z.shape[:2])
 
 
@@ -387,10 +405,22 @@ def truth_files(item, modalities):
 # ------------------------------------------------------------------------------------------------
 
 class Writer:
-    """Writes an item's maps; keeps what the grid shows."""
+    """Writes items' maps, in threads: pictures are compressed while the device draws the next batch.
 
-    def __init__(self, out, modalities, fit, truncate):
+    A context; at its end every file is there, or the first error of writing one is raised.
+    """
+
+    def __init__(self, out, modalities, fit, truncate, threads=4):
         self.out, self.modalities, self.fit, self.truncate = out, modalities, fit, truncate
+        self.pool, self.pending, self.most = concurrent.futures.ThreadPoolExecutor(threads), collections.deque(), 16 * threads
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        self.pool.shutdown()  # what is drawn is written, whatever ends this
+        while self.pending and kind is None:
+            self.pending.popleft().result()
 
     def files(self, item, prefix=""):
         """The outputs of an item: {modality: its paths}."""
@@ -399,6 +429,12 @@ class Writer:
 
     def __call__(self, item, pixels, prefix=""):
         """pixels: {modality: float32 (3, H, W) in [-1, 1]}."""
+        self.pending.append(self.pool.submit(self.write, item, pixels, prefix))
+        while len(self.pending) > self.most:
+            self.pending.popleft().result()
+
+    def write(self, item, pixels, prefix):
+        """What a thread does of a call."""
         for m, paths in self.files(item, prefix).items():
             if m not in pixels:
                 continue
@@ -468,7 +504,9 @@ def sampling_flags(parser):
     parser.add_argument("--cfg-interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("LO", "HI"), help="noise levels with guidance")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the network and of decoding")
+    parser.add_argument("--compile", action="store_true", help="compile the blocks: a minute at first, pays for many samples")
+    parser.add_argument("--fast", action="store_true", help="the few steps recommended for the task, in the place of --sampler and --steps")
     mt = parser.add_argument_group("MT-Diffusion")
     mt.add_argument("--start", choices=("shifted", "standard"), default="shifted", help="z_T around at_T E(X) where X is known, or N(0, 1) as the paper writes")
     mt.add_argument("--x-update", choices=("mean", "sample", "argmax"), help="how an unknown X follows its head; default: mean, of labels sample")
@@ -484,9 +522,13 @@ def check_sampling_flags(args):
                          "counts must be at least 1, the seed not negative, the interval 0 <= LO <= HI <= 1")
 
 
-def check_method_flags(args, model):
-    """Raise InputError for a flag that the checkpoint's method does not know: it would be ignored."""
+def settle_flags(args, model):
+    """Fill in --fast. Raise InputError for a flag that the checkpoint's method does not know: it would be ignored."""
     kind = getattr(model, "pair", None)
+    if args.fast:
+        if (args.sampler, args.steps) != ("sde", 250):
+            raise InputError(f"--fast with --sampler {args.sampler} --steps {args.steps}: --fast chooses them; leave one out")
+        vars(args).update(METHODS[model.method].fast(getattr(args, "task", "understand")))
     if kind is None and (args.start != "shifted" or args.x_update or args.classifier_scale):
         raise InputError("--start, --x-update and --classifier-scale belong to MT-Diffusion, this checkpoint is MMGen's")
     if kind and tuple(args.cfg_interval) != (0.0, 1.0):
@@ -623,7 +665,7 @@ def sample_batch(args, items, model, meta, vae, given, device, writer):
         for i, m in enumerate(model.modalities[1:], 1):
             results.append((f"{m}_to_", draw_latents(model, y, x, torch.arange(M) == i, noise, **options(args, model)), None))
     for prefix, latent, kept in results:
-        images = decode_latents(vae, latent, C).cpu().numpy()
+        images = decode_latents(vae, latent, C, args.precision).cpu().numpy()
         for k, item in enumerate(items):
             maps = {m: images[k, i] for i, m in enumerate(model.modalities) if kept is not None or m == "rgb"}
             maps.update({m: whole_picture(args, item, m, meta) for m in kept or ()})  # as it was given
@@ -681,7 +723,7 @@ def restore_batch(args, items, model, meta, vae, given, device, writer):
         x = torch.zeros_like(x)
     known = torch.ones(len(items), dtype=torch.bool, device=device)
     latent, _ = model.sample(noise, known, x, begin=begin, size=x.shape[2:], **options(args, model))
-    images = decode_latents(vae, latent, C)[:, 0].cpu()
+    images = decode_latents(vae, latent, C, args.precision)[:, 0].cpu()
     for image, mask, item in zip(images, hidden, items):
         whole = whole_picture(args, item, "rgb", meta)                                             # (3, H, W) of the output
         if whole.shape[1:] != size:
@@ -707,7 +749,7 @@ def vector_batch(args, items, model, meta, vae, given, device, writer):
             vectors = read_features(args.features, model.features)
             x, known = torch.from_numpy(np.stack([vectors[item.index % len(vectors)] for item in items])).to(device), ~known
         z, x = model.sample(noise, known, x if model.pair == "label" or args.features else None, **options(args, model))
-        for image, item in zip(decode_latents(vae, z, meta["latent_channels"])[:, 0].cpu().numpy(), items):
+        for image, item in zip(decode_latents(vae, z, meta["latent_channels"], args.precision)[:, 0].cpu().numpy(), items):
             writer(item, {"rgb": image})
         x = x.cpu() if model.pair == "feature" else F.one_hot(x.cpu(), meta["num_classes"]).float()
     for vector, item in zip(x, items):
@@ -788,20 +830,22 @@ def take_up(out, recipe, items, files):
 
 
 def write_npz(out, items):
-    """OUT/samples.npz: the written RGB as arr_0 uint8 (N, H, W, 3), one picture in memory at a time."""
+    """OUT/samples.npz: the written RGB as arr_0 uint8 (N, H, W, 3), 256 pictures in memory at a time."""
     read = lambda item: np.asarray(Image.open(out / "rgb" / f"{item.stem}.png").convert("RGB"))
-    with whole_file(out / "samples.npz") as file, zipfile.ZipFile(file, "w") as archive, archive.open("arr_0.npy", "w", force_zip64=True) as array:
+    with whole_file(out / "samples.npz") as file, zipfile.ZipFile(file, "w") as archive, archive.open("arr_0.npy", "w", force_zip64=True) as array, \
+            concurrent.futures.ThreadPoolExecutor() as pool:
         np.lib.format.write_array_header_1_0(array, dict(descr="|u1", fortran_order=False, shape=(len(items), *read(items[0]).shape)))
-        for item in tqdm(items, desc="npz"):
-            array.write(read(item).tobytes())
+        for at in tqdm(range(0, len(items), 256), desc="npz"):
+            for image in pool.map(read, items[at:at + 256]):
+                array.write(image.tobytes())
 
 
 def main():
     args = arguments()
     rank, world, device = setup()
     checkpoint = locate(args.ckpt or newest_checkpoint())
-    model = open_model(checkpoint, device)
-    check_method_flags(args, model)
+    model = open_model(checkpoint, device, args.compile)
+    settle_flags(args, model)
     meta, vae = model.meta, checked_vae(args.vae, model.meta)
     vae = vae.to(device) if vae else None
     given, kind = conditions(args, model), getattr(model, "pair", None)
@@ -839,8 +883,9 @@ def main():
         left = [items[i] for i in box[0] or ()]
     size = 1 if args.fit == "full" and given else args.batch_size  # pictures of different shapes do not stack
     batches = [left[i:i + size] for i in range(0, len(left), size)]
-    for batch in tqdm(batches[rank::world], desc=args.task, disable=rank > 0):
-        batch_of(args, batch, model, meta, vae, given, device, writer)
+    with writer:
+        for batch in tqdm(batches[rank::world], desc=args.task, disable=rank > 0):
+            batch_of(args, batch, model, meta, vae, given, device, writer)
     barrier()
     if args.mesh:
         for item in items[rank::world]:

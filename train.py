@@ -405,6 +405,8 @@ def main():
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
     first = resume(args.run, model, ema, optimiser, config, rank)
+    if all_reduce(torch.tensor(first, device=device)).item() != first * world:
+        raise InputError(f"{args.run}: this process continues at step {first}, another one elsewhere; all nodes must share the file system of the run folder")
     if rank == 0:
         with whole_file(args.run / "args.json") as file:
             file.write(json.dumps({**vars(args), "world": world, "resumed_at": first}, indent=1, default=str).encode())

@@ -5,6 +5,8 @@
     python tests/bench.py --what sample --steps 25 --sampler euler --batch-size 16          # the network alone: no decoding
     python tests/bench.py --what load --batch-size 256                                      # the loader, from a warm cache
     python tests/bench.py --what prep --num 512                                             # prep_latents.py on toy scenes
+    python tests/bench.py --what parts --model T/2 --latent-size 16                         # what each optimisation pays alone
+    python tests/bench.py --what curves --model T/2 --steps 300                             # loss curves, plain against fast, on toy scenes
     python tests/bench.py --what fusion --model XL/2 --latent-size 32 --flops               # FLOPs alone, no memory needed
     python tests/bench.py --what heads --model S/2 --latent-size 16 --batch-size 64         # MT-Diffusion over the single task
     python tests/bench.py --what evaluate                                                   # FID, precision and recall of 50,000 features
@@ -25,9 +27,11 @@ import statistics
 import sys
 import tempfile
 import time
+from unittest import mock
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import eval_fid  # noqa: E402
 import mt_diffusion  # noqa: E402
@@ -35,7 +39,8 @@ import prep_latents  # noqa: E402
 import sample  # noqa: E402
 import train  # noqa: E402
 from distributed import InputError, autocast, run, setup, whole_file  # noqa: E402
-from model import FUSIONS, build_model, training_flops  # noqa: E402
+from model import FUSIONS, SIZES, build_model, training_flops  # noqa: E402
+from vae import load_vae  # noqa: E402
 
 FOUR = ["rgb", "depth", "normal", "seg"]
 
@@ -84,17 +89,46 @@ def synthetic(args):
     return meta, batch
 
 
-def our_step(args, device, precision):
-    """train.py's step: objective, backward pass, clipping, gated AdamW, EMA."""
+def plain_update(parameters, optimiser):
+    """train.update without its gate, a parameter at a time."""
+    norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0, foreach=False)
+    optimiser.step()
+    optimiser.zero_grad(set_to_none=True)
+    return norm, torch.zeros(())
+
+
+@torch.no_grad()
+def plain_ema(ema, model, step):
+    rate = min(0.9999, (1 + step) / (10 + step))
+    for old, new in zip(ema.parameters(), model.parameters()):
+        old.mul_(rate).add_(new, alpha=1 - rate)
+
+
+def one_product(model):
+    """Tried, not kept: the adaLN products of all blocks as one."""
+    layers, shares = torch.nn.ModuleList(block._modules.pop("adaLN_modulation") for block in model.blocks), []
+
+    def first(c):
+        weight, bias = (torch.cat([getattr(layer[1], part) for layer in layers]) for part in ("weight", "bias"))
+        shares[:] = F.linear(F.silu(c), weight, bias).chunk(len(layers), -1)  # each (N, 6D)
+        return shares[0]
+    model.layers = layers
+    for i, block in enumerate(model.blocks):
+        block.adaLN_modulation = first if i == 0 else lambda c, i=i: shares[i]
+
+
+def our_step(args, device, precision, compile=None, update=train.update, update_ema=train.update_ema, adam=dict(fused=True), read=False, change=lambda model: None):
+    """train.py's step: objective, backward pass, clipping, gated AdamW, EMA; or with parts of it replaced."""
     meta, batch = synthetic(args)
     flags = argparse.Namespace(modalities=None, mix="mmgen", repa_weight=0.5, equal_weights=False, no_task_embedding=False, fusion="linear", model=args.model,
                                batch_size=args.batch_size, seed=0, precision=precision)
     objective = train.MMGen(flags, argparse.Namespace(meta=meta, modalities=FOUR, dino=True), device)
     model = objective.model.to(device)
+    change(model)
     ema = copy.deepcopy(model).requires_grad_(False)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.0, fused=True)
-    if args.compile:
+    optimiser = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.0, **adam)
+    if args.compile if compile is None else compile:
         for block in model.blocks:
             block.compile(fullgraph=True)
     batch, micro, count = {k: x.to(device) for k, x in batch.items()}, args.micro_batch or args.batch_size, 0
@@ -105,18 +139,27 @@ def our_step(args, device, precision):
         for i in range(0, args.batch_size, micro):
             terms = objective.loss(model, {name: x[i:i + micro] for name, x in tensors.items()})
             train.total_loss(terms, counts, objective.weights).backward()
-        train.update(parameters, optimiser)
-        train.update_ema(ema, model, count)
+        norm, _ = update(parameters, optimiser)
+        update_ema(ema, model, count)
+        if read:
+            [x.item() for x in (*terms, norm)]
         count += 1
     return step, training_flops(**model.config)
 
 
+def peer_model(args, device):
+    """The released network in one of our sizes, with its own defaults."""
+    depth, width, heads, encoder_depth = SIZES[args.model]
+    with contextlib.redirect_stdout(io.StringIO()):
+        return importlib.import_module("models.sit").SiT(
+            depth=depth, hidden_size=width, decoder_hidden_size=width, patch_size=2, num_heads=heads, input_size=args.latent_size, num_classes=1000, z_dims=[768],
+            encoder_depth=encoder_depth, num_tasks=4, is_mmcat_diff=True, use_decouple_task=True, use_taskcond_emb=True, fused_attn=True, qk_norm=False).to(device)
+
+
 def peer_step(args, device, precision):
     """The released loop's step with its own model and loss: posterior, loss, reads for its log, clipping, AdamW, EMA."""
-    sit, loss = (importlib.import_module(name) for name in ("models.sit", "loss"))
+    model, loss = peer_model(args, device).train(), importlib.import_module("loss")
     with contextlib.redirect_stdout(io.StringIO()):
-        model = sit.SiT_models[f"SiT-{args.model}"](input_size=args.latent_size, num_classes=1000, z_dims=[768], encoder_depth=8, num_tasks=4, is_mmcat_diff=True,
-                                                    use_decouple_task=True, use_taskcond_emb=True, fused_attn=True, qk_norm=False).to(device).train()
         objective = loss.SILoss(use_decouple_task=True, num_tasks=4, ratio_train_onlyrgb=0.5, use_quater_mixing=True, use_decouple_rand1=True)
     ema = copy.deepcopy(model).requires_grad_(False)
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.0)
@@ -185,9 +228,7 @@ def sampling(args, device):
                                                          cfg=args.cfg, precision=precision)
     rows = {f"ours, {precision}": draw(precision) for precision in dict.fromkeys(("fp32", args.precision))}
     if args.peer:
-        sit, samplers = (importlib.import_module(name) for name in ("models.sit", "samplers"))
-        peer = sit.SiT_models[f"SiT-{args.model}"](input_size=args.latent_size, num_classes=1000, z_dims=[768], encoder_depth=8, num_tasks=4, is_mmcat_diff=True,
-                                                   use_decouple_task=True, use_taskcond_emb=True, fused_attn=True, qk_norm=False).to(device).eval()
+        peer, samplers = peer_model(args, device).eval(), importlib.import_module("samplers")
         theirs = {"euler": lambda x: samplers.euler_sampler(peer, x, y, args.steps, cfg_scale=args.cfg, use_decouple_task=True),
                   "heun": lambda x: samplers.euler_sampler(peer, x, y, args.steps, heun=True, cfg_scale=args.cfg, use_decouple_task=True),
                   "sde": lambda x: samplers.euler_maruyama_sampler(peer, x, y, args.steps, cfg_scale=args.cfg)}[args.sampler]
@@ -225,6 +266,37 @@ def loading(args, device):
     return result
 
 
+def command(module, *argv):
+    """Run a command's main in this process."""
+    with mock.patch.object(sys, "argv", [module.__name__, *map(str, argv)]):
+        module.main()
+
+
+def curves(args, device):
+    """Loss curves of train.py over --steps, in ten windows, three seeds: plain (fp32, eager, clipping and EMA a parameter at a time) and fast (as on CUDA).
+
+    distance: mean over the windows of the absolute difference of two curves, as a share of the loss.
+    """
+    found, weights = {}, dict(rgb=1, depth=0.2, normal=0.1, seg=0.1, repa=0.5)
+    with tempfile.TemporaryDirectory(dir=args.scratch) as folder:
+        command(prep_latents, "--toy", args.num, "--out", f"{folder}/cache", "--batch-size", 64)
+        for kind, flags, replaced in (("plain", ["--precision", "fp32", "--no-compile"], dict(update=plain_update, update_ema=plain_ema)), ("fast", ["--compile"], {})):
+            for seed in range(3):
+                run = pathlib.Path(folder, f"{kind}{seed}")
+                with mock.patch.multiple(train, **replaced) if replaced else contextlib.nullcontext():
+                    command(train, "--data", f"{folder}/cache", "--run", run, "--model", args.model, "--batch-size", args.batch_size, "--steps", args.steps, "--lr", 5e-4,
+                            "--seed", seed, "--log-every", max(1, args.steps // 10), *flags)
+                entries = map(json.loads, (run / "log.jsonl").read_text().splitlines())
+                found[kind, seed] = np.array([sum(w * entry[f"loss_{m}"] for m, w in weights.items()) for entry in entries])
+    distance = lambda a, b: float(np.mean(np.abs(found[a] - found[b]) / (np.abs(found[a]) + np.abs(found[b])) * 2))
+    pairs = [(0, 1), (0, 2), (1, 2)]
+    at = lambda curve: {f"step {args.steps * (k + 1) // len(curve)}": float(x) for k, x in enumerate(curve)}
+    return {**{f"{kind}, seed {seed}": at(curve) for (kind, seed), curve in found.items()},
+            "distance": {"fast to plain, equal seed": float(np.mean([distance(("plain", i), ("fast", i)) for i in range(3)])),
+                         "plain to plain, seed to seed": float(np.mean([distance(("plain", i), ("plain", j)) for i, j in pairs])),
+                         "fast to fast, seed to seed": float(np.mean([distance(("fast", i), ("fast", j)) for i, j in pairs]))}}
+
+
 def preparing(args, device):
     """prep_latents.py on --num toy scenes: scenes a second, and the share of the time in the encoder."""
     inside, encode = [0.0], prep_latents.encode
@@ -237,11 +309,53 @@ def preparing(args, device):
         return out
     prep_latents.encode = timed
     with tempfile.TemporaryDirectory(dir=args.scratch) as folder:
-        argv, sys.argv = sys.argv, ["prep_latents.py", "--toy", str(args.num), "--out", f"{folder}/cache", "--batch-size", str(args.batch_size)]
         start = time.perf_counter()
-        prep_latents.main()
-        t, sys.argv = time.perf_counter() - start, argv
+        command(prep_latents, "--toy", args.num, "--out", f"{folder}/cache", "--batch-size", args.batch_size)
+        t = time.perf_counter() - start
     return {"prep": dict(img_per_s=args.num / t, encoder_share=inside[0] / t)}
+
+
+# ------------------------------------------------------------------------------------------------
+# What each optimisation pays, alone on top of the plain version.
+
+def parts(args, device):
+    """Speed-up of each part of the training step and of sampling over the plain version, by turns; the last of each group is all that is kept."""
+    plain = dict(compile=False, update=plain_update, update_ema=plain_ema, adam=dict(foreach=False, fused=False), read=True)
+    step = lambda precision="fp32", **parts: our_step(args, device, precision, **{**plain, **parts})[0]
+    groups = {"training": {"plain": step(), "bf16": step("bf16"), "compiled blocks": step(compile=True), "fused AdamW": step(adam=dict(fused=True)), "foreach EMA": step(update_ema=train.update_ema),
+                           "foreach clipping, gated": step(update=train.update), "no reads by the host": step(read=False), "all adaLN products as one (not kept)": step(change=one_product),
+                           "all that is kept": our_step(args, device, "bf16", compile=True)[0]}}
+
+    n, S = args.batch_size, args.latent_size
+    y, held, nothing = torch.arange(n, device=device) % 1000, torch.zeros(n, 16, S, S, device=device), torch.zeros(4, dtype=torch.bool)
+
+    def draw(precision="fp32", compile=False, projector=False, cfg=1.0, interval=(0.0, 1.0), change=lambda model: None):
+        model = build_model(args.model, latent_size=S, projector=projector).to(device).eval().requires_grad_(False)
+        change(model)
+        for block in model.blocks if compile else ():
+            block.compile(fullgraph=True)
+        return lambda: sample.draw_latents(model, y, held, nothing, sample.Noise(0, range(n), device), "euler", 4, cfg, interval, precision)
+    groups["sampling"] = {"plain": draw(projector=True), "bf16": draw("bf16", projector=True), "compiled blocks": draw(compile=True, projector=True), "without projector": draw(),
+                          "all adaLN products as one (not kept)": draw(projector=True, change=one_product), "all that is kept": draw("bf16", compile=True)}
+    groups["guidance, scale 2"] = {"at all noise levels": draw(cfg=2.0), "at levels from 0 to 0.7": draw(cfg=2.0, interval=(0.0, 0.7))}
+
+    vae = load_vae("toy").to(device)
+    z = torch.randn(n, 16, S, S, device=device)
+    groups["decoding, toy autoencoder"] = {"a modality of a sample at a time": lambda: [sample.decode_latents(vae, part[None], 4) for part in z.reshape(-1, 4, S, S)],
+                                           "batched": lambda: sample.decode_latents(vae, z, 4), "batched, bf16": lambda: sample.decode_latents(vae, z, 4, "bf16")}
+    pixels = np.random.default_rng(0).random((64, 3, 256, 256), np.float32) * 2 - 1
+
+    def write(threads):
+        with tempfile.TemporaryDirectory(dir=args.scratch) as folder, sample.Writer(pathlib.Path(folder), ["rgb"], "crop", False, threads) as writer:
+            for i, image in enumerate(pixels):
+                writer(sample.Item(i, str(i), 0, {}), {"rgb": image})
+    groups["writing 256 px PNG"] = {"one thread": lambda: write(1), "4 threads": lambda: write(4)}
+    result = {}
+    for group, rows in groups.items():
+        seconds = by_turns(rows, args.rounds, device)
+        first = next(iter(seconds.values()))
+        result.update({f"{group}: {name}": dict(ms=1e3 * t, ratio=first / t) for name, t in seconds.items()})
+    return result
 
 
 # ------------------------------------------------------------------------------------------------
@@ -339,7 +453,7 @@ def evaluate(args, device):
             "memory": {"peak_GB": peak_memory(device)}}
 
 
-WHAT = {"train": training, "sample": sampling, "load": loading, "prep": preparing, "fusion": fusion, "heads": heads, "evaluate": evaluate}
+WHAT = {"train": training, "sample": sampling, "load": loading, "prep": preparing, "curves": curves, "parts": parts, "fusion": fusion, "heads": heads, "evaluate": evaluate}
 
 
 def main():

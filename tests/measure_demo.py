@@ -4,26 +4,32 @@
     python tests/measure_demo.py --sampler euler --steps 2 --understood results/demo_understand.json --json results/demo_generate.json
 
 --sampler and --steps are those of understanding, --create those of generation. Remaining gap = (value - ceiling) /
-(mean map - ceiling), with the ceiling and the baseline that eval_depth.py measured.
+(mean map - ceiling), with the ceiling and the baseline that eval_depth.py measured. The latent Frechet distance is that of
+the autoencoder's mean latents, pooled to 4x4 places, to 2,000 held-out scenes; it is not FID.
 """
 import argparse
+import colorsys
 import json
 import pathlib
 import sys
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import toy_scenes  # noqa: E402
 from distributed import run, setup, whole_file  # noqa: E402
-from eval_depth import align, depth_scores  # noqa: E402
+from eval_depth import Frame, Tally  # noqa: E402
+from eval_fid import add_moments, finish_moments, frechet  # noqa: E402
 from model import MODALITIES  # noqa: E402
 from prep_latents import nearest_colour  # noqa: E402
 from sample import DEMO, Noise, check_sampling_flags, checked_vae, decode_latents, draw_from, open_model, sampling_flags, sampling_recipe  # noqa: E402
 
-TYPES, HUES = len(toy_scenes.TYPES), len(toy_scenes.HUES)
+TYPES, HUES, PALETTE = len(toy_scenes.TYPES), len(toy_scenes.HUES), toy_scenes.PALETTE
+KEYS = {"depth": "abs_rel", "normal": "normal_mean", "seg": "miou"}
+NEAR, FAR = 1.2, 5.7  # of held-out scenes in the mean: the metric depths that a generated disparity of 1 and 0 is taken for
 
 
 def main_object(segments):
@@ -34,7 +40,6 @@ def main_object(segments):
 
 def hue_of(image, mask):
     """The nearest hue family (index into HUES) of the median colour under the mask."""
-    import colorsys
     hue = colorsys.rgb_to_hsv(*np.median(image[mask], 0) / 255)[0]
     distance = [abs((hue - sum(span) / 2 + 0.5) % 1 - 0.5) for span in toy_scenes.HUES.values()]
     return int(np.argmin(distance))
@@ -49,8 +54,90 @@ def report(result, recipe, path):
             file.write(text.encode())
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+class Measure:
+    """What is measured of one checkpoint. Pixels are (n, M, 3, S, S) in [-1, 1]."""
+
+    def __init__(self, args, device):
+        self.args, self.device, self.checkpoint = args, device, args.ckpt or DEMO / "mmgen.pt"
+        self.model = open_model(self.checkpoint, device, args.compile)
+        self.vae = checked_vae(args.vae, self.model.meta).to(device)
+        self.known = json.loads(args.understood.read_text())
+
+    def draw(self, options, labels, given=None):
+        """Samples of classes, given pixels of some modalities {modality: (n, 3, S, S)}; options: the sampling flags."""
+        out = []
+        for i in tqdm(range(0, len(labels), options.batch_size), leave=False):
+            y = torch.tensor(labels[i:i + options.batch_size], device=self.device)
+            part = {m: p[i:i + options.batch_size] for m, p in (given or {}).items()}
+            x = draw_from(options, self.model, self.vae, y, part, Noise(options.seed, range(i, i + len(y)), self.device))
+            out.append(decode_latents(self.vae, x, self.model.latent_channels, options.precision).cpu())
+        return torch.cat(out)
+
+    def understand(self, rgb):
+        return self.draw(self.args, [self.model.num_classes] * len(rgb), {"rgb": rgb})
+
+    def maps(self, pixels, modality):
+        return [MODALITIES[modality].from_pixels(p[self.model.modalities.index(modality)].numpy()) for p in pixels]
+
+    def agreement(self, predicted, truth):
+        """Scores of predicted maps {modality: maps} against true ones, of KEYS, with their remaining gaps."""
+        scoring = argparse.Namespace(depth_range=(1e-3, 10.0), alignment="disparity", seg_mode="semantic", eps=None)
+        tally = Tally(scoring, PALETTE)
+        for i in range(len(next(iter(truth.values())))):
+            tally.add(i, Frame(str(i), None, None, {m: maps[i] for m, maps in truth.items()}, None), {m: maps[i] for m, maps in predicted.items()})
+        result = tally.result()
+        values = {KEYS[m]: result[KEYS[m]] for m in truth}
+        gap = lambda k: (values[k] - self.known["ceiling"][k]) / (self.known["mean_map"][k] - self.known["ceiling"][k])
+        return {**values, "gap": {k: gap(k) for k in values}}
+
+    def moments(self, rgb):
+        """Mean and covariance of the mean latents of pixels (n, 3, S, S), pooled to 4x4 places."""
+        sums = None
+        with torch.inference_mode():
+            for part in rgb.split(64):
+                x = F.adaptive_avg_pool2d(self.vae.encode(part.to(self.device))[0], 4).flatten(1).cpu()
+                sums = torch.zeros(1 + x.shape[1], x.shape[1], dtype=torch.float64) if sums is None else sums
+                add_moments(sums, x)
+        return finish_moments(sums, len(rgb))
+
+    def generation(self, options, count):
+        """count category samples, the classes in turn: class, hue, agreement of the modalities, Frechet distance."""
+        labels = [i % self.model.num_classes for i in range(count)]
+        asked = np.array([label // HUES for label in labels])
+        generated = self.draw(options, labels)
+        again = self.understand(generated[:, 0])
+        own, seen = ([nearest_colour(image, PALETTE) for image in self.maps(p, "seg")] for p in (generated, again))
+        masks = [s == len(toy_scenes.SEGMENTS) - TYPES + max(main_object(s), 0) for s in own]
+        share = lambda hits: float(np.mean(hits))
+        both = [{m: self.maps(p, m) for m in KEYS} for p in (again, generated)]
+        both[1]["depth"] = [1 / (1 / FAR + (1 / NEAR - 1 / FAR) * d.clip(0, 1)) for d in both[1]["depth"]]
+        scenes = {part: scene_pixels("rgb", (toy_scenes.render(toy_scenes.HELD_OUT + at + i) for i in range(n))) for part, at, n in (("reference", 10_000, 2000), ("real", 20_000, count))}
+        distance = lambda rgb: frechet(*self.moments(rgb), *self.moments(scenes["reference"]))
+        return {"class_in_segmentation": share([main_object(s) == a for s, a in zip(own, asked)]),
+                "class_from_rgb_alone": share([main_object(s) == a for s, a in zip(seen, asked)]),
+                "hue_in_rgb": share([mask.any() and hue_of(image, mask) == label % HUES for image, mask, label in zip(self.maps(generated, "rgb"), masks, labels)]),
+                "rgb_understood_against_generated": self.agreement(*both),
+                "latent_fd": distance(generated[:, 0]), "latent_fd_of_as_many_scenes": distance(scenes["real"])}
+
+    def recovery(self, options, scenes):
+        """RGB generated from each given map, understood again, against that map."""
+        out = {}
+        for m in KEYS:
+            conditioned = self.draw(options, [self.model.num_classes] * len(scenes), {m: scene_pixels(m, scenes)})
+            out[m] = self.agreement({m: self.maps(self.understand(conditioned[:, 0]), m)},
+                                    {m: [s.depth if m == "depth" else s.normal if m == "normal" else PALETTE[s.seg] for s in scenes]})
+        return out
+
+
+def scene_pixels(modality, scenes):
+    """A modality of scenes as the network's pixels (n, 3, S, S)."""
+    array = lambda s: {"rgb": s.rgb, "depth": 1 / s.depth, "normal": s.normal, "seg": PALETTE[s.seg]}[modality]
+    return torch.from_numpy(np.stack([MODALITIES[modality].to_pixels(array(s)) for s in scenes]))
+
+
+def arguments(doc):
+    """The flags of the toy measurements -> understanding's options and generation's."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--num", type=int, default=256, help="held-out scenes for conditioned generation")
     parser.add_argument("--generate", type=int, default=200, help="category samples")
     parser.add_argument("--create", nargs=2, default=("euler", "50"), metavar=("SAMPLER", "STEPS"))
@@ -60,54 +147,20 @@ def main():
     sampling_flags(parser)
     args = parser.parse_args()
     check_sampling_flags(args)
+    return args
+
+
+def creating(args, sampler, steps, cfg=1.0):
+    return argparse.Namespace(**{**vars(args), "sampler": sampler, "steps": int(steps), "cfg": cfg})
+
+
+def main():
+    args = arguments(__doc__)
     _, _, device = setup()
-    checkpoint = args.ckpt or DEMO / "mmgen.pt"
-    model = open_model(checkpoint, device)
-    vae = checked_vae(args.vae, model.meta).to(device)
-    fast = argparse.Namespace(**vars(args))  # understanding, with the flags' sampler and steps
-    slow = argparse.Namespace(**{**vars(args), "sampler": args.create[0], "steps": int(args.create[1])})
-    null, S = model.num_classes, toy_scenes
-
-    def draw(options, labels, pixels=None):
-        """-> decoded pixels (n, M, 3, S, S)."""
-        out = []
-        for i in tqdm(range(0, len(labels), args.batch_size), leave=False):
-            y = torch.tensor(labels[i:i + args.batch_size], device=device)
-            given = {m: p[i:i + args.batch_size] for m, p in (pixels or {}).items()}
-            x = draw_from(options, model, vae, y, given, Noise(args.seed, range(i, i + len(y)), device))
-            out.append(decode_latents(vae, x, model.latent_channels).cpu())
-        return torch.cat(out)
-
-    def maps(pixels, modality):
-        return [MODALITIES[modality].from_pixels(p[model.modalities.index(modality)].numpy()) for p in pixels]
-
-    labels = [i % null for i in range(args.generate)]
-    asked = np.array([label // HUES for label in labels])
-    generated = draw(argparse.Namespace(**{**vars(slow), "cfg": args.guidance}), labels)
-    again = draw(fast, [null] * args.generate, {"rgb": generated[:, 0]})
-    own, seen = ([nearest_colour(image, S.PALETTE) for image in maps(p, "seg")] for p in (generated, again))
-    masks = [s == len(S.SEGMENTS) - TYPES + max(main_object(s), 0) for s in own]
-    share = lambda hits: float(np.mean(hits))
-    result = {"class_in_segmentation": share([main_object(s) == a for s, a in zip(own, asked)]),
-              "class_from_rgb_alone": share([main_object(s) == a for s, a in zip(seen, asked)]),
-              "hue_in_rgb": share([mask.any() and hue_of(image, mask) == label % HUES for image, mask, label in zip(maps(generated, "rgb"), masks, labels)])}
-
-    known = json.loads(args.understood.read_text())
-    gap = lambda value, key: (value - known["ceiling"][key]) / (known["mean_map"][key] - known["ceiling"][key])
-
-    def agreement(predicted, truth):
-        """AbsRel of disparity maps against depth maps."""
-        everywhere = np.ones(truth[0].shape, bool)
-        value = float(np.mean([depth_scores(align(p, d, everywhere, "disparity"), d, everywhere)["abs_rel"] for p, d in zip(predicted, truth)]))
-        return {"abs_rel": value, "gap": gap(value, "abs_rel")}
-
-    scenes = [S.render(S.HELD_OUT + i) for i in range(args.num)]
-    depth = torch.from_numpy(np.stack([MODALITIES["depth"].to_pixels(1 / s.depth) for s in scenes]))
-    conditioned = draw(slow, [null] * args.num, {"depth": depth})
-    back = draw(fast, [null] * args.num, {"rgb": conditioned[:, 0]})
-    result["depth_given_returned"] = agreement(maps(back, "depth"), [s.depth for s in scenes])
-
-    recipe = dict(**sampling_recipe(fast, checkpoint, model), create=list(args.create), guidance=args.guidance, held_out=args.num, generated=args.generate,
+    measure = Measure(args, device)
+    result = {**measure.generation(creating(args, *args.create, args.guidance), args.generate),
+              "given_map_recovered": measure.recovery(creating(args, *args.create), [toy_scenes.render(toy_scenes.HELD_OUT + i) for i in range(args.num)])}
+    recipe = dict(**sampling_recipe(args, measure.checkpoint, measure.model), create=list(args.create), guidance=args.guidance, held_out=args.num, generated=args.generate,
                   torch=torch.__version__, device=device.type)
     report(result, recipe, args.json)
 

@@ -205,6 +205,40 @@ def test_an_interrupted_set_continues_to_the_same_file(command, monkeypatch, tmp
     assert "replaces 10 samples" in again and len(list((tmp_path / "cut/rgb").iterdir())) == 6 and not (np.load(tmp_path / "cut/samples.npz")["arr_0"] == array[:6]).all()
 
 
+def test_an_error_of_a_writing_thread_is_raised(tmp_path):
+    (tmp_path / "rgb").write_text("in the way")
+    with pytest.raises(OSError), sample.Writer(tmp_path, ["rgb"], "crop", False) as writer:
+        writer(sample.Item(0, "a", 0, {}), {"rgb": np.zeros((3, 8, 8), np.float32)})
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path):
+    from distributed import whole_file
+    for name in (".a.png.123.tmp", ".b.png.123.tmp"):
+        (tmp_path / name).write_bytes(b"half")
+    for _ in range(2):
+        with whole_file(tmp_path / "a.png") as file:
+            file.write(b"whole")
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".b.png.123.tmp", "a.png"] and (tmp_path / "a.png").read_bytes() == b"whole"
+
+
+def test_fast_is_the_few_steps_of_the_table(command, tmp_path):
+    argv = ("--task", "understand", "--ckpt", sample.DEMO / "mmgen.pt")
+    command("sample", *argv, "--fast", "--out", tmp_path / "fast")
+    command("sample", *argv, "--sampler", sample.FAST["understand"]["sampler"], "--steps", sample.FAST["understand"]["steps"], "--out", tmp_path / "spelled")
+    assert (tmp_path / "fast/meta.json").read_text() == (tmp_path / "spelled/meta.json").read_text()
+    for path in (tmp_path / "fast/depth").iterdir():
+        assert path.read_bytes() == (tmp_path / "spelled/depth" / path.name).read_bytes()
+    with pytest.raises(InputError, match="--fast with --sampler heun"):
+        command("sample", *argv, "--fast", "--sampler", "heun", "--out", tmp_path / "both")
+
+
+def test_bf16_decodes_to_nearly_the_same_pixels():
+    vae = sample.load_vae("toy")
+    x = torch.randn(3, 16, 16, 16, generator=torch.Generator().manual_seed(0))
+    gap = (sample.decode_latents(vae, x, 4) - sample.decode_latents(vae, x, 4, "bf16")).abs() * 127.5
+    assert 0 < gap.mean() < 0.5 and gap.max() < 8  # levels of 8 bits
+
+
 def test_condition_on_a_folder_tree(command, tmp_path):
     command("sample", "--task", "condition", "--given", "depth", "--data", sample.DEMO / "scenes", "--npz", "--ckpt", sample.DEMO / "mmgen.pt",
             "--sampler", "euler", "--steps", 1, "--out", tmp_path)
