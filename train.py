@@ -415,7 +415,7 @@ def main():
     if args.compile if args.compile is not None else device.type == "cuda":
         for block in objective.backbone.blocks:
             block.compile(fullgraph=True)
-    wrapped = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True) if world > 1 else model
+    wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
     preview = sample.Preview(cache, device) if rank == 0 and args.preview_every <= args.steps else None
 
     K = len(objective.names)

@@ -23,12 +23,15 @@ def number(value, form, unit=""):
     return "" if value is None else f"{value:{form}}{unit}"
 
 
+KEYS = (("abs_rel", ".3f"), ("normal_mean", ".1f"), ("miou", ".3f"))  # of understanding
+
+
 def ablations():
     """results/ablations.json: {name: {flags, understand: eval_depth.py's JSON}}."""
-    rows = [[name, f"`{run['flags']}`" if run["flags"] else "", *(number(run["understand"][key], form) for key, form in (("abs_rel", ".3f"), ("normal_mean", ".1f"), ("miou", ".3f")))]
+    rows = [[name, f"`{run['flags']}`" if run["flags"] else "", *(number(run["understand"][key], form) for key, form in KEYS)]
             for name, run in read("ablations").items()]
     first = read("ablations")["mmgen"]["understand"]
-    rows += [[name, "", *(number(first[part][key], form) for key, form in (("abs_rel", ".3f"), ("normal_mean", ".1f"), ("miou", ".3f")))]
+    rows += [[name, "", *(number(first[part][key], form) for key, form in KEYS)]
              for name, part in (("the training set's mean map", "mean_map"), ("the autoencoder", "ceiling"))]
     return table(["", "flags", "AbsRel", "normals (degrees)", "mIoU"], rows)
 
@@ -65,12 +68,64 @@ def mt_overhead():
 
 
 def speed():
-    """results/bench_train_cpu.json and bench_sample_cpu.json: tests/bench.py with --peer."""
-    train, sample = read("bench_train_cpu"), read("bench_sample_cpu")
-    names = {"ours, fp32": "here, fp32", "ours, bf16": "here, bf16", "peer, fp32": "the authors' code, fp32"}
-    return table(["S/2, 16x16 latents, 2 CPU cores", "training, img/s", "over the authors'", "sampling, img/s", "over the authors'"],
-                 [[names[row], number(train[row]["img_per_s"], ".1f"), number(train[row].get("ratio to peer, fp32"), ".2f", " x"), number(sample[row]["img_per_s"], ".2f"),
-                   number(sample[row].get("ratio"), ".2f", " x")] for row in names])
+    """results/bench_{train,sample}[_t2]_cpu.json: tests/bench.py with --peer."""
+    names, rows = {"ours, fp32": "here, fp32", "ours, bf16": "here, bf16", "peer, fp32": "the authors' code, fp32"}, []
+    for size, part in (("S/2", ""), ("T/2", "_t2")):
+        train, sample = read(f"bench_train{part}_cpu"), read(f"bench_sample{part}_cpu")
+        rows += [[size, names[row], number(train[row]["img_per_s"], ".1f"), number(train[row].get("ratio"), ".2f", " x"), number(sample[row]["img_per_s"], ".2f"),
+                  number(sample[row].get("ratio"), ".2f", " x")] for row in names]
+    return table(["", "", "training, img/s", "over the authors'", "sampling, img/s", "over the authors'"], rows)
+
+
+def speed_parts():
+    """results/bench_parts_cpu.json: tests/bench.py --what parts."""
+    return table(["each alone, over the plain version", "ms", "speed-up"],
+                 [[name, number(row["ms"], ",.0f"), number(row["ratio"], ".2f", " x")] for name, row in read("bench_parts_cpu").items() if name != "recipe"])
+
+
+def loss_curves():
+    """results/loss_curves.json: tests/bench.py --what curves."""
+    found = read("loss_curves")
+    steps = list(found["plain, seed 0"])
+    mean = lambda kind, step: sum(found[f"{kind}, seed {i}"][step] for i in range(3)) / 3
+    rows = [[kind, *(number(mean(kind, step), ".3f") for step in steps)] for kind in ("plain", "fast")]
+    return table(["loss, mean of three seeds", *steps], rows) + "\n\n" + \
+        table(["distance of two curves, share of the loss", ""], [[name, number(x, ".2%")] for name, x in found["distance"].items()])
+
+
+def few_steps():
+    """results/few_steps.json: tests/measure_steps.py."""
+    rows = sorted(((row["evaluations"], name, row) for name, row in read("few_steps").items() if name != "recipe"), key=lambda row: row[:1])
+    shown = [[str(n), name.replace(" ", ", "), *(number(row["understand"][key], form) for key, form in KEYS), number(row["generate"]["class_from_rgb_alone"], ".0%"),
+              number(row["generate"]["latent_fd"], ".2f"), number(row["generate"]["rgb_understood_against_generated"]["abs_rel"], ".3f")] for n, name, row in rows]
+    floor = rows[0][2]["generate"]["latent_fd_of_as_many_scenes"]
+    shown.append(["", "as many real scenes", "", "", "", "", number(floor, ".2f"), ""])
+    return table(["NFE", "sampler, steps", "AbsRel", "normals (degrees)", "mIoU", "class from RGB", "latent Frechet distance", "depth against its RGB's (AbsRel)"], shown)
+
+
+def demo_understand():
+    """results/demo_understand.json: eval_depth.py --toy."""
+    found = read("demo_understand")
+    names = {"abs_rel": "depth AbsRel (disparity-aligned)", "normal_mean": "normals, mean angle (degrees)", "miou": "segmentation mIoU"}
+    return table(["RGB given", "VAE ceiling", "demo weights", "mean map", "remaining gap"],
+                 [[name, *(number(part[key], form) for part in (found["ceiling"], found, found["mean_map"])), number(found["gap"][key], ".3f")]
+                  for (key, name), form in zip(names.items(), (".4f", ".2f", ".3f"))])
+
+
+def demo_generate():
+    """results/demo_generate.json: tests/measure_demo.py."""
+    found = read("demo_generate")
+    joint, given = found["rgb_understood_against_generated"], found["given_map_recovered"]
+    three = lambda row: f"{row['abs_rel']:.4f} / {row['normal_mean']:.2f} / {row['miou']:.3f}, remaining gaps {row['gap']['abs_rel']:.3f} / {row['gap']['normal_mean']:.3f} / {row['gap']['miou']:.3f}"
+    recovered = {key: given[m][key] for m, key in (("depth", "abs_rel"), ("normal", "normal_mean"), ("seg", "miou"))}
+    recovered["gap"] = {key: given[m]["gap"][key] for m, key in (("depth", "abs_rel"), ("normal", "normal_mean"), ("seg", "miou"))}
+    return table(["generation", ""], [
+        ["the generated segmentation's main object is of the asked type", number(found["class_in_segmentation"], ".1%")],
+        ["so is the segmentation predicted from the generated RGB alone", number(found["class_from_rgb_alone"], ".1%")],
+        ["the generated RGB's main object has the asked hue", number(found["hue_in_rgb"], ".1%")],
+        ["generated depth, normals, segmentation against those predicted from the generated RGB (AbsRel / degrees / mIoU)", three(joint)],
+        ["a given depth, normal, segmentation map against that predicted from the RGB generated for it", three(recovered)],
+        ["latent Frechet distance of the RGB to held-out scenes (of as many real scenes)", f"{found['latent_fd']:.2f} ({found['latent_fd_of_as_many_scenes']:.2f})"]])
 
 
 def data_speed():
@@ -81,7 +136,7 @@ def data_speed():
                    number(prep["img_per_s"], ".0f", " scenes/s"), number(prep["encoder_share"], ".0%")]])
 
 
-TABLES = {f.__name__: f for f in (speed, data_speed, ablations, mt_translation, mt_restoration, mt_heads_of_x, mt_overhead)}
+TABLES = {f.__name__: f for f in (demo_understand, demo_generate, speed, speed_parts, loss_curves, few_steps, data_speed, ablations, mt_translation, mt_restoration, mt_heads_of_x, mt_overhead)}
 
 
 def main():

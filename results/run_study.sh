@@ -1,0 +1,48 @@
+#!/bin/sh
+# The miniature study: every row with three seeds at equal steps, measured as soon as it is trained.
+#     python prep_latents.py --toy 6000 --batch-size 64 --out data/study && sh results/run_study.sh
+# Finished runs are not repeated; several copies of this script share the runs out. The figures land in results/study/.
+set -e
+cd "$(dirname "$0")/.."
+DATA=${DATA:-data/study} RUNS=${RUNS:-runs/study} OUT=results/study STEPS=${STEPS:-2500}
+COMMON="--data $DATA --model T/2 --batch-size 16 --lr 5e-4 --compile"
+mkdir -p "$RUNS" "$OUT"
+
+measure() {  # name: RGB given; then, where the model generates all four, category samples and each modality given
+    python eval_depth.py --toy 128 --ckpt "$RUNS/$1" --sampler euler --steps 2 --batch-size 64 --precision bf16 --out "$RUNS/$1/evaluation" --json "$RUNS/$1/understand.json" $2
+    [ -n "$2" ] || python tests/measure_demo.py --ckpt "$RUNS/$1" --sampler euler --steps 2 --create euler 25 --num 64 --generate 192 --batch-size 64 --precision bf16 \
+        --understood "$RUNS/$1/understand.json" --json "$RUNS/$1/generate.json"
+    for part in understand generate; do
+        [ ! -f "$RUNS/$1/$part.json" ] || mv "$RUNS/$1/$part.json" "$OUT/$1_$part.json"
+    done
+}
+
+row() {  # name, seed, steps, modality (of single tasks) or "", flags
+    name=$1_$2 seed=$2 steps=$3 modality=$4
+    shift 4
+    [ ! -f "$OUT/${name}_understand.json" ] || return 0
+    (
+        flock -n 9 || exit 0
+        python train.py $COMMON --run "$RUNS/$name" --seed "$seed" --steps "$steps" "$@"
+        measure "$name" "${modality:+--modality $modality}"
+    ) 9> "$RUNS/$name.lock"
+}
+
+for seed in 0 1 2; do
+    row full $seed $STEPS ""
+    row gen-only $seed $STEPS "" --mix gen-only
+    row no-aug $seed $STEPS "" --mix no-aug
+    row no-drop $seed $STEPS "" --mix no-drop
+    row no-task-embedding $seed $STEPS "" --no-task-embedding
+    row independent-t $seed $STEPS "" --mix independent-t
+    row no-repa $seed $STEPS "" --repa-weight 0
+    row equal-weights $seed $STEPS "" --equal-weights
+    row fusion-mlp $seed $STEPS "" --fusion mlp
+    row all-from-rgb $seed $STEPS "depth normal seg" --mix rgb2x
+    for m in depth normal seg; do
+        row rgb-to-$m $seed $((STEPS / 3)) $m --modalities rgb $m --mix rgb2x
+    done
+done
+for seed in 0 1 2; do
+    row fusion-sequence $seed $STEPS "" --fusion sequence
+done
