@@ -61,8 +61,8 @@ def load_teacher(modality, name, device):
         sys.path.insert(0, os.getcwd())
         try:
             return getattr(importlib.import_module(module), function)
-        except (ImportError, AttributeError, ValueError) as error:
-            raise InputError(f"{flag}: {error}; the form is py:MODULE:FUNCTION, found from this folder")
+        except Exception as error:  # whatever that module raises
+            raise InputError(f"{flag}: {type(error).__name__}: {' '.join(str(error).split())[:120]}; the form is py:MODULE:FUNCTION, found from this folder")
     raise InputError(f"{flag}: a teacher is {'hf:MODEL, ' if modality in PIPELINES else ''}hub:OWNER/REPOSITORY:ENTRY or py:MODULE:FUNCTION")
 
 

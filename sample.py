@@ -178,12 +178,15 @@ METHODS = {
 
 
 def open_model(path, device, compile=False):
-    """The EMA of a checkpoint of any method, model.method its name, its blocks compiled or not. Raises InputError as load_model does."""
+    """The EMA of a checkpoint of any method, its blocks compiled or not. Raises InputError as load_model does.
+
+    model.method is its method's name, model.pair MT-Diffusion's setting, else None.
+    """
     method = load_checkpoint(path)["config"]["train"].get("method", "mmgen")
     if method not in METHODS:
         raise InputError(f"{path}: method is {method!r}; this version has {', '.join(METHODS)}")
     model = load_model(path, device=device, build=METHODS[method].build)
-    model.method = method
+    model.method, model.pair = method, getattr(model, "pair", None)
     for block in getattr(model, "backbone", model).blocks if compile else ():
         block.compile(fullgraph=True)
     return model
@@ -524,7 +527,7 @@ def check_sampling_flags(args):
 
 def settle_flags(args, model):
     """Fill in --fast. Raise InputError for a flag that the checkpoint's method does not know: it would be ignored."""
-    kind = getattr(model, "pair", None)
+    kind = model.pair
     if args.fast:
         if (args.sampler, args.steps) != ("sde", 250):
             raise InputError(f"--fast with --sampler {args.sampler} --steps {args.steps}: --fast chooses them; leave one out")
@@ -593,7 +596,7 @@ def conditions(args, model):
         raise InputError("--task condition needs --given MODALITY and --image FILE")
     if args.task != "condition" and args.given:
         raise InputError(f"--given {' '.join(args.given)} with --task {args.task}: --given belongs to --task condition")
-    kind = getattr(model, "pair", None)  # of MT-Diffusion
+    kind = model.pair
     if args.mesh and {"rgb", "normal", "seg"} - set(model.modalities):
         raise InputError(f"--mesh needs rgb, normal and seg; this checkpoint has {', '.join(model.modalities)}")
     if (args.npz or (args.task == "translate" and kind is None)) and "rgb" not in (args.outputs or model.modalities):
@@ -848,7 +851,7 @@ def main():
     settle_flags(args, model)
     meta, vae = model.meta, checked_vae(args.vae, model.meta)
     vae = vae.to(device) if vae else None
-    given, kind = conditions(args, model), getattr(model, "pair", None)
+    given, kind = conditions(args, model), model.pair
     if args.features:
         args.num = args.num or len(read_features(args.features, model.features))
     items = requests(args, given, meta)

@@ -5,7 +5,7 @@
 set -e
 cd "$(dirname "$0")/.."
 DATA=${DATA:-data/study} RUNS=${RUNS:-runs/study} OUT=results/study STEPS=${STEPS:-2500}
-COMMON="--data $DATA --model T/2 --batch-size 16 --lr 5e-4 --compile"
+COMMON="--data $DATA --model T/2 --batch-size 16 --lr 5e-4 --compile --repa-weight 0"  # REPA doubles the cost of T/2: a row of its own
 mkdir -p "$RUNS" "$OUT"
 
 measure() {  # name: RGB given; then, where the model generates all four, category samples and each modality given
@@ -29,13 +29,13 @@ row() {  # name, seed, steps, modality (of single tasks) or "", flags
 }
 
 for seed in 0 1 2; do
-    row full $seed $STEPS ""
+    row mmgen $seed $STEPS ""
     row gen-only $seed $STEPS "" --mix gen-only
     row no-aug $seed $STEPS "" --mix no-aug
     row no-drop $seed $STEPS "" --mix no-drop
     row no-task-embedding $seed $STEPS "" --no-task-embedding
     row independent-t $seed $STEPS "" --mix independent-t
-    row no-repa $seed $STEPS "" --repa-weight 0
+    row with-repa $seed $STEPS "" --repa-weight 0.5
     row equal-weights $seed $STEPS "" --equal-weights
     row fusion-mlp $seed $STEPS "" --fusion mlp
     row all-from-rgb $seed $STEPS "depth normal seg" --mix rgb2x

@@ -1,10 +1,13 @@
-"""Write the README's tables from the JSON in this folder, between their markers; --check only compares.
+"""Write the README's tables, and demo/study.png, from the JSON in this folder; --check only compares the tables.
 
     python results/tables.py
 """
 import json
 import pathlib
+import re
 import sys
+
+from PIL import Image, ImageDraw, ImageFont
 
 HERE = pathlib.Path(__file__).resolve().parent
 README = HERE.parent / "README.md"
@@ -34,6 +37,72 @@ def ablations():
     rows += [[name, "", *(number(first[part][key], form) for key, form in KEYS)]
              for name, part in (("the training set's mean map", "mean_map"), ("the autoencoder", "ceiling"))]
     return table(["", "flags", "AbsRel", "normals (degrees)", "mIoU"], rows)
+
+
+STUDIED = {  # column: how it is read from a run's JSON, its form, whether more is better
+    "AbsRel": (lambda u, g: u.get("abs_rel"), ".3f", False),
+    "normals (degrees)": (lambda u, g: u.get("normal_mean"), ".1f", False),
+    "mIoU": (lambda u, g: u.get("miou"), ".3f", True),
+    "class from RGB": (lambda u, g: g and g["class_from_rgb_alone"], ".2f", True),
+    "latent FD": (lambda u, g: g and g["latent_fd"], ".1f", False),
+    "joint: AbsRel": (lambda u, g: g and g["rgb_understood_against_generated"]["abs_rel"], ".3f", False),
+    "joint: mIoU": (lambda u, g: g and g["rgb_understood_against_generated"]["miou"], ".3f", True),
+    "depth given: AbsRel": (lambda u, g: g and g["given_map_recovered"]["depth"]["abs_rel"], ".3f", False),
+    "normals given": (lambda u, g: g and g["given_map_recovered"]["normal"]["normal_mean"], ".1f", False),
+    "seg. given: mIoU": (lambda u, g: g and g["given_map_recovered"]["seg"]["miou"], ".3f", True),
+}
+
+
+def studied():
+    """results/study/<row>_<seed>_{understand,generate}.json -> {row: {column: values of its seeds}}, rows as results/run_study.sh has them."""
+    order = re.findall(r"^ +row ([\w$-]+) ", (HERE / "run_study.sh").read_text(), re.M)
+    found = {}
+    for path in sorted((HERE / "study").glob("*_understand.json")):
+        name, seed = path.stem.split("_")[:2]
+        generated = HERE / "study" / f"{name}_{seed}_generate.json"
+        runs = json.loads(path.read_text()), json.loads(generated.read_text()) if generated.exists() else None
+        row = found.setdefault("one task each" if name.startswith("rgb-to-") else name, {})
+        for column, (get, _, _) in STUDIED.items():
+            value = get(*runs)
+            row.setdefault(column, []).extend([] if value is None else [value])
+    place = {name: i for i, name in enumerate(order)}
+    return dict(sorted(found.items(), key=lambda item: place.get(item[0], len(place))))
+
+
+def study():
+    """Mean over the seeds, and half of the range between the lowest and the highest."""
+    def cell(values, form):
+        return f"{sum(values) / len(values):{form}} ± {(max(values) - min(values)) / 2:{form}}" if values else ""
+    rows = [[name, str(max(map(len, row.values()))), *(cell(row[column], form) for column, (_, form, _) in STUDIED.items())] for name, row in studied().items()]
+    return table(["", "seeds", *STUDIED], rows)
+
+
+def study_figure(path):
+    """A dot a seed, a tick at the mean, a line at MMGen's mean; to the right is better."""
+    font, small, rows = ImageFont.load_default(15), ImageFont.load_default(12), studied()
+    left, width, height, top = 150, 150, 24, 46
+    sheet = Image.new("RGB", (left + width * len(STUDIED) + 10, top + height * len(rows) + 10), "white")
+    pen = ImageDraw.Draw(sheet)
+    for i, name in enumerate(rows):
+        pen.text((8, top + height * (i + 0.5)), name, fill="black", font=font, anchor="lm")
+    for j, (column, (_, form, more)) in enumerate(STUDIED.items()):
+        values = [v for row in rows.values() for v in row[column]]
+        low, high = min(values), max(values)
+        at = lambda v: left + width * (j + 0.1 + 0.8 * ((v - low) if more else (high - v)) / max(high - low, 1e-12))
+        pen.text((left + width * (j + 0.5), 14), column, fill="black", font=small, anchor="mm")
+        for v, anchor in ((low, "lm" if more else "rm"), (high, "rm" if more else "lm")):
+            pen.text((left + width * (j + (0.06 if anchor == "lm" else 0.94)), 32), f"{v:{form}}", fill="grey", font=small, anchor=anchor)
+        full = rows.get("mmgen", {}).get(column)
+        if full:
+            pen.line([(at(sum(full) / len(full)), top), (at(sum(full) / len(full)), top + height * len(rows))], fill="lightgrey", width=2)
+        for i, row in enumerate(rows.values()):
+            y = top + height * (i + 0.5)
+            for v in row[column]:
+                pen.ellipse([at(v) - 3, y - 3, at(v) + 3, y + 3], outline="steelblue", width=2)
+            if row[column]:
+                x = at(sum(row[column]) / len(row[column]))
+                pen.line([(x, y - 9), (x, y + 9)], fill="black", width=2)
+    sheet.save(path)
 
 
 def mt_translation():
@@ -148,6 +217,7 @@ def main():
     if "--check" in sys.argv:
         sys.exit(0 if text == old else "README.md is not what results/*.json say; run python results/tables.py")
     README.write_text(text)
+    study_figure(HERE.parent / "demo" / "study.png")
 
 
 if __name__ == "__main__":
