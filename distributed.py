@@ -99,7 +99,7 @@ def run(main):
     except RuntimeError as error:
         if not dist.is_initialized() or not any(word in str(error).lower() for word in ("peer", "gloo", "nccl", "closed")):
             raise
-        message = "another process has ended; its own line says why"
+        message = f"another process has ended, and its own line says why; or they cannot talk: {str(error).strip().splitlines()[0]}"
     except KeyboardInterrupt:
         message = "interrupted; the same command continues, or starts again where nothing was kept"
     else:

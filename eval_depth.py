@@ -418,7 +418,7 @@ class Predictor:
     def __init__(self, args, device):
         self.args, self.device = args, device
         self.checkpoint = locate(args.ckpt or newest_checkpoint())
-        self.model = open_model(self.checkpoint, device, args.compile)
+        self.model = open_model(self.checkpoint, device, args.precision, args.compile)
         settle_flags(args, self.model)
         if "rgb" not in [self.model.modalities[i] for i in self.model.conditions]:
             raise InputError(f"{self.checkpoint}: does not take RGB as a condition ({', '.join(self.model.modalities)})")
@@ -433,17 +433,18 @@ class Predictor:
     def __call__(self, frames, indices):
         """-> for each frame {modality: map}, {modality: spread}."""
         null, modalities = self.model.num_classes, self.model.modalities
+        wanted = [m for m in modalities if any(m in frame.truth for frame in frames)]
         y = torch.tensor([null if f.class_id is None else f.class_id for f in frames], device=self.device)
         rgb, members = self.pixels(frames), []
         for k in range(self.args.ensemble):
             noise = Noise(self.args.seed, [i + (k << 32) for i in indices], self.device)
             x = draw_from(self.args, self.model, self.vae, y, {"rgb": rgb}, noise)
-            members.append(decode_latents(self.vae, x, self.model.latent_channels, self.args.precision).cpu().numpy())
+            members.append(decode_latents(self.vae, x, self.model.latent_channels, self.args.precision, [modalities.index(m) for m in wanted]).cpu().numpy())
         out = []
         for n, frame in enumerate(frames):
             maps, spread = {}, {}
             for m in [m for m in frame.truth if m in modalities]:
-                drawn = [MODALITIES[m].from_pixels(member[n, modalities.index(m)]) for member in members]
+                drawn = [MODALITIES[m].from_pixels(member[n, wanted.index(m)]) for member in members]
                 maps[m], spread[m] = (drawn[0], None) if len(drawn) == 1 else combine(m, drawn, self.palette if self.args.seg_mode == "semantic" else None)
                 maps[m] = to_truth(m, maps[m], frame.truth[m].shape[:2])
             out.append((maps, spread))

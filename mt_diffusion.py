@@ -301,7 +301,11 @@ class MTDiffusion(nn.Module):
             guess = self.unknown(noise, shape)
             x = guess if x is None else torch.where(beside(known, guess), x, guess)
         carries = (torch.ones_like(known) if self.images else ~known)[:, None, None, None].float()
-        encoded = (lambda x: carries * self.encode(x)) if carries.any() else lambda x: carries  # classes that are all known carry nothing
+        silent = not carries.any()  # classes that are all known
+
+        def encoded(x):
+            with autocast(known.device, precision):
+                return carries if silent else carries * self.encode(x)
         e, z = encoded(x), noise(shape)
         if begin is not None:
             K = max(1, round(begin[1] * steps))
@@ -321,12 +325,13 @@ class MTDiffusion(nn.Module):
         return z, x
 
     @torch.no_grad()
-    def recognise(self, z0, noise, level=50):
+    def recognise(self, z0, noise, level=50, precision="fp32"):
         """X from images by its head: the output of the head for latents z0 noised to step `level`."""
         k = torch.full((len(z0),), level, device=z0.device)
         nothing, off = torch.zeros_like(z0), torch.zeros(len(z0), dtype=torch.bool, device=z0.device)
         z = self.schedule.q_sample(z0, [nothing], k, noise(z0.shape[1:]))
-        return self(self.look(self.schedule, z, nothing, k, off), k, self.null(len(z0), z0.device), off)[1].float()
+        with autocast(z0.device, precision):
+            return self(self.look(self.schedule, z, nothing, k, off), k, self.null(len(z0), z0.device), off)[1].float()
 
 
 def build(name, pair, modalities, num_classes, latent_channels, latent_size, agg="vp_ramp", head="middle", features=None, bound=8.0,

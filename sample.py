@@ -177,9 +177,10 @@ METHODS = {
 }
 
 
-def open_model(path, device, compile=False):
+def open_model(path, device, precision="fp32", compile=False):
     """The EMA of a checkpoint of any method, its blocks compiled or not. Raises InputError as load_model does.
 
+    precision "bf16": the blocks' weights are rounded once; autocast would do the same at every evaluation.
     model.method is its method's name, model.pair MT-Diffusion's setting, else None.
     """
     method = load_checkpoint(path)["config"]["train"].get("method", "mmgen")
@@ -187,8 +188,9 @@ def open_model(path, device, compile=False):
         raise InputError(f"{path}: method is {method!r}; this version has {', '.join(METHODS)}")
     model = load_model(path, device=device, build=METHODS[method].build)
     model.method, model.pair = method, getattr(model, "pair", None)
-    for block in getattr(model, "backbone", model).blocks if compile else ():
-        block.compile(fullgraph=True)
+    for block in getattr(model, "backbone", model).blocks:
+        block.bfloat16() if precision == "bf16" else None
+        block.compile(fullgraph=True) if compile else None
     return model
 
 
@@ -218,9 +220,9 @@ def encode_pixels(vae, pixels, noise, channels):
 
 
 @torch.inference_mode()
-def decode_latents(vae, x, channels, precision="fp32", batch=64):
-    """Scaled latents (N, M*C, H, W) -> pixels (N, M, 3, fH, fW) in [-1, 1], fp32; precision "bf16" decodes in bf16."""
-    z = x.unflatten(1, (-1, channels))
+def decode_latents(vae, x, channels, precision="fp32", wanted=slice(None), batch=64):
+    """Scaled latents (N, M*C, H, W) -> pixels (N, M, 3, fH, fW) in [-1, 1], fp32; of the wanted modalities (indices), all by default."""
+    z = x.unflatten(1, (-1, channels))[:, wanted]
     if vae is None:
         return z.clamp(-1, 1)
     with autocast(x.device, precision):
@@ -640,11 +642,11 @@ def options(args, model):
     return {name: getattr(args, name) for name in METHODS[model.method].flags}
 
 
-def read_pixels(args, items, model, vae, given):
-    """The items' pictures of the given modalities: {modality: (N, 3, fH, fW)} in [-1, 1]. Raises InputError where they do not match."""
+def read_pixels(args, items, model, vae, given, pool):
+    """The items' pictures of the given modalities: {modality: (N, 3, fH, fW)} in [-1, 1], read in threads. Raises InputError where they do not match."""
     unit, meta = model.patch_size * (vae.factor if vae else 1), model.meta
     read = lambda item, m: MODALITIES[m].to_pixels(read_modality(item.files[m], m, fitter(args, meta, unit, item), meta["depth_space"]))
-    pixels = {m: torch.from_numpy(np.stack([read(item, m) for item in items])) for m in given}
+    pixels = {m: torch.from_numpy(np.stack(list(pool.map(read, items, [m] * len(items))))) for m in given}
     for m in given:
         if pixels[m].shape != pixels[given[0]].shape:
             raise InputError(f"{items[0].files[m]}: its size does not match that of {given[0]}; the maps must be aligned")
@@ -657,21 +659,22 @@ def whole_picture(args, item, m, meta):
     return MODALITIES[m].to_pixels(read_modality(item.files[m], m, fit, meta["depth_space"]))
 
 
-def sample_batch(args, items, model, meta, vae, given, device, writer):
-    """Sample one batch of items of one size and write it."""
+def sample_batch(args, items, pixels, model, meta, vae, given, device, writer):
+    """Sample one batch of items of one size, their given pixels {modality: (N, 3, fH, fW)}, and write it."""
     C, M = meta["latent_channels"], len(model.modalities)
     noise = Noise(args.seed, [item.index for item in items], device)
     y = torch.tensor([item.label for item in items], device=device)
-    x = draw_from(args, model, vae, y, read_pixels(args, items, model, vae, given), noise)
-    results = [("", x, given)]
+    x = draw_from(args, model, vae, y, pixels, noise)
+    results = [("", x, [i for i, m in enumerate(model.modalities) if m in writer.modalities and m not in given])]
     if args.task == "translate" and model.method == "mmgen":  # a new RGB from each predicted modality
         for i, m in enumerate(model.modalities[1:], 1):
-            results.append((f"{m}_to_", draw_latents(model, y, x, torch.arange(M) == i, noise, **options(args, model)), None))
-    for prefix, latent, kept in results:
-        images = decode_latents(vae, latent, C, args.precision).cpu().numpy()
+            results.append((f"{m}_to_", draw_latents(model, y, x, torch.arange(M) == i, noise, **options(args, model)), [0]))
+    for prefix, latent, wanted in results:
+        images = decode_latents(vae, latent, C, args.precision, wanted).cpu().numpy() if wanted else None
         for k, item in enumerate(items):
-            maps = {m: images[k, i] for i, m in enumerate(model.modalities) if kept is not None or m == "rgb"}
-            maps.update({m: whole_picture(args, item, m, meta) for m in kept or ()})  # as it was given
+            maps = {model.modalities[i]: images[k, j] for j, i in enumerate(wanted)}
+            if not prefix:  # as it was given
+                maps.update({m: pixels[m][k].numpy() if args.fit == "crop" else whole_picture(args, item, m, meta) for m in given})
             writer(item, maps, prefix)
 
 
@@ -703,7 +706,7 @@ def hidden_pixels(args, item, fit, size):
     return np.asarray(fit(white)) > 1e-3  # a pixel that shrinks away would count as known
 
 
-def restore_batch(args, items, model, meta, vae, given, device, writer):
+def restore_batch(args, items, pixels, model, meta, vae, given, device, writer):
     """Fill what a mask hides; the pixels outside of it are written as they are (MT-Diffusion, Sec. 4.1).
 
     What lies under the mask is first filled from the nearest pixel, so that it does not leak through the autoencoder
@@ -711,7 +714,7 @@ def restore_batch(args, items, model, meta, vae, given, device, writer):
     """
     C, factor = meta["latent_channels"], vae.factor if vae else 1
     noise, fit = Noise(args.seed, [item.index for item in items], device), fitter(args, meta, model.patch_size * factor)
-    pixels = read_pixels(args, items, model, vae, given)["rgb"]                                    # (N, 3, fH, fW)
+    pixels = pixels["rgb"]                                                                         # (N, 3, fH, fW)
     size = tuple(pixels.shape[2:])
     hidden = np.stack([hidden_pixels(args, item, fit, size) for item in items])
     filled = pixels.clone()
@@ -737,13 +740,13 @@ def restore_batch(args, items, model, meta, vae, given, device, writer):
         writer(item, {"rgb": np.where(mask, np.float32(0), whole)}, "masked_")
 
 
-def vector_batch(args, items, model, meta, vae, given, device, writer):
+def vector_batch(args, items, pixels, model, meta, vae, given, device, writer):
     """Images with their labels or feature vectors, both drawn where nothing is known of them (MT-Diffusion, Sec. 4.2); or
     --task classify: labels of images."""
     noise = Noise(args.seed, [item.index for item in items], device)
     if args.task == "classify":
-        z = encode_pixels(vae, read_pixels(args, items, model, vae, given)["rgb"].to(device), noise, meta["latent_channels"])
-        x = model.recognise(z, noise).softmax(1).cpu()
+        z = encode_pixels(vae, pixels["rgb"].to(device), noise, meta["latent_channels"])
+        x = model.recognise(z, noise, precision=args.precision).softmax(1).cpu()
     else:
         x, known = torch.tensor([item.label for item in items], device=device), torch.zeros(len(items), dtype=torch.bool, device=device)
         if model.pair == "label":
@@ -847,11 +850,12 @@ def main():
     args = arguments()
     rank, world, device = setup()
     checkpoint = locate(args.ckpt or newest_checkpoint())
-    model = open_model(checkpoint, device, args.compile)
+    model = open_model(checkpoint, device, args.precision, args.compile)
+    given = conditions(args, model)
     settle_flags(args, model)
     meta, vae = model.meta, checked_vae(args.vae, model.meta)
     vae = vae.to(device) if vae else None
-    given, kind = conditions(args, model), model.pair
+    kind = model.pair
     if args.features:
         args.num = args.num or len(read_features(args.features, model.features))
     items = requests(args, given, meta)
@@ -886,9 +890,13 @@ def main():
         left = [items[i] for i in box[0] or ()]
     size = 1 if args.fit == "full" and given else args.batch_size  # pictures of different shapes do not stack
     batches = [left[i:i + size] for i in range(0, len(left), size)]
-    with writer:
-        for batch in tqdm(batches[rank::world], desc=args.task, disable=rank > 0):
-            batch_of(args, batch, model, meta, vae, given, device, writer)
+    mine = batches[rank::world]
+    with writer, concurrent.futures.ThreadPoolExecutor() as pool, concurrent.futures.ThreadPoolExecutor(1) as ahead:
+        read = lambda k: ahead.submit(read_pixels, args, mine[k], model, vae, given, pool) if k < len(mine) else None
+        following = read(0)
+        for k, batch in enumerate(tqdm(mine, desc=args.task, disable=rank > 0)):
+            pixels, following = following.result(), read(k + 1)
+            batch_of(args, batch, pixels, model, meta, vae, given, device, writer)
     barrier()
     if args.mesh:
         for item in items[rank::world]:

@@ -207,7 +207,7 @@ METHODS = {objective.method: objective for objective in (MMGen, mt_diffusion.Obj
 
 
 # ------------------------------------------------------------------------------------------------
-# Data: rows of the memory-mapped cache, gathered in a thread while the device works.
+# Data: rows of the memory-mapped cache, gathered in threads while the device works.
 
 class Cache:
     """A finished cache. Raises InputError when it is missing, unfinished or damaged."""
@@ -258,15 +258,14 @@ class Cache:
         return {stem: x.pin_memory() for stem, x in batch.items()} if pin else batch
 
 
-def prefetch(cache, stems, seed, steps, batch_size, part, device):
-    """Yield the part (a slice of the global batch) of each step's rows on the device, gathered two steps ahead."""
-    pin = device.type == "cuda"
-    load = lambda step: cache.gather(cache.order(seed, step * batch_size, batch_size)[part], stems, pin)
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        ahead = [pool.submit(load, step) for step in steps[:2]]
+def prefetch(cache, stems, seed, steps, batch_size, part, device, ahead=4):
+    """Yield the part (a slice of the global batch) of each step's rows on the device; the next steps' are gathered in threads: pages may be cold."""
+    submit = lambda step: pool.submit(cache.gather, cache.order(seed, step * batch_size, batch_size)[part], stems, device.type == "cuda")
+    with concurrent.futures.ThreadPoolExecutor(ahead) as pool:
+        waiting = [submit(step) for step in steps[:ahead]]
         for k in range(len(steps)):
-            batch = ahead.pop(0).result()
-            ahead += [pool.submit(load, steps[k + 2])] if k + 2 < len(steps) else []
+            batch = waiting.pop(0).result()
+            waiting += [submit(steps[k + ahead])] if k + ahead < len(steps) else []
             yield {stem: x.to(device, non_blocking=True) for stem, x in batch.items()}
 
 

@@ -140,7 +140,8 @@ class Decoder(nn.Module):
         x = self.mid_block(self.conv_in(z))                  # (N, channels[-1], H, W)
         for stage in self.up_blocks:
             x = stage(x)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))  # (N, 3, fH, fW)
+        with torch.autocast(z.device.type, enabled=False):  # pixels in fp32: depth has more than 8 bits
+            return self.conv_out(F.silu(self.conv_norm_out(x.float())))  # (N, 3, fH, fW)
 
 
 class AutoencoderKL(nn.Module):

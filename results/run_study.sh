@@ -12,7 +12,7 @@ measure() {  # name: RGB given; then, where the model generates all four, catego
     python eval_depth.py --toy 128 --ckpt "$RUNS/$1" --sampler euler --steps 2 --batch-size 64 --precision bf16 --out "$RUNS/$1/evaluation" --json "$RUNS/$1/understand.json" $2
     [ -n "$2" ] || python tests/measure_demo.py --ckpt "$RUNS/$1" --sampler euler --steps 2 --create euler 25 --num 64 --generate 192 --batch-size 64 --precision bf16 \
         --understood "$RUNS/$1/understand.json" --json "$RUNS/$1/generate.json"
-    for part in understand generate; do
+    for part in generate understand; do  # the last one says that the run is done
         [ ! -f "$RUNS/$1/$part.json" ] || mv "$RUNS/$1/$part.json" "$OUT/$1_$part.json"
     done
 }

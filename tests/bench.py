@@ -1,8 +1,8 @@
 """Benchmarks, not tests: what things cost on this machine, without data.
 
-    python tests/bench.py --what train --model XL/2 --batch-size 256                       # img/s, share of a matmul, memory
+    python tests/bench.py --what train --model XL/2 --batch-size 256 --precision bf16 --compile   # img/s, share of a matmul, memory
     python tests/bench.py --what train --model S/2 --latent-size 16 --batch-size 64 --peer DIR --json train.json
-    python tests/bench.py --what sample --steps 25 --sampler euler --batch-size 16          # the network alone: no decoding
+    python tests/bench.py --what sample --model XL/2 --sampler sde --steps 250 --batch-size 64 --precision bf16 --compile --decode
     python tests/bench.py --what load --batch-size 256                                      # the loader, from a warm cache
     python tests/bench.py --what prep --num 512                                             # prep_latents.py on toy scenes
     python tests/bench.py --what parts --model T/2 --latent-size 16                         # what each optimisation pays alone
@@ -37,10 +37,11 @@ import eval_fid  # noqa: E402
 import mt_diffusion  # noqa: E402
 import prep_latents  # noqa: E402
 import sample  # noqa: E402
+import toy_scenes  # noqa: E402
 import train  # noqa: E402
 from distributed import InputError, autocast, run, setup, whole_file  # noqa: E402
-from model import FUSIONS, SIZES, build_model, training_flops  # noqa: E402
-from vae import load_vae  # noqa: E402
+from model import FUSIONS, MODALITIES, SIZES, build_model, training_flops  # noqa: E402
+from vae import SD_CONFIG, AutoencoderKL, load_vae  # noqa: E402
 
 FOUR = ["rgb", "depth", "normal", "seg"]
 
@@ -105,14 +106,16 @@ def plain_ema(ema, model, step):
 
 
 def one_product(model):
-    """Tried, not kept: the adaLN products of all blocks as one."""
-    layers, shares = torch.nn.ModuleList(block._modules.pop("adaLN_modulation") for block in model.blocks), []
+    """Tried, not kept: the adaLN products of all blocks as one, their weights stored as one."""
+    layers, shares = [block._modules.pop("adaLN_modulation")[1] for block in model.blocks], []
+    with torch.no_grad():
+        model.stacked = torch.nn.Linear(layers[0].in_features, len(layers) * layers[0].out_features, device=layers[0].weight.device)
+        for name in ("weight", "bias"):
+            getattr(model.stacked, name).copy_(torch.cat([getattr(layer, name) for layer in layers]))
 
     def first(c):
-        weight, bias = (torch.cat([getattr(layer[1], part) for layer in layers]) for part in ("weight", "bias"))
-        shares[:] = F.linear(F.silu(c), weight, bias).chunk(len(layers), -1)  # each (N, 6D)
+        shares[:] = model.stacked(F.silu(c)).chunk(len(layers), -1)  # each (N, 6D)
         return shares[0]
-    model.layers = layers
     for i, block in enumerate(model.blocks):
         block.adaLN_modulation = first if i == 0 else lambda c, i=i: shares[i]
 
@@ -156,7 +159,7 @@ def our_step(args, device, precision, compile=None, update=train.update, update_
         if read:
             [x.item() for x in (*terms, norm)]
         count += 1
-    return step, training_flops(**model.config)
+    return step
 
 
 def peer_model(args, device):
@@ -177,22 +180,23 @@ def peer_step(args, device, precision):
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.0)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     _, batch = synthetic(args)
-    mean, std = (torch.cat([batch[m][:, k].float() for m in FOUR], 1).to(device) for k in (0, 1))
-    std, y, features = std.exp(), batch["labels"].to(device), batch["dino"].float().to(device)
-    kind = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    means, stds = (torch.cat([batch[m][:, k].float() for m in FOUR], 1).to(device) for k in (0, 1))
+    stds, classes, features = stds.exp(), batch["labels"].to(device), batch["dino"].float().to(device)
+    kind, micro = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision], args.micro_batch or args.batch_size
 
     def step():
-        x = (mean + std * torch.randn_like(mean)) * 0.18215
-        with torch.autocast(device.type, kind, enabled=precision != "fp32"):
-            errors, alignment, mask = objective(model, x, dict(y=y), zs=[features])
-        total = 0.0
-        for k, (error, valid, weight) in enumerate(zip(errors.chunk(4, 1), mask.chunk(4, 1), (1.0, 0.2, 0.1, 0.1))):
-            rows = error.flatten(1).mean(1)[valid[:, 0, 0, 0] > 0]
-            if len(rows):  # it reads the host here, and each item below
-                total = total + weight * rows.mean()
-                rows.mean().item()
-        value = total + 0.5 * alignment.mean()
-        scaler.scale(value).backward()
+        for rows in (slice(i, i + micro) for i in range(0, args.batch_size, micro)):
+            x = (means[rows] + stds[rows] * torch.randn_like(means[rows])) * 0.18215
+            with torch.autocast(device.type, kind, enabled=precision != "fp32"):
+                errors, alignment, mask = objective(model, x, dict(y=classes[rows]), zs=[features[rows]])
+            total = 0.0
+            for error, valid, weight in zip(errors.chunk(4, 1), mask.chunk(4, 1), (1.0, 0.2, 0.1, 0.1)):
+                supervised = error.flatten(1).mean(1)[valid[:, 0, 0, 0] > 0]
+                if len(supervised):  # it reads the host here, and each item below
+                    total = total + weight * supervised.mean()
+                    supervised.mean().item()
+            value = total + 0.5 * alignment.mean()
+            scaler.scale(value * micro / args.batch_size).backward()
         scaler.unscale_(optimiser)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         scaler.step(optimiser)
@@ -207,46 +211,84 @@ def peer_step(args, device, precision):
 
 
 def training(args, device):
-    """Training throughput; with --peer the released loop by turns, in fp32 (and bf16, on CUDA its own fp16 too)."""
-    rows = {}
-    for precision in dict.fromkeys(("fp32", args.precision)):
-        rows[f"ours, {precision}"], flops = our_step(args, device, precision)
-    if args.peer:
-        for precision in ("fp32",) if device.type == "cpu" else ("fp16",):
-            rows[f"peer, {precision}"] = peer_step(args, device, precision)
+    """Training throughput; with --peer the released loop by turns, in its own precision (fp16 on CUDA, fp32 on a CPU) and in ours.
+
+    ratio: its time over ours; memory on CUDA: of that row alone, on a CPU of the whole run.
+    """
+    cuda, result, rows = device.type == "cuda", {}, {}
+    makers = {f"ours, {p}": functools.partial(our_step, args, device, p) for p in ([args.precision] if cuda else dict.fromkeys(("fp32", args.precision)))}
+    makers |= {f"peer, {p}": functools.partial(peer_step, args, device, p) for p in dict.fromkeys(("fp16" if cuda else "fp32", args.precision)) if args.peer}
+    for name, make in makers.items():
+        before = torch.cuda.memory_allocated() if cuda else 0
+        torch.cuda.reset_peak_memory_stats() if cuda else None
+        rows[name] = make()
+        [rows[name]() for _ in range(2)]
+        result[name] = dict(peak_GB=peak_memory(device) - before / 1e9) if cuda else {}
+    meta, _ = synthetic(args)
+    flops = training_flops(name=args.model, modalities=FOUR, num_classes=1000, latent_channels=4, latent_size=meta["latent_size"])
     seconds = by_turns(rows, args.rounds, device)
-    result = {}
+    first = next((name for name in rows if name.startswith("peer")), None)
     for name, t in seconds.items():
-        rate = args.batch_size * flops / t
-        result[name] = dict(ms=1e3 * t, img_per_s=args.batch_size / t, tflops=rate / 1e12)
-        result[name].update(dict(matmul_share=rate / matmul_rate(name.split(", ")[1], device)) if name.startswith("ours") else {})
-        result[name].update({"ratio": seconds[peer] / t for peer in seconds if peer.startswith("peer") and name.startswith("ours")})
-    result["memory"] = dict(peak_GB=peak_memory(device))
-    return result
+        rate, (who, precision) = args.batch_size * flops / t, name.split(", ")
+        result[name].update(ms=1e3 * t, img_per_s=args.batch_size / t, tflops=rate / 1e12)
+        if who == "ours":
+            result[name].update(matmul_share=rate / matmul_rate(precision, device))
+            result[name].update({"ratio": seconds[first] / t} if first else {})
+            result[name].update({"ratio_at_equal_precision": seconds[f"peer, {precision}"] / t} if f"peer, {precision}" in seconds else {})
+    return {**result, **({} if cuda else {"memory": dict(peak_GB=peak_memory(device))})}
 
 
 # ------------------------------------------------------------------------------------------------
 # Sampling, loading, preparing.
 
+@contextlib.contextmanager
+def tf32(device):
+    """As the released sampler runs: its --tf32 is on."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = device.type == "cuda"
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+
+
 def sampling(args, device):
-    """--steps of a sampler for a batch of category samples, the network alone; the peer's Euler or Euler-Maruyama."""
-    model = build_model(args.model, latent_size=args.latent_size, projector=False).to(device).eval().requires_grad_(False)
-    if args.compile:
+    """--steps of a sampler for a batch of category samples; the peer's Euler, Heun or Euler-Maruyama in its fp32 (TF32 on CUDA).
+
+    The network alone, or with --decode also the four modalities by a random Stable Diffusion autoencoder: ours batched, the
+    peer's one modality after the other.
+    """
+    n, theirs = args.batch_size, args.peer_batch or args.batch_size
+    inputs = lambda n: (torch.arange(n, device=device) % 1000, torch.zeros(n, 16, args.latent_size, args.latent_size, device=device), torch.zeros(4, dtype=torch.bool))
+    rows = {}
+    for precision in [args.precision] if device.type == "cuda" else dict.fromkeys(("fp32", args.precision)):
+        model = build_model(args.model, latent_size=args.latent_size, projector=False).to(device).eval().requires_grad_(False)
+        vae = AutoencoderKL(**SD_CONFIG).to(device, memory_format=torch.channels_last).eval().requires_grad_(False) if args.decode else None
         for block in model.blocks:
-            block.compile(fullgraph=True)
-    y, shape = torch.arange(args.batch_size, device=device) % 1000, (args.batch_size, 16, args.latent_size, args.latent_size)
-    held, nothing = torch.zeros(shape, device=device), torch.zeros(4, dtype=torch.bool)
-    draw = lambda precision: lambda: sample.draw_latents(model, y, held, nothing, sample.Noise(0, range(args.batch_size), device), sampler=args.sampler, steps=args.steps,
-                                                         cfg=args.cfg, precision=precision)
-    rows = {f"ours, {precision}": draw(precision) for precision in dict.fromkeys(("fp32", args.precision))}
+            block.bfloat16() if precision == "bf16" else None
+            block.compile(fullgraph=True) if args.compile else None
+
+        def draw(model=model, vae=vae, precision=precision):
+            x = sample.draw_latents(model, *inputs(n), sample.Noise(0, range(n), device), args.sampler, args.steps, args.cfg, precision=precision)
+            return sample.decode_latents(vae, x, 4, precision).cpu() if vae else x
+        rows[f"ours, {precision}"] = draw
     if args.peer:
+        if args.sampler not in ("euler", "heun", "sde"):
+            raise InputError(f"--sampler {args.sampler}: the released code has euler, heun and sde")
         peer, samplers = peer_model(args, device).eval(), importlib.import_module("samplers")
-        theirs = {"euler": lambda x: samplers.euler_sampler(peer, x, y, args.steps, cfg_scale=args.cfg, use_decouple_task=True),
-                  "heun": lambda x: samplers.euler_sampler(peer, x, y, args.steps, heun=True, cfg_scale=args.cfg, use_decouple_task=True),
-                  "sde": lambda x: samplers.euler_maruyama_sampler(peer, x, y, args.steps, cfg_scale=args.cfg)}[args.sampler]
-        rows["peer, fp32"] = lambda: theirs(torch.randn(shape, device=device))
+        vae = AutoencoderKL(**SD_CONFIG).to(device).eval().requires_grad_(False) if args.decode else None
+
+        @torch.no_grad()
+        def draw():
+            y, x, _ = inputs(theirs)
+            with tf32(device):
+                x = {"euler": lambda x: samplers.euler_sampler(peer, x, y, args.steps, cfg_scale=args.cfg, use_decouple_task=True),
+                     "heun": lambda x: samplers.euler_sampler(peer, x, y, args.steps, heun=True, cfg_scale=args.cfg, use_decouple_task=True),
+                     "sde": lambda x: samplers.euler_maruyama_sampler(peer, x, y, args.steps, cfg_scale=args.cfg)}[args.sampler](torch.randn_like(x))
+                return [vae.decode(part.float() / 0.18215).cpu() for part in x.chunk(4, 1)] if vae else x
+        rows["peer, fp32"] = draw
     seconds = by_turns(rows, args.rounds, device)
-    return {name: dict(s=t, img_per_s=args.batch_size / t) | ({"ratio": seconds["peer, fp32"] / t} if args.peer and name != "peer, fp32" else {}) for name, t in seconds.items()}
+    rate = {name: (theirs if name.startswith("peer") else n) / t for name, t in seconds.items()}
+    return {name: dict(s=t, img_per_s=rate[name]) | ({"ratio": rate[name] / rate["peer, fp32"]} if args.peer and not name.startswith("peer") else {}) for name, t in seconds.items()}
 
 
 def loading(args, device):
@@ -333,10 +375,10 @@ def preparing(args, device):
 def parts(args, device):
     """Speed-up of each part of the training step and of sampling over the plain version, by turns; the last of each group is all that is kept."""
     plain = dict(compile=False, update=plain_update, update_ema=plain_ema, adam=dict(foreach=False, fused=False), read=True)
-    step = lambda precision="fp32", **parts: our_step(args, device, precision, **{**plain, **parts})[0]
+    step = lambda precision="fp32", **parts: our_step(args, device, precision, **{**plain, **parts})
     groups = {"training": {"plain": step(), "bf16": step("bf16"), "compiled blocks": step(compile=True), "fused AdamW": step(adam=dict(fused=True)),
                            "fused AdamW, foreach clipping, gate": step(adam=dict(fused=True), update=train.update), "foreach EMA": step(update_ema=train.update_ema), "no reads by the host": step(read=False), "all adaLN products as one (not kept)": step(change=one_product),
-                           "all that is kept": our_step(args, device, "bf16", compile=True)[0]}}
+                           "all that is kept": our_step(args, device, "bf16", compile=True)}}
 
     n, S = args.batch_size, args.latent_size
     y, held, nothing = torch.arange(n, device=device) % 1000, torch.zeros(n, 16, S, S, device=device), torch.zeros(4, dtype=torch.bool)
@@ -347,16 +389,20 @@ def parts(args, device):
         for block in model.blocks if compile else ():
             block.compile(fullgraph=True)
         return lambda: sample.draw_latents(model, y, held, nothing, sample.Noise(0, range(n), device), "euler", 4, cfg, interval, precision)
-    groups["sampling"] = {"plain": draw(projector=True), "bf16": draw("bf16", projector=True), "compiled blocks": draw(compile=True, projector=True), "without projector": draw(),
+
+    def rounded(model):
+        for block in model.blocks:
+            block.bfloat16()
+    groups["sampling"] = {"plain": draw(projector=True), "bf16": draw("bf16", projector=True), "bf16, weights rounded once": draw("bf16", projector=True, change=rounded), "compiled blocks": draw(compile=True, projector=True), "without projector": draw(),
                           "all adaLN products as one (not kept)": draw(projector=True, change=one_product),
-                          "adaLN products cached (not kept)": draw(projector=True, change=cached_conditioning), "all that is kept": draw("bf16", compile=True)}
+                          "adaLN products cached (not kept)": draw(projector=True, change=cached_conditioning), "all that is kept": draw("bf16", compile=True, change=rounded)}
     groups["guidance, scale 2"] = {"at all noise levels": draw(cfg=2.0), "at levels from 0 to 0.7": draw(cfg=2.0, interval=(0.0, 0.7))}
 
     vae = load_vae("toy").to(device)
     z = torch.randn(n, 16, S, S, device=device)
     groups["decoding, toy autoencoder"] = {"a modality of a sample at a time": lambda: [sample.decode_latents(vae, part[None], 4) for part in z.reshape(-1, 4, S, S)],
                                            "batched": lambda: sample.decode_latents(vae, z, 4), "batched, bf16": lambda: sample.decode_latents(vae, z, 4, "bf16")}
-    pixels = np.random.default_rng(0).random((64, 3, 256, 256), np.float32) * 2 - 1
+    pixels = [MODALITIES["rgb"].to_pixels(toy_scenes.render(i, 256).rgb) for i in range(64)]
 
     def write(threads):
         with tempfile.TemporaryDirectory(dir=args.scratch) as folder, sample.Writer(pathlib.Path(folder), ["rgb"], "crop", False, threads) as writer:
@@ -476,9 +522,11 @@ def main():
     parser.add_argument("--latent-size", type=int, default=32)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--micro-batch", type=int, help="train: rows in one forward pass")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="train and sample measure fp32 as well")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="on a CPU train and sample measure fp32 as well")
     parser.add_argument("--compile", action="store_true", help="train, sample: our blocks")
     parser.add_argument("--peer", type=pathlib.Path, metavar="DIR", help="train, sample: a checkout of jiepengwang/MMGen to run by turns")
+    parser.add_argument("--decode", action="store_true", help="sample: the four modalities too, by a random Stable Diffusion autoencoder")
+    parser.add_argument("--peer-batch", type=int, help="sample: rows that the peer draws at once")
     parser.add_argument("--sampler", choices=list(sample.SAMPLERS), default="euler")
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--cfg", type=float, default=1.0)

@@ -194,11 +194,10 @@ QUICK = ["--sampler", "euler", "--steps", "1"]
 
 def images_to_sample(dice, at, good):
     given = dice.choice(("rgb", "depth", "normal", "seg"))
-    (array if given in ("depth", "normal") and dice.random() < 0.4 else picture)(dice, at / f"in/p{'.npy' if given == 'x' else '.png'}")
-    if given in ("depth", "normal") and dice.random() < 0.3:
-        array(dice, at / "in/q.npy")
+    name = "in/p.npy" if given in ("depth", "normal") and dice.random() < 0.4 else "in/p.png"
+    (array if name.endswith("npy") else picture)(dice, at / name)
     task = ["understand"] if given == "rgb" and dice.random() < 0.5 else ["condition", "--given", given]
-    return sample, ["--task", *task, "--image", dice.choice(("in", "in/p.png")), *QUICK, *dice.choice(([], ["--fit", "full"], ["--mesh"], ["--npz"]))]
+    return sample, ["--task", *task, "--image", dice.choice(("in", name)), *QUICK, *dice.choice(([], ["--fit", "full"], ["--mesh"], ["--npz"]))]
 
 
 def checkpoints_to_sample(dice, at, good):

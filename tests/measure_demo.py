@@ -25,7 +25,8 @@ from eval_depth import Frame, Tally  # noqa: E402
 from eval_fid import add_moments, finish_moments, frechet  # noqa: E402
 from model import MODALITIES  # noqa: E402
 from prep_latents import nearest_colour  # noqa: E402
-from sample import DEMO, Noise, check_sampling_flags, checked_vae, decode_latents, draw_from, open_model, sampling_flags, sampling_recipe  # noqa: E402
+from sample import DEMO, Noise, check_sampling_flags, checked_vae, decode_latents, draw_from, open_model, sampling_flags, sampling_recipe, settle_flags  # noqa: E402
+from weights import locate  # noqa: E402
 
 TYPES, HUES, PALETTE = len(toy_scenes.TYPES), len(toy_scenes.HUES), toy_scenes.PALETTE
 KEYS = {"depth": "abs_rel", "normal": "normal_mean", "seg": "miou"}
@@ -58,8 +59,9 @@ class Measure:
     """What is measured of one checkpoint. Pixels are (n, M, 3, S, S) in [-1, 1]."""
 
     def __init__(self, args, device):
-        self.args, self.device, self.checkpoint = args, device, args.ckpt or DEMO / "mmgen.pt"
-        self.model = open_model(self.checkpoint, device, args.compile)
+        self.args, self.device, self.checkpoint = args, device, locate(args.ckpt or DEMO / "mmgen.pt")
+        self.model = open_model(self.checkpoint, device, args.precision, args.compile)
+        settle_flags(args, self.model)
         self.vae = checked_vae(args.vae, self.model.meta).to(device)
         self.known = json.loads(args.understood.read_text())
 
@@ -119,10 +121,10 @@ class Measure:
                 "rgb_understood_against_generated": self.agreement(*both),
                 "latent_fd": distance(generated[:, 0]), "latent_fd_of_as_many_scenes": distance(scenes["real"])}
 
-    def recovery(self, options, scenes):
+    def recovery(self, options, scenes, modalities=tuple(KEYS)):
         """RGB generated from each given map, understood again, against that map."""
         out = {}
-        for m in KEYS:
+        for m in modalities:
             conditioned = self.draw(options, [self.model.num_classes] * len(scenes), {m: scene_pixels(m, scenes)})
             out[m] = self.agreement({m: self.maps(self.understand(conditioned[:, 0]), m)},
                                     {m: [s.depth if m == "depth" else s.normal if m == "normal" else PALETTE[s.seg] for s in scenes]})

@@ -34,10 +34,13 @@ def finish(command, log, dice=None, longest=0.0, after=lambda: None):
     while True:
         process = start(command, log)
         try:
-            code = process.wait(dice.uniform(0, longest) if dice and dice.random() < 0.85 else None)
+            killing = dice is not None and dice.random() < 0.85
+            code = process.wait(dice.uniform(0, longest) if killing else 1800)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+            if not killing:
+                sys.exit(f"{' '.join(map(str, command))}: hangs, see {log.name}")
             kills += 1
             after()
             continue

@@ -42,6 +42,19 @@ def test_fusions(fusion):
     assert v.shape == (3, 16, 8, 8) and z.shape == (3, 16, 768) and v.std() > 0.01
 
 
+def test_blocks_compile_whole():
+    """As --compile does, without the code generator: no graph breaks, nothing changes, forward and backward."""
+    results = []
+    for compiled in (False, True):
+        model = random_model()
+        for block in model.blocks if compiled else ():
+            block.compile(fullgraph=True, backend="aot_eager")
+        v, z = model(*inputs())
+        (v.square().mean() + z.mean()).backward()
+        results.append([v, *(p.grad for p in model.parameters() if p.grad is not None)])
+    assert len(results[0]) == len(results[1]) and all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*results))
+
+
 def test_task_embedding_is_row_0_or_the_sum_of_the_given_rows():
     model = random_model()
     x, t, y, given = inputs()

@@ -12,7 +12,7 @@ import torch
 
 import sample
 import train
-from conftest import ROOT, TRAIN, shell
+from conftest import ROOT, TRAIN, shell, start
 from distributed import InputError
 from model import build_model, load_checkpoint
 
@@ -243,3 +243,10 @@ def test_checkpointing_changes_no_gradient():
         forwards.append(len(passes))
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
     assert torch.equal(*gradients) and forwards == [1, 2]
+
+
+def test_nodes_that_find_different_checkpoints_stop(cache, trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "all_reduce", lambda tensor: tensor + 1)  # another process is further
+    with pytest.raises(InputError, match="must share the file system"):
+        start("train", "--data", cache, "--run", tmp_path / "r", *TRAIN)
+    assert not (tmp_path / "r" / "ckpt").exists()
