@@ -154,10 +154,10 @@ def draw_latents(model, y, held, given, noise, sampler="sde", steps=250, cfg=1.0
 
 # What --fast chooses for MMGen, by quality against evaluations on the toy world (README, Few steps).
 FAST = {
-    "generate": dict(sampler="heun", steps=10),
+    "generate": dict(sampler="euler", steps=10),
     "understand": dict(sampler="euler", steps=2),
-    "condition": dict(sampler="heun", steps=10),
-    "translate": dict(sampler="heun", steps=10),
+    "condition": dict(sampler="euler", steps=4),
+    "translate": dict(sampler="euler", steps=4),
 }
 
 

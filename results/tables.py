@@ -80,13 +80,15 @@ def study():
 def study_figure(path):
     """A dot a seed, a tick at the mean, a line at MMGen's mean; to the right is better."""
     font, small, rows = ImageFont.load_default(15), ImageFont.load_default(12), studied()
+    if not rows:
+        return
     left, width, height, top = 150, 150, 24, 46
     sheet = Image.new("RGB", (left + width * len(STUDIED) + 10, top + height * len(rows) + 10), "white")
     pen = ImageDraw.Draw(sheet)
     for i, name in enumerate(rows):
         pen.text((8, top + height * (i + 0.5)), name, fill="black", font=font, anchor="lm")
     for j, (column, (_, form, more)) in enumerate(STUDIED.items()):
-        values = [v for row in rows.values() for v in row[column]]
+        values = [v for row in rows.values() for v in row[column]] or [0.0]
         low, high = min(values), max(values)
         at = lambda v: left + width * (j + 0.1 + 0.8 * ((v - low) if more else (high - v)) / max(high - low, 1e-12))
         pen.text((left + width * (j + 0.5), 14), column, fill="black", font=small, anchor="mm")
@@ -138,18 +140,18 @@ def mt_overhead():
 
 def speed():
     """results/bench_{train,sample}[_t2]_cpu.json: tests/bench.py with --peer."""
-    names, rows = {"ours, fp32": "here, fp32", "ours, bf16": "here, bf16", "peer, fp32": "the authors' code, fp32"}, []
+    names, rows = {"ours, fp32": "here, fp32", "ours, bf16": "here, bf16", "peer, fp32": "the authors' code, fp32", "peer, bf16": "the authors' code, bf16"}, []
     for size, part in (("S/2", ""), ("T/2", "_t2")):
         train, sample = read(f"bench_train{part}_cpu"), read(f"bench_sample{part}_cpu")
-        rows += [[size, names[row], number(train[row]["img_per_s"], ".1f"), number(train[row].get("ratio"), ".2f", " x"), number(sample[row]["img_per_s"], ".2f"),
-                  number(sample[row].get("ratio"), ".2f", " x")] for row in names]
-    return table(["", "", "training, img/s", "over the authors'", "sampling, img/s", "over the authors'"], rows)
+        rows += [[size, names[row], number(train[row]["img_per_s"], ".1f"), *(number(train[row].get(key), ".2f", " x") for key in ("ratio", "ratio_at_equal_precision")),
+                  *(number(sample.get(row, {}).get(key), form, unit) for key, form, unit in (("img_per_s", ".2f", ""), ("ratio", ".2f", " x")))] for row in names]
+    return table(["", "", "training, img/s", "over the authors' fp32", "over the authors' at equal precision", "sampling, img/s", "over the authors' fp32"], rows)
 
 
 def speed_parts():
     """results/bench_parts_cpu.json: tests/bench.py --what parts."""
     return table(["each alone, over the plain version", "ms", "speed-up"],
-                 [[name, number(row["ms"], ",.0f"), number(row["ratio"], ".2f", " x")] for name, row in read("bench_parts_cpu").items() if name != "recipe"])
+                 [[name, number(row["ms"], ",.0f" if row["ms"] > 100 else ".1f"), number(row["ratio"], ".2f", " x")] for name, row in read("bench_parts_cpu").items() if name != "recipe"])
 
 
 def loss_curves():
@@ -166,10 +168,17 @@ def few_steps():
     """results/few_steps.json: tests/measure_steps.py."""
     rows = sorted(((row["evaluations"], name, row) for name, row in read("few_steps").items() if name != "recipe"), key=lambda row: row[:1])
     shown = [[str(n), name.replace(" ", ", "), *(number(row["understand"][key], form) for key, form in KEYS), number(row["generate"]["class_from_rgb_alone"], ".0%"),
-              number(row["generate"]["latent_fd"], ".2f"), number(row["generate"]["rgb_understood_against_generated"]["abs_rel"], ".3f")] for n, name, row in rows]
+              number(row["generate"]["latent_fd"], ".2f"), number(row["generate"]["rgb_understood_against_generated"]["abs_rel"], ".3f"),
+              number(row["depth_given"]["abs_rel"], ".3f")] for n, name, row in rows]
     floor = rows[0][2]["generate"]["latent_fd_of_as_many_scenes"]
-    shown.append(["", "as many real scenes", "", "", "", "", number(floor, ".2f"), ""])
-    return table(["NFE", "sampler, steps", "AbsRel", "normals (degrees)", "mIoU", "class from RGB", "latent Frechet distance", "depth against its RGB's (AbsRel)"], shown)
+    shown.append(["", "as many real scenes", "", "", "", "", number(floor, ".2f"), "", ""])
+    return table(["NFE", "sampler, steps", "AbsRel", "normals (degrees)", "mIoU", "class from RGB", "latent Frechet distance", "generated depth against its RGB's (AbsRel)", "given depth against its RGB's (AbsRel)"], shown)
+
+
+def made_by(recipe):
+    """A sentence with a recipe of eval_depth.py."""
+    return f"{recipe['count']} held-out scenes, no class, {recipe['sampler']}, {recipe['steps']} steps, {recipe['precision']}, seed {recipe['seed']}, {recipe['device'].upper()}; " \
+        f"checkpoint sha256 {recipe['checkpoint_sha256'][:12]}. Remaining gap = (value - ceiling) / (mean map - ceiling)."
 
 
 def demo_understand():
@@ -178,7 +187,7 @@ def demo_understand():
     names = {"abs_rel": "depth AbsRel (disparity-aligned)", "normal_mean": "normals, mean angle (degrees)", "miou": "segmentation mIoU"}
     return table(["RGB given", "VAE ceiling", "demo weights", "mean map", "remaining gap"],
                  [[name, *(number(part[key], form) for part in (found["ceiling"], found, found["mean_map"])), number(found["gap"][key], ".3f")]
-                  for (key, name), form in zip(names.items(), (".4f", ".2f", ".3f"))])
+                  for (key, name), form in zip(names.items(), (".4f", ".2f", ".3f"))]) + "\n\n" + made_by(found["recipe"])
 
 
 def demo_generate():
@@ -188,7 +197,9 @@ def demo_generate():
     three = lambda row: f"{row['abs_rel']:.4f} / {row['normal_mean']:.2f} / {row['miou']:.3f}, remaining gaps {row['gap']['abs_rel']:.3f} / {row['gap']['normal_mean']:.3f} / {row['gap']['miou']:.3f}"
     recovered = {key: given[m][key] for m, key in (("depth", "abs_rel"), ("normal", "normal_mean"), ("seg", "miou"))}
     recovered["gap"] = {key: given[m]["gap"][key] for m, key in (("depth", "abs_rel"), ("normal", "normal_mean"), ("seg", "miou"))}
-    return table(["generation", ""], [
+    recipe = found["recipe"]
+    return f"{recipe['generated']} category samples, the classes in turn, guidance {recipe['guidance']:g}; {recipe['held_out']} given maps; " \
+        f"{', '.join(recipe['create'])} steps; understood as above.\n\n" + table(["generation", ""], [
         ["the generated segmentation's main object is of the asked type", number(found["class_in_segmentation"], ".1%")],
         ["so is the segmentation predicted from the generated RGB alone", number(found["class_from_rgb_alone"], ".1%")],
         ["the generated RGB's main object has the asked hue", number(found["hue_in_rgb"], ".1%")],

@@ -12,7 +12,7 @@
     python tests/bench.py --what evaluate                                                   # FID, precision and recall of 50,000 features
 
 --peer DIR is a checkout of jiepengwang/MMGen: its model, loss and loop run by turns with ours on the same tensors, and
-`ratio` is its time over ours. Times are medians over --rounds.
+`ratio` is its time over ours.
 """
 import argparse
 import contextlib
@@ -52,16 +52,22 @@ def finish(device):
 
 
 def by_turns(rows, rounds, device):
-    """Median seconds of each function {name: f}, run by turns; the first two rounds warm up."""
-    times = {name: [] for name in rows}
+    """Seconds of each function {name: f}, run by turns, each round in another order; the first two rounds warm up.
+
+    Median over the rounds of a row's share of its round, times the median round: a slow spell of the machine hits all rows alike.
+    """
+    times, names = [], list(rows)
     for round in range(rounds + 2):
-        for name, work in rows.items():
+        at = round % len(names)
+        times.append({})
+        for name in names[at:] + names[:at]:
             finish(device)
             start = time.perf_counter()
-            work()
+            rows[name]()
             finish(device)
-            times[name] += [time.perf_counter() - start] if round > 1 else []
-    return {name: statistics.median(t) for name, t in times.items()}
+            times[-1][name] = time.perf_counter() - start
+    totals = [sum(t.values()) for t in times[2:]]
+    return {name: statistics.median(t[name] / total for t, total in zip(times[2:], totals)) * statistics.median(totals) for name in names}
 
 
 def matmul_rate(precision, device):
@@ -376,9 +382,22 @@ def parts(args, device):
     """Speed-up of each part of the training step and of sampling over the plain version, by turns; the last of each group is all that is kept."""
     plain = dict(compile=False, update=plain_update, update_ema=plain_ema, adam=dict(foreach=False, fused=False), read=True)
     step = lambda precision="fp32", **parts: our_step(args, device, precision, **{**plain, **parts})
-    groups = {"training": {"plain": step(), "bf16": step("bf16"), "compiled blocks": step(compile=True), "fused AdamW": step(adam=dict(fused=True)),
-                           "fused AdamW, foreach clipping, gate": step(adam=dict(fused=True), update=train.update), "foreach EMA": step(update_ema=train.update_ema), "no reads by the host": step(read=False), "all adaLN products as one (not kept)": step(change=one_product),
-                           "all that is kept": our_step(args, device, "bf16", compile=True)}}
+    groups = {"training": {"plain": step(), "bf16": step("bf16"), "compiled blocks": step(compile=True), "no reads by the host": step(read=False),
+                           "all adaLN products as one (not kept)": step(change=one_product), "all that is kept": our_step(args, device, "bf16", compile=True)}}
+
+    def after_backward(update, update_ema, **adam):
+        model = build_model(args.model, latent_size=args.latent_size).to(device)
+        ema, parameters = copy.deepcopy(model), [p for p in model.parameters() if p.requires_grad]
+        gradients, optimiser = [torch.randn_like(p) for p in parameters], torch.optim.AdamW(parameters, **adam)
+
+        def work():
+            for p, gradient in zip(parameters, gradients):
+                p.grad = gradient
+            update(parameters, optimiser)
+            update_ema(ema, model, 10 ** 6)
+        return work
+    groups["clipping, AdamW, EMA"] = {"a parameter at a time": after_backward(plain_update, plain_ema, foreach=False, fused=False), "fused AdamW": after_backward(plain_update, plain_ema, fused=True),
+                                      "and foreach clipping, gated": after_backward(train.update, plain_ema, fused=True), "and foreach EMA": after_backward(train.update, train.update_ema, fused=True)}
 
     n, S = args.batch_size, args.latent_size
     y, held, nothing = torch.arange(n, device=device) % 1000, torch.zeros(n, 16, S, S, device=device), torch.zeros(4, dtype=torch.bool)

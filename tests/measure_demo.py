@@ -9,6 +9,7 @@ the autoencoder's mean latents, pooled to 4x4 places, to 2,000 held-out scenes; 
 """
 import argparse
 import colorsys
+import functools
 import json
 import pathlib
 import sys
@@ -102,6 +103,11 @@ class Measure:
                 add_moments(sums, x)
         return finish_moments(sums, len(rgb))
 
+    @functools.cached_property
+    def reference(self):
+        """Moments of 2,000 held-out scenes."""
+        return self.moments(scene_pixels("rgb", [toy_scenes.render(toy_scenes.HELD_OUT + 10_000 + i) for i in range(2000)]))
+
     def generation(self, options, count):
         """count category samples, the classes in turn: class, hue, agreement of the modalities, Frechet distance."""
         labels = [i % self.model.num_classes for i in range(count)]
@@ -113,13 +119,13 @@ class Measure:
         share = lambda hits: float(np.mean(hits))
         both = [{m: self.maps(p, m) for m in KEYS} for p in (again, generated)]
         both[1]["depth"] = [1 / (1 / FAR + (1 / NEAR - 1 / FAR) * d.clip(0, 1)) for d in both[1]["depth"]]
-        scenes = {part: scene_pixels("rgb", (toy_scenes.render(toy_scenes.HELD_OUT + at + i) for i in range(n))) for part, at, n in (("reference", 10_000, 2000), ("real", 20_000, count))}
-        distance = lambda rgb: frechet(*self.moments(rgb), *self.moments(scenes["reference"]))
+        real = scene_pixels("rgb", [toy_scenes.render(toy_scenes.HELD_OUT + 20_000 + i) for i in range(count)])
+        distance = lambda rgb: frechet(*self.moments(rgb), *self.reference)
         return {"class_in_segmentation": share([main_object(s) == a for s, a in zip(own, asked)]),
                 "class_from_rgb_alone": share([main_object(s) == a for s, a in zip(seen, asked)]),
                 "hue_in_rgb": share([mask.any() and hue_of(image, mask) == label % HUES for image, mask, label in zip(self.maps(generated, "rgb"), masks, labels)]),
                 "rgb_understood_against_generated": self.agreement(*both),
-                "latent_fd": distance(generated[:, 0]), "latent_fd_of_as_many_scenes": distance(scenes["real"])}
+                "latent_fd": distance(generated[:, 0]), "latent_fd_of_as_many_scenes": distance(real)}
 
     def recovery(self, options, scenes, modalities=tuple(KEYS)):
         """RGB generated from each given map, understood again, against that map."""
