@@ -154,7 +154,7 @@ def draw_latents(model, y, held, given, noise, sampler="sde", steps=250, cfg=1.0
 
 # What --fast chooses for MMGen, by quality against evaluations on the toy world (README, Few steps).
 FAST = {
-    "generate": dict(sampler="euler", steps=10),
+    "generate": dict(sampler="ab2", steps=7),
     "understand": dict(sampler="euler", steps=2),
     "condition": dict(sampler="euler", steps=4),
     "translate": dict(sampler="euler", steps=4),

@@ -228,7 +228,8 @@ def main():
     if "--check" in sys.argv:
         sys.exit(0 if text == old else "README.md is not what results/*.json say; run python results/tables.py")
     README.write_text(text)
-    study_figure(HERE.parent / "demo" / "study.png")
+    if "<!-- study -->" in text:
+        study_figure(HERE.parent / "demo" / "study.png")
 
 
 if __name__ == "__main__":
