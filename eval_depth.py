@@ -502,6 +502,7 @@ class Tally:
         return nearest_colour(image, self.palette)
 
     def add(self, i, frame, maps):
+        """Score predicted maps {modality: (H, W[, 3])} of image i in the truth's units. InputError for values that are not finite where pixels are scored."""
         row = {"name": frame.name}
         if "depth" in maps:
             depth, (low, high) = frame.truth["depth"], self.args.depth_range
@@ -631,6 +632,7 @@ def cases(rows, count=2):
 # ------------------------------------------------------------------------------------------------
 
 def arguments():
+    """The command's flags -> Namespace. InputError for those that contradict each other."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--toy", type=int, metavar="N", help="N held-out toy scenes")
@@ -680,6 +682,7 @@ def read_palette(path):
 
 
 def main():
+    """Predict (or read predictions), score against the truth, write per_image.csv, grid.png and the JSON; rank 0 gathers the others' scores."""
     args = arguments()
     rank, world, device = setup()
     predictor = None

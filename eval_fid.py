@@ -76,6 +76,7 @@ class Mixed(nn.Module):
             self.branch_pool = Conv(inner, width, 1)
 
     def forward(self, x):                                                               # (N, inner, H, W)
+        """A block of parallel branches, concatenated: (N, inner, H, W) -> (N, outer, H, W), half as large in a reduction."""
         outputs = []
         for chain in self.chains:
             parts = [x]
@@ -635,6 +636,7 @@ def save_statistics(path, sides, networks):
 
 
 def arguments():
+    """The command's flags -> Namespace. InputError for those that contradict each other."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("samples", type=pathlib.Path)
     parser.add_argument("reference", type=pathlib.Path, nargs="?", help="may be left out with --save-stats")
@@ -663,6 +665,7 @@ def arguments():
 
 
 def main():
+    """Features of both sets, shared out over the processes, then the metrics asked for; rank 0 prints and writes them."""
     args = arguments()
     rank, world, device = setup()
     if args.lpips:

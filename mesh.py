@@ -156,6 +156,7 @@ def write_mesh(path, normal, mask, rgb, focal=None):
 
 
 def main():
+    """The surface of one object: normals, RGB and mask from files -> a PLY. InputError where they do not match."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--normal", type=pathlib.Path, required=True, help=".npy (H, W, 3)")
     parser.add_argument("--rgb", type=pathlib.Path, required=True)

@@ -245,15 +245,7 @@ def sincos_positions(width, h, w):
 # ------------------------------------------------------------------------------------------------
 
 class MMDiT(nn.Module):
-    """The MMGen transformer: velocities of all modalities from their noisy latents.
-
-    forward(x (N, M*C, H, W), t (N, M), y (N,) long, given (N, M) bool) -> v like x, z (N, T, z_dim) or None
-      t      time of each modality, 0 noise, 1 data
-      y      class; num_classes is the null class of classifier-free guidance
-      given  which modalities are conditions: selects the task embedding (Sec. 3.2), row 0 when none is
-      z      REPA's projected hidden state after block encoder_depth, None without a projector
-    H and W may differ from the training size: the position table is then interpolated.
-    """
+    """The MMGen transformer: velocities of all modalities from their noisy latents."""
 
     def __init__(self, depth, width, heads, encoder_depth, modalities, num_classes, latent_channels, latent_size,
                  patch_size=2, fusion="linear", task_embedding=True, projector=True, z_dim=768):
@@ -300,6 +292,14 @@ class MMDiT(nn.Module):
         return F.interpolate(table, (h, w), mode="bicubic", align_corners=False).flatten(2).transpose(1, 2)
 
     def forward(self, x, t, y, given):
+        """x (N, M*C, H, W), t (N, M), y (N,) long, given (N, M) bool -> v like x, z (N, T, z_dim) or None.
+
+        t      time of each modality, 0 noise, 1 data
+        y      class; num_classes is the null class of classifier-free guidance
+        given  which modalities are conditions: selects the task embedding (Sec. 3.2), row 0 when none is
+        z      REPA's projected hidden state after block encoder_depth, None without a projector
+        H and W may differ from the training size: the position table is then interpolated.
+        """
         N, _, H, W = x.shape
         p, C = self.patch_size, self.latent_channels
         h, w = H // p, W // p
@@ -431,6 +431,7 @@ def load_model(path, ema=True, device="cpu", build=build_model):
 
 
 def main():
+    """Export a checkpoint's EMA, in our format or in the released one."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ckpt", required=True)
     what = parser.add_mutually_exclusive_group(required=True)

@@ -170,8 +170,7 @@ class MTDiffusion(nn.Module):
     """The backbone with a head for the noise and one for X, and both processes.
 
     Latents z0 (N, C, H, W). X is the source's latents (N, C, H, W) of a pair or of the masked image, classes (N,) long, or
-    feature vectors (N, F). forward(z, k, x, seen) -> the noise like z, and X like x (logits for classes); seen (N,) bool says
-    for which rows the network is shown X.
+    feature vectors (N, F).
     """
 
     def __init__(self, backbone, pair, agg, head, features, bound):
@@ -203,6 +202,7 @@ class MTDiffusion(nn.Module):
         return torch.full((n,), self.num_classes, device=device)
 
     def forward(self, z, k, x, seen):
+        """z (N, C, H, W) at steps k (N,) -> the noise like z, X like x (logits for classes); the rows seen (N,) bool are shown X."""
         N, time = len(z), 1 - k / T
         null = self.null(N, z.device)
         if self.images:
@@ -413,6 +413,7 @@ class Objective:
         return fit(self.backbone, self.meta, checkpoint, path, self.method) + (f"\n  of X's head: {', '.join(sorted(heads))}" if heads else "")
 
     def prepare(self, step, batch, part):
+        """A step's draws for the whole global batch, those of this process (slice part) beside its data -> tensors for loss, rows that count per loss (3,)."""
         N, C, size = self.args.batch_size, self.meta["latent_channels"], self.meta["latent_size"]
         g = torch.Generator(self.device).manual_seed((self.args.seed * 0x9E3779B1 + step) % 2 ** 32)
         rand = lambda *shape: torch.rand(shape, generator=g, device=self.device)

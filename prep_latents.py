@@ -236,6 +236,7 @@ class FolderSource:
         return files
 
     def load(self, i):
+        """Row i -> its pixels {modality: (3, S, S) in [-1, 1]}, None (a toy source has the scene). InputError for a broken file or maps of another aspect."""
         pixels, sizes = {}, {}
         for m in self.modalities:
             if m not in self.files:  # computed from the RGB
@@ -480,6 +481,8 @@ def verify(out, meta, source, vae, teacher, feature, device, batch_size):
 
 
 def main():
+    """Encode what is missing of the cache, blocks shared out over the processes; or --verify. A killed run continues."""
+    """Encode what is missing of the cache, blocks shared out over the processes; or --verify. A killed run continues."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--toy", type=int, metavar="N", help="N toy scenes")

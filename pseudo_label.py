@@ -127,6 +127,7 @@ def label_photo(path, stem, out, teachers, depth_space):
 
 
 def main():
+    """Label every photo that lacks a modality, shared out over the processes. A killed run continues."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=pathlib.Path, required=True, help="folder of photos, <class>/<name>.jpg or flat; OUT/rgb itself is left as it is")
     parser.add_argument("--out", type=pathlib.Path, required=True)

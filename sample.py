@@ -166,14 +166,13 @@ class Method(NamedTuple):
     draw: Callable       # as draw_latents, with these of the commands' flags:
     flags: tuple
     preview: dict        # their values for train.py's previews
-    fast: Callable       # task -> those of --fast
+    fast: dict           # task -> those of --fast
 
 
 METHODS = {
-    "mmgen": Method(build_model, draw_latents, ("sampler", "steps", "cfg", "cfg_interval", "precision"), dict(sampler="euler", steps=25),
-                    lambda task: FAST[task]),
+    "mmgen": Method(build_model, draw_latents, ("sampler", "steps", "cfg", "cfg_interval", "precision"), dict(sampler="euler", steps=25), FAST),
     "mt-diffusion": Method(mt_diffusion.build, mt_diffusion.draw_latents, ("start", "x_update", "steps", "cfg", "classifier_scale", "precision"), dict(steps=25),
-                           lambda task: dict(steps=50)),
+                           dict.fromkeys(TASKS, dict(steps=50))),
 }
 
 
@@ -533,7 +532,7 @@ def settle_flags(args, model):
     if args.fast:
         if (args.sampler, args.steps) != ("sde", 250):
             raise InputError(f"--fast with --sampler {args.sampler} --steps {args.steps}: --fast chooses them; leave one out")
-        vars(args).update(METHODS[model.method].fast(getattr(args, "task", "understand")))
+        vars(args).update(METHODS[model.method].fast[getattr(args, "task", "understand")])
     if kind is None and (args.start != "shifted" or args.x_update or args.classifier_scale):
         raise InputError("--start, --x-update and --classifier-scale belong to MT-Diffusion, this checkpoint is MMGen's")
     if kind and tuple(args.cfg_interval) != (0.0, 1.0):
@@ -554,6 +553,7 @@ def pixel(text):
 
 
 def arguments():
+    """The command's flags -> Namespace. InputError for those that contradict each other."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", required=True, choices=TASKS)
     parser.add_argument("--given", nargs="+", choices=list(MODALITIES), help="conditions of --task condition")
@@ -847,6 +847,7 @@ def write_npz(out, items):
 
 
 def main():
+    """Sample what the flags ask for, in batches of equal size shared out over the processes; what is there already is kept."""
     args = arguments()
     rank, world, device = setup()
     checkpoint = locate(args.ckpt or newest_checkpoint())

@@ -233,6 +233,7 @@ def teacher(scene, grid):
 
 
 def main():
+    """Write scenes as pictures: <out>/{rgb,depth,normal,seg}/<class>/<seed>."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--num", type=int, default=8, help="how many scenes")
     parser.add_argument("--start", type=int, default=HELD_OUT, help="first seed")

@@ -334,6 +334,7 @@ def update_ema(ema, model, step):
 # ------------------------------------------------------------------------------------------------
 
 def arguments():
+    """The command's flags -> Namespace. InputError for flags of the other method."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=pathlib.Path, default=DEFAULT_CACHE, help="cache written by prep_latents.py")
     parser.add_argument("--run", type=pathlib.Path, default=pathlib.Path("runs/mmgen"), help="run folder; an unfinished run continues")
@@ -378,6 +379,8 @@ def split(args, rank, world):
     if not 0 < args.lr < 1e3 or not 0 <= args.repa_weight < 1e3 or args.seed < 0:
         raise InputError(f"--lr {args.lr} --repa-weight {args.repa_weight} --seed {args.seed}: must be finite, and not negative")
     groups, micro = args.batch_size // 4, args.micro_batch
+    if args.batch_size > 2 ** 16:  # every process draws the noise of the whole batch
+        raise InputError(f"--batch-size {args.batch_size}: at most {2 ** 16}")
     if args.batch_size % 4 or groups < world or micro < 4 or micro % 4:
         raise InputError(f"--batch-size {args.batch_size} on {world} processes with --micro-batch {micro}: both must be multiples of 4 "
                          "(the task mix), with at least 4 rows for each process")
@@ -385,6 +388,7 @@ def split(args, rank, world):
 
 
 def main():
+    """Train, or continue an interrupted run: data, weights, then the loop with log, previews and checkpoints."""
     args = arguments()
     rank, world, device = setup()
     part, micro = split(args, rank, world)

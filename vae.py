@@ -233,6 +233,7 @@ def psnr(vae, pixels, batch=64):
 
 
 def main():
+    """Train the toy autoencoder, or with --init its decoder alone, and write it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=pathlib.Path, required=True, help="safetensors file to write, fp16")
     parser.add_argument("--steps", type=int, default=3000)

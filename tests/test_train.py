@@ -172,6 +172,7 @@ def test_a_preview_is_drawn(cache, tmp_path, command, monkeypatch):
 
 @pytest.mark.parametrize("change, message", [
     (("--batch-size", "10"), "multiples of 4"),
+    (("--batch-size", "2147483648"), "at most 65536"),
     (("--micro-batch", "6"), "multiples of 4"),
     (("--micro-batch", "-4"), "multiples of 4"),
     (("--log-every", "0"), "at least 1"),
