@@ -10,7 +10,7 @@ mkdir -p "$RUNS" "$OUT"
 
 measure() {  # name: RGB given; then, where the model generates all four, category samples and each modality given
     python eval_depth.py --toy 128 --ckpt "$RUNS/$1" --sampler euler --steps 2 --batch-size 64 --precision bf16 --out "$RUNS/$1/evaluation" --json "$RUNS/$1/understand.json" $2
-    [ -n "$2" ] || python tests/measure_demo.py --ckpt "$RUNS/$1" --sampler euler --steps 2 --create euler 25 --num 64 --generate 192 --batch-size 64 --precision bf16 \
+    [ -n "$2" ] || python tests/measure_demo.py --ckpt "$RUNS/$1" --sampler euler --steps 2 --create euler 25 --guidance 1 --num 64 --generate 192 --batch-size 64 --precision bf16 \
         --understood "$RUNS/$1/understand.json" --json "$RUNS/$1/generate.json"
     for part in generate understand; do  # the last one says that the run is done
         [ ! -f "$RUNS/$1/$part.json" ] || mv "$RUNS/$1/$part.json" "$OUT/$1_$part.json"
@@ -28,21 +28,21 @@ row() {  # name, seed, steps, modality (of single tasks) or "", flags
     ) 9> "$RUNS/$name.lock"
 }
 
-for seed in 0 1 2; do
+for seed in 0 1 2; do  # the paper's Table 4; one model for all against one for each at equal compute
     row mmgen $seed $STEPS ""
     row gen-only $seed $STEPS "" --mix gen-only
     row no-aug $seed $STEPS "" --mix no-aug
-    row no-drop $seed $STEPS "" --mix no-drop
     row no-task-embedding $seed $STEPS "" --no-task-embedding
-    row independent-t $seed $STEPS "" --mix independent-t
-    row with-repa $seed $STEPS "" --repa-weight 0.5
-    row equal-weights $seed $STEPS "" --equal-weights
-    row fusion-mlp $seed $STEPS "" --fusion mlp
     row all-from-rgb $seed $STEPS "depth normal seg" --mix rgb2x
     for m in depth normal seg; do
         row rgb-to-$m $seed $((STEPS / 3)) $m --modalities rgb $m --mix rgb2x
     done
 done
 for seed in 0 1 2; do
+    row no-drop $seed $STEPS "" --mix no-drop
+    row independent-t $seed $STEPS "" --mix independent-t
+    row equal-weights $seed $STEPS "" --equal-weights
+    row fusion-mlp $seed $STEPS "" --fusion mlp
+    row with-repa $seed $STEPS "" --repa-weight 0.5
     row fusion-sequence $seed $STEPS "" --fusion sequence
 done

@@ -43,8 +43,8 @@ STUDIED = {  # column: how it is read from a run's JSON, its form, whether more 
     "AbsRel": (lambda u, g: u.get("abs_rel"), ".3f", False),
     "normals (degrees)": (lambda u, g: u.get("normal_mean"), ".1f", False),
     "mIoU": (lambda u, g: u.get("miou"), ".3f", True),
-    "class from RGB": (lambda u, g: g and g["class_from_rgb_alone"], ".2f", True),
-    "latent FD": (lambda u, g: g and g["latent_fd"], ".1f", False),
+    "class": (lambda u, g: g and g["class_in_segmentation"], ".2f", True),
+    "latent FD": (lambda u, g: g and g["latent_fd"], ".2f", False),
     "joint: AbsRel": (lambda u, g: g and g["rgb_understood_against_generated"]["abs_rel"], ".3f", False),
     "joint: mIoU": (lambda u, g: g and g["rgb_understood_against_generated"]["miou"], ".3f", True),
     "depth given: AbsRel": (lambda u, g: g and g["given_map_recovered"]["depth"]["abs_rel"], ".3f", False),
@@ -70,9 +70,9 @@ def studied():
 
 
 def study():
-    """Mean over the seeds, and half of the range between the lowest and the highest."""
+    """Mean over the seeds, and half of the range between the lowest and the highest (of one seed the value alone)."""
     def cell(values, form):
-        return f"{sum(values) / len(values):{form}} ± {(max(values) - min(values)) / 2:{form}}" if values else ""
+        return f"{sum(values) / len(values):{form}}" + (f" ± {(max(values) - min(values)) / 2:{form}}" if len(values) > 1 else "") if values else ""
     rows = [[name, str(max(map(len, row.values()))), *(cell(row[column], form) for column, (_, form, _) in STUDIED.items())] for name, row in studied().items()]
     return table(["", "seeds", *STUDIED], rows)
 
@@ -80,8 +80,6 @@ def study():
 def study_figure(path):
     """A dot a seed, a tick at the mean, a line at MMGen's mean; to the right is better."""
     font, small, rows = ImageFont.load_default(15), ImageFont.load_default(12), studied()
-    if not rows:
-        return
     left, width, height, top = 150, 150, 24, 46
     sheet = Image.new("RGB", (left + width * len(STUDIED) + 10, top + height * len(rows) + 10), "white")
     pen = ImageDraw.Draw(sheet)
@@ -140,11 +138,11 @@ def mt_overhead():
 
 def speed():
     """results/bench_{train,sample}[_t2]_cpu.json: tests/bench.py with --peer."""
-    names, rows = {"ours, fp32": "here, fp32", "ours, bf16": "here, bf16", "peer, fp32": "the authors' code, fp32", "peer, bf16": "the authors' code, bf16"}, []
+    rows = []
     for size, part in (("S/2", ""), ("T/2", "_t2")):
         train, sample = read(f"bench_train{part}_cpu"), read(f"bench_sample{part}_cpu")
-        rows += [[size, names[row], number(train[row]["img_per_s"], ".1f"), *(number(train[row].get(key), ".2f", " x") for key in ("ratio", "ratio_at_equal_precision")),
-                  *(number(sample.get(row, {}).get(key), form, unit) for key, form, unit in (("img_per_s", ".2f", ""), ("ratio", ".2f", " x")))] for row in names]
+        rows += [[size, row.replace("ours", "here").replace("peer", "the authors' code"), number(train[row]["img_per_s"], ".1f"), *(number(train[row].get(key), ".2f", " x") for key in ("ratio", "ratio_at_equal_precision")),
+                  *(number(sample.get(row, {}).get(key), form, unit) for key, form, unit in (("img_per_s", ".2f", ""), ("ratio", ".2f", " x")))] for row in train if row not in ("memory", "recipe")]
     return table(["", "", "training, img/s", "over the authors' fp32", "over the authors' at equal precision", "sampling, img/s", "over the authors' fp32"], rows)
 
 
@@ -216,7 +214,54 @@ def data_speed():
                    number(prep["img_per_s"], ".0f", " scenes/s"), number(prep["encoder_share"], ".0%")]])
 
 
-TABLES = {f.__name__: f for f in (demo_understand, demo_generate, speed, speed_parts, loss_curves, few_steps, data_speed, ablations, mt_translation, mt_restoration, mt_heads_of_x, mt_overhead)}
+def released():
+    """results/equal_{s2,xl2}.json: tests/bench.py --what equal."""
+    rows = []
+    for size, name in (("S/2", "s2"), ("XL/2", "xl2")):
+        run = read(f"equal_{name}")
+        paths = [f"{row['difference']:.1e}" for key, row in run.items() if key.startswith("trajectory")]
+        rows.append([size, f"{run['velocities']['difference']:.0e} ({run['velocities']['std']:.2f})".replace("0e+00", "0"), ", ".join(paths)])
+    return table(["size", "velocities, largest difference (output std)", "trajectories: category, RGB, depth, normal, seg given"], rows)
+
+
+def canny():
+    """results/canny_*.json: eval_depth.py's JSON."""
+    names = (("before", "before", 0), ("canny in the place of seg (`--modalities rgb depth normal canny`)", "for_seg", 1000), ("canny as the fifth", "fifth", 2500))
+    rows = [[name, str(steps), *(number(read(f"canny_{part}").get(key), form) for key, form in (("abs_rel", ".4f"), ("normal_mean", ".2f"), ("miou", ".3f"), ("edge_f", ".3f")))]
+            for name, part, steps in names]
+    return table(["from the demo weights", "steps", "AbsRel", "normals (degrees)", "mIoU", "edge F"], rows)
+
+
+def fusion():
+    """results/fusion_*.json: tests/bench.py --what fusion."""
+    rows = []
+    for name, key, unit, form in (("xl2", "gflops", "GFLOPs", ".1f"), ("s2", "ms_per_sample", "ms", ".1f"), ("t2", "ms_per_sample", "ms", ".1f")):
+        run = read(f"fusion_{name}")
+        recipe = run["recipe"]
+        rows.append([f"{recipe['model']}, {recipe['latent_size']}x{recipe['latent_size']} latents, {unit}", *(number(run[part][key], form) for part in ("rgb only", "linear", "mlp")),
+                     f"{run['sequence'][key]:{form}} ({run['sequence'][key + '_ratio']:.2f} x)"])
+    return table(["per sample", "RGB alone", "fused, linear", "fused, MLP", "sequence"], rows)
+
+
+def evaluators():
+    """results/evaluators.json: written by the tests that compare with other packages, where these are installed."""
+    found = read("evaluators")
+    of = lambda key: found[next(k for k in found if k.startswith(key))]
+    gap = lambda pair: max(abs(a - b) for a, b in zip(*(x if isinstance(x, list) else [x] for x in pair)))
+    size = lambda value: f"{value:.0e}".replace("0e+00", "0")
+    pools = [x for px in (64, 256) for x in of(f"torch-fidelity pool_3, logits, Mixed_6d.branch1x1 at {px} px")]
+    marigold = {key: max(of(f"Marigold, 200 random maps with holes, {space}")[key] for space in ("disparity", "depth")) for key in ("abs_rel", "rmse", "delta1")}
+    rows = [["torch-fidelity 0.4.0, Inception pool_3, logits, sFID's features", "random weights, uint8 noise at 64 and 256 px", size(max(pools))],
+            ["pytorch-fid 0.3.0, pool_3 (`--preprocess pytorch_fid`)", "random weights", "{:.0e} of {:.1f}".format(*of("pytorch-fid pool_3"))],
+            ["pytorch-fid 0.3.0, Frechet distance", "500 x 100 features", f"{size(gap(of('pytorch-fid Frechet')))} of {of('pytorch-fid Frechet')[0]:.1f}"],
+            ["torch-fidelity 0.4.0, precision, recall, KID", "1200 and 1100 features of 64", f"{size(gap(of('torch-fidelity precision')))} (its shares are fp32), {size(gap(of('torch-fidelity KID')))}"],
+            ["lpips 0.1.4, VGG", "random trunk, released heads", size(gap(of("lpips VGG")))],
+            ["scikit-learn 1.9, adjusted Rand index", "random labels", size(gap(of("scikit-learn adjusted")))],
+            ["Marigold's metric code: AbsRel, RMSE, delta1, both alignments", "200 random maps with holes", ", ".join(size(v) for v in marigold.values()) + " (its delta is fp32)"]]
+    return table(["measured against", "on", "difference"], rows)
+
+
+TABLES = {f.__name__: f for f in (demo_understand, demo_generate, speed, speed_parts, loss_curves, few_steps, data_speed, study, ablations, released, canny, fusion, evaluators, mt_translation, mt_restoration, mt_heads_of_x, mt_overhead)}
 
 
 def main():
@@ -228,8 +273,7 @@ def main():
     if "--check" in sys.argv:
         sys.exit(0 if text == old else "README.md is not what results/*.json say; run python results/tables.py")
     README.write_text(text)
-    if "<!-- study -->" in text:
-        study_figure(HERE.parent / "demo" / "study.png")
+    study_figure(HERE.parent / "demo" / "study.png")
 
 
 if __name__ == "__main__":

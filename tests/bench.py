@@ -1,6 +1,6 @@
 """Benchmarks, not tests: what things cost on this machine, without data.
 
-    python tests/bench.py --what train --model XL/2 --batch-size 256 --precision bf16 --compile   # img/s, share of a matmul, memory
+    python tests/bench.py --what train --model XL/2 --batch-size 256 --micro-batch 64 --precision bf16 --compile   # img/s, share of a matmul, memory
     python tests/bench.py --what train --model S/2 --latent-size 16 --batch-size 64 --peer DIR --json train.json
     python tests/bench.py --what sample --model XL/2 --sampler sde --steps 250 --batch-size 64 --precision bf16 --compile --decode
     python tests/bench.py --what load --batch-size 256                                      # the loader, from a warm cache
@@ -10,6 +10,7 @@
     python tests/bench.py --what fusion --model XL/2 --latent-size 32 --flops               # FLOPs alone, no memory needed
     python tests/bench.py --what heads --model S/2 --latent-size 16 --batch-size 64         # MT-Diffusion over the single task
     python tests/bench.py --what evaluate                                                   # FID, precision and recall of 50,000 features
+    python tests/bench.py --what equal --model XL/2 --peer DIR                              # no time: weights in the released format, both codes
 
 --peer DIR is a checkout of jiepengwang/MMGen: its model, loss and loop run by turns with ours on the same tensors, and
 `ratio` is its time over ours.
@@ -138,7 +139,7 @@ def cached_conditioning(model):
         block.adaLN_modulation = once(block._modules.pop("adaLN_modulation"))
 
 
-def our_step(args, device, precision, compile=None, update=train.update, update_ema=train.update_ema, adam=dict(fused=True), read=False, change=lambda model: None):
+def our_step(args, device, precision, compile=False, update=train.update, update_ema=train.update_ema, adam=dict(fused=True), read=False, change=lambda model: None):
     """train.py's step: objective, backward pass, clipping, gated AdamW, EMA; or with parts of it replaced."""
     meta, batch = synthetic(args)
     flags = argparse.Namespace(modalities=None, mix="mmgen", repa_weight=0.5, equal_weights=False, no_task_embedding=False, fusion="linear", model=args.model,
@@ -149,7 +150,7 @@ def our_step(args, device, precision, compile=None, update=train.update, update_
     ema = copy.deepcopy(model).requires_grad_(False)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.0, **adam)
-    if args.compile if compile is None else compile:
+    if compile:
         for block in model.blocks:
             block.compile(fullgraph=True)
     batch, micro, count = {k: x.to(device) for k, x in batch.items()}, args.micro_batch or args.batch_size, 0
@@ -175,6 +176,38 @@ def peer_model(args, device):
         return importlib.import_module("models.sit").SiT(
             depth=depth, hidden_size=width, decoder_hidden_size=width, patch_size=2, num_heads=heads, input_size=args.latent_size, num_classes=1000, z_dims=[768],
             encoder_depth=encoder_depth, num_tasks=4, is_mmcat_diff=True, use_decouple_task=True, use_taskcond_emb=True, fused_attn=True, qk_norm=False).to(device)
+
+
+@torch.inference_mode()
+def equality(args, device):
+    """A file in the released format through both codes, fp32: velocities of 20 random inputs, 10 Euler-Maruyama steps with equal noise.
+
+    Every parameter but the positions is drawn from N(0, 0.04), of XL/2 N(0, 0.02): a fresh network's output is 0.
+    """
+    torch.manual_seed(0)
+    theirs, std = peer_model(args, device).eval(), 0.02 if args.model == "XL/2" else 0.04
+    for name, p in theirs.named_parameters():
+        p.normal_(std=std) if "pos_embed" not in name else None
+    with tempfile.TemporaryDirectory() as folder:
+        torch.save(dict(ema=theirs.state_dict(), args=argparse.Namespace(encoder_depth=SIZES[args.model][3]), steps=0), f"{folder}/0000000.pt")
+        ours = sample.open_model(pathlib.Path(folder) / "0000000.pt", device)
+        worst, values = 0.0, []
+        for i in range(20):
+            x, t, y, given = torch.randn(1, 16, args.latent_size, args.latent_size), torch.rand(1, 4), torch.randint(1001, (1,)), torch.arange(4)[None] == i % 5 - 1
+            condition = dict(lis_idx_taskcond_rand=torch.tensor([i % 5])) if i % 5 else {}
+            values.append(-theirs(x, (1 - t).repeat_interleave(4, 1)[:, :, None, None], y, **condition)[0])
+            worst = max(worst, (ours(x, t, y, given)[0] - values[-1]).abs().max().item())
+        result = {"velocities": dict(difference=worst, std=torch.stack(values).std().item())}
+        for task in (None, *range(4)):
+            given, held, y = torch.arange(4) == (-1 if task is None else task), torch.randn(1, 16, args.latent_size, args.latent_size), torch.tensor([7])
+            mine = sample.draw_latents(ours, y, held, given, sample.Noise(0, [0], device), "sde", 10)
+            noise, free = sample.Noise(0, [0], device), ~given.repeat_interleave(4)
+            blended = sample.GIVEN_TIME * held + (1 - sample.GIVEN_TIME) * noise(held.shape[1:])
+            x = torch.where(free[None, :, None, None], noise(held.shape[1:]), blended)
+            with mock.patch("torch.randn_like", lambda x: noise(x.shape[1:]).double()):
+                other = importlib.import_module("samplers").euler_maruyama_sampler(theirs, x, y, 10, condition_task=task)
+            result["trajectory, category" if task is None else f"trajectory, {FOUR[task]} given"] = dict(difference=(mine - other)[:, free].abs().max().item())
+    return result
 
 
 def peer_step(args, device, precision):
@@ -217,12 +250,13 @@ def peer_step(args, device, precision):
 
 
 def training(args, device):
-    """Training throughput; with --peer the released loop by turns, in its own precision (fp16 on CUDA, fp32 on a CPU) and in ours.
+    """Training throughput, with --compile also compiled; with --peer the released loop by turns, in its own precision (fp16 on CUDA, fp32 on a CPU) and in ours.
 
     ratio: its time over ours; memory on CUDA: of that row alone, on a CPU of the whole run.
     """
     cuda, result, rows = device.type == "cuda", {}, {}
-    makers = {f"ours, {p}": functools.partial(our_step, args, device, p) for p in ([args.precision] if cuda else dict.fromkeys(("fp32", args.precision)))}
+    precisions = [args.precision] if cuda else dict.fromkeys(("fp32", args.precision))
+    makers = {f"ours{', compiled' if compile else ''}, {p}": functools.partial(our_step, args, device, p, compile) for compile in (False, True)[:1 + args.compile] for p in precisions}
     makers |= {f"peer, {p}": functools.partial(peer_step, args, device, p) for p in dict.fromkeys(("fp16" if cuda else "fp32", args.precision)) if args.peer}
     for name, make in makers.items():
         before = torch.cuda.memory_allocated() if cuda else 0
@@ -235,7 +269,7 @@ def training(args, device):
     seconds = by_turns(rows, args.rounds, device)
     first = next((name for name in rows if name.startswith("peer")), None)
     for name, t in seconds.items():
-        rate, (who, precision) = args.batch_size * flops / t, name.split(", ")
+        rate, who, precision = args.batch_size * flops / t, name.split(", ")[0], name.split(", ")[-1]
         result[name].update(ms=1e3 * t, img_per_s=args.batch_size / t, tflops=rate / 1e12)
         if who == "ours":
             result[name].update(matmul_share=rate / matmul_rate(precision, device))
@@ -531,7 +565,8 @@ def evaluate(args, device):
             "memory": {"peak_GB": peak_memory(device)}}
 
 
-WHAT = {"train": training, "sample": sampling, "load": loading, "prep": preparing, "curves": curves, "parts": parts, "fusion": fusion, "heads": heads, "evaluate": evaluate}
+WHAT = {"train": training, "sample": sampling, "load": loading, "prep": preparing, "curves": curves, "parts": parts, "fusion": fusion, "heads": heads, "evaluate": evaluate,
+        "equal": equality}
 
 
 def main():
@@ -556,6 +591,8 @@ def main():
     parser.add_argument("--flops", action="store_true", help="fusion: count only")
     parser.add_argument("--json", type=pathlib.Path)
     args = parser.parse_args()
+    if args.what == "equal" and not args.peer:
+        raise InputError("--what equal: needs --peer DIR")
     if args.peer:
         if not (args.peer / "models" / "sit.py").is_file():
             raise InputError(f"--peer {args.peer}: no checkout of jiepengwang/MMGen, models/sit.py is missing")
