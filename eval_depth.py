@@ -31,8 +31,8 @@ from tqdm import tqdm
 
 import toy_scenes
 from distributed import InputError, barrier, run, setup, whole_file
-from model import MODALITIES, canny
-from prep_latents import EXTENSIONS, centre_crop, nearest_colour, read_picture, segments
+from model import MODALITIES
+from prep_latents import EXTENSIONS, centre_crop, nearest_colour, read_modality, read_picture, segments
 from sample import (Noise, check_sampling_flags, checked_vae, class_of, decode_latents, draw_from, draw_grid, newest_checkpoint, open_model, sampling_flags,
                     sampling_recipe, settle_flags)
 from weights import locate
@@ -188,7 +188,8 @@ def read_seg(path):
     return np.asarray(image.convert("RGB"))
 
 
-READERS = {"depth": read_depth, "normal": read_normal, "seg": read_seg, "canny": lambda path: np.asarray(read_picture(path).convert("RGB"))}
+READERS = {m: functools.partial(read_modality, modality=m, fit=lambda image: image) for m in MODALITIES if m != "rgb"}
+READERS |= {"depth": read_depth, "normal": read_normal, "seg": read_seg}  # their truth has a unit, unknown pixels, labels
 
 
 def stems(base, modality):
@@ -237,7 +238,7 @@ def square_frame(name, rgb, class_id, truth):
 class Toy:
     """Held-out toy scenes."""
 
-    modalities, palette, seg_mode = tuple(READERS), toy_scenes.PALETTE, "semantic"
+    modalities, palette, seg_mode = tuple(m for m in READERS if m in toy_scenes.MAPS or MODALITIES[m].derive), toy_scenes.PALETTE, "semantic"
 
     def __init__(self, count):
         self.names = [str(toy_scenes.HELD_OUT + i) for i in range(count)]
@@ -245,7 +246,8 @@ class Toy:
 
     def frame(self, i):
         scene = toy_scenes.render(toy_scenes.HELD_OUT + i)
-        return Frame(self.names[i], Image.fromarray(scene.rgb), None, dict(depth=scene.depth, normal=scene.normal, seg=scene.seg, canny=canny(scene.rgb)), None)
+        derived = {m: MODALITIES[m].derive(scene.rgb) for m in self.modalities if MODALITIES[m].derive}
+        return Frame(self.names[i], Image.fromarray(scene.rgb), None, dict(depth=scene.depth, normal=scene.normal, seg=scene.seg, **derived), None)
 
 
 class ScanNet:
@@ -375,14 +377,14 @@ def to_network(modality, array, size, palette):
         if not known.all():  # unknown pixels take the nearest known depth
             array = array[tuple(ndimage.distance_transform_edt(~known, return_distances=False, return_indices=True))] if known.any() else np.ones_like(array)
         channels = [1 / array]
-    elif modality == "normal":
-        channels = array.transpose(2, 0, 1)
+    elif array.dtype.kind == "f":
+        channels = array.transpose(2, 0, 1) if array.ndim == 3 else [array]
     else:
         image = Image.fromarray(palette[np.minimum(array, len(palette) - 1)] if array.ndim == 2 else array)
         image.info["flat"] = True
         return MODALITIES[modality].to_pixels(np.asarray(centre_crop(image, size)))
     resized = [np.asarray(centre_crop(Image.fromarray(c.astype(np.float32)), size)) for c in channels]
-    return MODALITIES[modality].to_pixels(resized[0] if modality == "depth" else np.stack(resized, -1))
+    return MODALITIES[modality].to_pixels(np.stack(resized, -1) if array.ndim == 3 else resized[0])
 
 
 def to_truth(modality, array, shape):
@@ -393,7 +395,7 @@ def to_truth(modality, array, shape):
     x = x[None, None] if array.ndim == 2 else x.permute(2, 0, 1)[None]
     x = F.interpolate(x, tuple(shape), mode="nearest-exact") if modality == "seg" else F.interpolate(x, tuple(shape), mode="bilinear", align_corners=False)
     x = x[0, 0].numpy() if array.ndim == 2 else x[0].permute(1, 2, 0).numpy()
-    return x.astype(np.uint8) if modality in ("seg", "canny") else x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-6) if modality == "normal" else x
+    return x.astype(np.uint8) if array.dtype == np.uint8 else x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-6) if modality == "normal" else x
 
 
 def combine(modality, maps, palette):
@@ -408,7 +410,7 @@ def combine(modality, maps, palette):
     median = np.median(stack, 0)
     if modality == "normal":
         median = median / np.maximum(np.linalg.norm(median, axis=-1, keepdims=True), 1e-6)
-    return median, stack.std(0) if modality == "depth" else np.linalg.norm(stack - median, axis=-1).mean(0)
+    return median.astype(stack.dtype), stack.std(0) if median.ndim == 2 else np.linalg.norm(stack - median, axis=-1).mean(0)
 
 
 class Predictor:
@@ -535,6 +537,8 @@ class Tally:
             counts = np.stack([matches(soft > threshold, hard > 0.5) for threshold in EDGES])
             self.edges += counts
             row["edge_f"] = float(f_score(counts).max())
+        for m in maps.keys() - {"depth", "normal", "seg", "canny"}:  # no metric of its own
+            row[f"{m}_mae"] = float(np.abs(maps[m].astype(np.float64) - frame.truth[m]).mean())
         self.rows[i] = row
 
     def merge(self):
@@ -564,6 +568,7 @@ class Tally:
             out |= {k: mean(k) for k in ("miou", "best_overlap", "ari", "boundary_f")}
         if any("edge_f" in row for row in rows):
             out["edge_f"] = f_score(self.edges).max()  # at the set's best threshold, as edge detectors are scored
+        out |= {k: mean(k) for k in dict.fromkeys(k for row in rows for k in row if k.endswith("_mae"))}
         return {k: float(v) for k, v in out.items()}
 
 
@@ -595,8 +600,9 @@ def panels(frame, maps, args, palette):
             error = np.zeros(known.shape)
             error[known] = angles(prediction, truth)
             out[m] = *(MODALITIES[m].picture(x) for x in (truth, prediction)), heat(error, 60), prediction
-        elif m == "canny":
-            out[m] = truth, prediction, heat(np.abs(truth.mean(-1) - prediction.mean(-1)), 255), prediction
+        elif m != "seg":
+            shown = [MODALITIES[m].picture(x) for x in (truth, prediction)]
+            out[m] = *shown, heat(np.abs(shown[0].mean(-1) - shown[1].mean(-1)), 255), prediction
         else:
             colours = palette if palette is not None else np.random.default_rng(0).integers(30, 256, (256, 3)).astype(np.uint8)
             look = lambda x: colours[np.minimum(x, len(colours) - 1)] if x.ndim == 2 else x
@@ -622,7 +628,8 @@ def save_maps(out, frame, maps, spread, args, palette):
 
 def cases(rows, count=2):
     """Indices of the best, median and worst images by the first metric there is."""
-    key = next((k for k in ("abs_rel", "normal_mean", "miou", "edge_f") if any(k in row for row in rows.values())), None)
+    known = dict.fromkeys(k for row in rows.values() for k in row)
+    key = next((k for k in ("abs_rel", "normal_mean", "miou", "edge_f", *known) if k in known and k != "name"), None)
     order = sorted((i for i in rows if key in rows[i]), key=lambda i: rows[i][key] * (-1 if key in ("miou", "edge_f") else 1))
     middle = max(0, len(order) // 2 - count // 2)
     picks = dict.fromkeys(order[:count] + order[middle:middle + count] + order[-count:])

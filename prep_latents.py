@@ -94,7 +94,8 @@ def centre_crop(image, size):
 def read_modality(path, modality, fit, depth_space="disparity"):
     """A file of one modality as the registry's array; fit maps a PIL image (RGB, or F per channel) to the wanted size.
 
-    colour, flat: uint8 (H, W, 3); vector: float32 (H, W, 3) in [-1, 1]; scalar: float32 (H, W) disparity.
+    colour, flat: uint8 (H, W, 3); vector: float32 (H, W, 3) in [-1, 1]; scalar: float32 (H, W), depth as disparity of any
+    scale, others in [0, 1] from pictures of 8 and 16 bits, of an .npy as it is.
     Raises InputError for unreadable files, non-finite values and wrong shapes.
     """
     kind, path = MODALITIES[modality].file, pathlib.Path(path)
@@ -118,7 +119,9 @@ def read_modality(path, modality, fit, depth_space="disparity"):
     if kind == "scalar":
         grey = channels[0] if channels[0].mode == "F" else channels[0].convert("L")
         value = np.asarray(fit(grey), np.float32)
-        return np.where(value > 0, 1 / np.where(value > 0, value, 1), 0) if depth_space == "depth" else value
+        if modality == "depth":
+            return np.where(value > 0, 1 / np.where(value > 0, value, 1), 0) if depth_space == "depth" else value
+        return value / 255 if grey.mode == "L" else value
     if channels[0].mode == "F":
         array = np.stack([np.asarray(fit(c)) for c in channels], -1)
         if path.suffix != ".npy":  # a 16-bit grey picture where colours are expected
@@ -131,6 +134,14 @@ def read_modality(path, modality, fit, depth_space="disparity"):
         return array
     vector = array.astype(np.float32) / 127.5 - 1 if array.dtype == np.uint8 else array
     return vector / np.maximum(np.linalg.norm(vector, axis=-1, keepdims=True), 1e-6)  # resizing shortens them
+
+
+def file_pixels(path, modality, fit, depth_space="disparity"):
+    """A file of one modality as the network's pixels, float32 (3, H, W). Raises InputError as read_modality, and for values out of [-1, 1]."""
+    pixels = MODALITIES[modality].to_pixels(read_modality(path, modality, fit, depth_space))
+    if np.abs(pixels).max() > 1.01:
+        raise InputError(f"{path}: {modality} becomes pixels from {pixels.min():.3g} to {pixels.max():.3g}, they must lie in [-1, 1]; {MODALITIES[modality].meaning}")
+    return pixels
 
 
 def nearest_colour(image, colours):
@@ -187,6 +198,9 @@ class ToySource:
         if self.start < 0:
             raise InputError(f"--toy-start {self.start}: seeds start at 0")
         self.size, self.modalities = args.size, args.modalities or ("rgb", "depth", "normal", "seg")
+        unknown = [m for m in self.modalities if m not in toy_scenes.MAPS and not MODALITIES[m].derive]
+        if unknown:
+            raise InputError(f"--toy with --modalities {unknown[0]}: the toy world has {', '.join(toy_scenes.MAPS)}, and what a row of MODALITIES derives from the RGB; give files with --data")
         self.names = [str(seed) for seed in range(self.start, self.start + args.toy)]
         self.classes, self.palette = toy_scenes.CLASSES, toy_scenes.PALETTE.tolist()
         self.labels = None  # known once rendered
@@ -247,7 +261,7 @@ class FolderSource:
                 sizes[m] = image.width / image.height
                 return centre_crop(image, self.size)
             path = self.files[m][self.names[i]]
-            pixels[m] = MODALITIES[m].to_pixels(read_modality(path, m, fit, self.depth_space))
+            pixels[m] = file_pixels(path, m, fit, self.depth_space)
             if abs(sizes[m] / sizes["rgb"] - 1) > 0.02:
                 raise InputError(f"{path}: aspect {sizes[m]:.3f}, its RGB has {sizes['rgb']:.3f}; the maps would not align")
         return pixels, None

@@ -31,7 +31,7 @@ import mt_diffusion
 from distributed import InputError, autocast, barrier, run, setup, whole_file
 from mesh import pick_segment, write_mesh
 from model import MODALITIES, build_model, load_checkpoint, load_model
-from prep_latents import EXTENSIONS, centre_crop, nearest_colour, read_modality, read_picture, segments, to_unit
+from prep_latents import EXTENSIONS, centre_crop, file_pixels, nearest_colour, read_modality, read_picture, segments, to_unit
 from vae import load_vae, sha256
 from weights import locate
 
@@ -323,9 +323,12 @@ def class_of(path, meta):
 
 
 def find_files(location, modality):
-    """A picture, or all pictures below a folder (its <modality>/ subfolder if it has one), sorted."""
+    """A picture, or all pictures below a folder (its <modality>/ subfolder if it has one), sorted. InputError for a folder of other modalities."""
     location = pathlib.Path(location)
     if location.is_dir():
+        others = [m for m in MODALITIES if (location / m).is_dir()]
+        if others and modality in MODALITIES and modality not in others:
+            raise InputError(f"{location / modality}: no such folder; there are {', '.join(others)}")
         base = location / modality if (location / modality).is_dir() else location
         files = [p for p in sorted(base.rglob("*")) if p.suffix.lower() in EXTENSIONS and p.is_file()]
         if not files:
@@ -535,6 +538,8 @@ def settle_flags(args, model):
         vars(args).update(METHODS[model.method].fast[getattr(args, "task", "understand")])
     if kind is None and (args.start != "shifted" or args.x_update or args.classifier_scale):
         raise InputError("--start, --x-update and --classifier-scale belong to MT-Diffusion, this checkpoint is MMGen's")
+    if kind and args.sampler != "sde":
+        raise InputError(f"--sampler {args.sampler}: MMGen's, an MT-Diffusion checkpoint is sampled by its own chain")
     if kind and tuple(args.cfg_interval) != (0.0, 1.0):
         raise InputError(f"--cfg-interval {args.cfg_interval}: MMGen's, this checkpoint is MT-Diffusion's")
     if args.classifier_scale and kind != "label":
@@ -645,7 +650,7 @@ def options(args, model):
 def read_pixels(args, items, model, vae, given, pool):
     """The items' pictures of the given modalities: {modality: (N, 3, fH, fW)} in [-1, 1], read in threads. Raises InputError where they do not match."""
     unit, meta = model.patch_size * (vae.factor if vae else 1), model.meta
-    read = lambda item, m: MODALITIES[m].to_pixels(read_modality(item.files[m], m, fitter(args, meta, unit, item), meta["depth_space"]))
+    read = lambda item, m: file_pixels(item.files[m], m, fitter(args, meta, unit, item), meta["depth_space"])
     pixels = {m: torch.from_numpy(np.stack(list(pool.map(read, items, [m] * len(items))))) for m in given}
     for m in given:
         if pixels[m].shape != pixels[given[0]].shape:
@@ -656,7 +661,7 @@ def read_pixels(args, items, model, vae, given, pool):
 def whole_picture(args, item, m, meta):
     """A given picture as it is to be written: with --fit full at its own size. float32 (3, H, W)."""
     fit = fitter(args, meta) if args.fit == "crop" else lambda image: image
-    return MODALITIES[m].to_pixels(read_modality(item.files[m], m, fit, meta["depth_space"]))
+    return file_pixels(item.files[m], m, fit, meta["depth_space"])
 
 
 def sample_batch(args, items, pixels, model, meta, vae, given, device, writer):

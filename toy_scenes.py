@@ -214,9 +214,12 @@ def _shade(rng, points, normal, which, albedo, objects, rotation):
     return np.clip(albedo * (gain * (ambient + (1.05 - ambient) * np.maximum(normal @ light, 0.0)))[:, None], 0, 1)
 
 
+MAPS = ("rgb", "depth", "normal", "seg")
+
+
 def maps(scene):
     """The scene as the registry's arrays: rgb uint8, depth as disparity, normal, seg as palette colours."""
-    return {"rgb": scene.rgb, "depth": 1 / scene.depth, "normal": scene.normal, "seg": PALETTE[scene.seg]}
+    return dict(zip(MAPS, (scene.rgb, 1 / scene.depth, scene.normal, PALETTE[scene.seg])))
 
 
 def teacher(scene, grid):

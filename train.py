@@ -166,6 +166,9 @@ class MMGen:
         self.modalities = [m for m in MODALITIES if m in (args.modalities or cache.modalities)]
         if "rgb" not in self.modalities or (args.mix == "rgb2x" and not set(self.modalities[1:]) & set(cache.modalities)):
             raise InputError(f"modalities {self.modalities} of a cache with {list(cache.modalities)}: rgb must be there, and for rgb2x another one")
+        named = {role.given for role in TASK_MIX[args.mix]} - {"none", "random", "subset"}
+        if named - (set(self.modalities) & set(cache.modalities)):
+            raise InputError(f"--mix {args.mix}: gives {', '.join(sorted(named))}, the cache has {', '.join(cache.modalities)} and the model {', '.join(self.modalities)}")
         repa_weight = args.repa_weight if cache.dino else 0.0
         self.model = self.backbone = build_model(args.model, self.modalities, meta["num_classes"], meta["latent_channels"], meta["latent_size"],
                                                  fusion=args.fusion, task_embedding=not args.no_task_embedding, projector=repa_weight > 0)
@@ -284,6 +287,9 @@ def save_checkpoint(folder, model, ema, optimiser, step, config):
     os.replace(link, folder / "latest.pt")
 
 
+LATER = {"method": "mmgen"}  # recipe keys that older runs do not have, and what they did
+
+
 def resume(folder, model, ema, optimiser, config, rank):
     """Load latest.pt, if there is one, and cut log.jsonl back to it -> its step, else 0.
 
@@ -296,7 +302,7 @@ def resume(folder, model, ema, optimiser, config, rank):
         checkpoint = load_checkpoint(path)
         if not isinstance(checkpoint.get("opt"), dict) or "model" not in checkpoint:
             raise InputError(f"{path}: has no optimiser state, it was exported for sampling; start a new --run with --init {path}")
-        checkpoint["config"]["train"].setdefault("method", "mmgen")  # runs of before there were two
+        checkpoint["config"]["train"] = LATER | checkpoint["config"]["train"]
         for part in ("model", "meta", "train"):
             for key in sorted(config[part].keys() | checkpoint["config"][part].keys()):
                 old, new = checkpoint["config"][part].get(key), config[part].get(key)

@@ -61,12 +61,12 @@ def studied():
         name, seed = path.stem.split("_")[:2]
         generated = HERE / "study" / f"{name}_{seed}_generate.json"
         runs = json.loads(path.read_text()), json.loads(generated.read_text()) if generated.exists() else None
-        row = found.setdefault("one task each" if name.startswith("rgb-to-") else name, {})
+        row = found.setdefault("rgb-to-$m" if name.startswith("rgb-to-") else name, {})
         for column, (get, _, _) in STUDIED.items():
             value = get(*runs)
             row.setdefault(column, []).extend([] if value is None else [value])
     place = {name: i for i, name in enumerate(order)}
-    return dict(sorted(found.items(), key=lambda item: place.get(item[0], len(place))))
+    return {name.replace("rgb-to-$m", "one task each"): found[name] for name in sorted(found, key=place.get)}
 
 
 def study():
@@ -74,34 +74,40 @@ def study():
     def cell(values, form):
         return f"{sum(values) / len(values):{form}}" + (f" ± {(max(values) - min(values)) / 2:{form}}" if len(values) > 1 else "") if values else ""
     rows = [[name, str(max(map(len, row.values()))), *(cell(row[column], form) for column, (_, form, _) in STUDIED.items())] for name, row in studied().items()]
+    known, real = read("study/mmgen_0_understand"), read("study/mmgen_0_generate")["latent_fd_of_as_many_scenes"]
+    for name, part in (("the training set's mean map", "mean_map"), ("the autoencoder; real scenes", "ceiling")):
+        cells = dict(zip(STUDIED, (number(known[part][key], form) for key, form in KEYS))) | ({"latent FD": f"{real:.2f}"} if part == "ceiling" else {})
+        rows.append([name, "", *(cells.get(column, "") for column in STUDIED)])
     return table(["", "seeds", *STUDIED], rows)
 
 
-def study_figure(path):
-    """A dot a seed, a tick at the mean, a line at MMGen's mean; to the right is better."""
-    font, small, rows = ImageFont.load_default(15), ImageFont.load_default(12), studied()
-    left, width, height, top = 150, 150, 24, 46
-    sheet = Image.new("RGB", (left + width * len(STUDIED) + 10, top + height * len(rows) + 10), "white")
+def study_figure(path, across=5):
+    """A dot a seed, a tick at the mean, a line at MMGen's mean; to the right is better. Two bands of `across` panels."""
+    font, small, rows = ImageFont.load_default(15), ImageFont.load_default(13), studied()
+    left, width, height, top = 150, 150, 22, 46
+    band = top + height * len(rows) + 14
+    sheet = Image.new("RGB", (left + width * across + 10, band * -(-len(STUDIED) // across)), "white")
     pen = ImageDraw.Draw(sheet)
-    for i, name in enumerate(rows):
-        pen.text((8, top + height * (i + 0.5)), name, fill="black", font=font, anchor="lm")
     for j, (column, (_, form, more)) in enumerate(STUDIED.items()):
+        x0, y0 = left + width * (j % across), band * (j // across)
         values = [v for row in rows.values() for v in row[column]] or [0.0]
         low, high = min(values), max(values)
-        at = lambda v: left + width * (j + 0.1 + 0.8 * ((v - low) if more else (high - v)) / max(high - low, 1e-12))
-        pen.text((left + width * (j + 0.5), 14), column, fill="black", font=small, anchor="mm")
+        at = lambda v: x0 + width * (0.1 + 0.8 * ((v - low) if more else (high - v)) / max(high - low, 1e-12))
+        pen.text((x0 + width / 2, y0 + 14), column, fill="black", font=small, anchor="mm")
         for v, anchor in ((low, "lm" if more else "rm"), (high, "rm" if more else "lm")):
-            pen.text((left + width * (j + (0.06 if anchor == "lm" else 0.94)), 32), f"{v:{form}}", fill="grey", font=small, anchor=anchor)
+            pen.text((x0 + width * (0.06 if anchor == "lm" else 0.94), y0 + 32), f"{v:{form}}", fill="grey", font=small, anchor=anchor)
         full = rows.get("mmgen", {}).get(column)
         if full:
-            pen.line([(at(sum(full) / len(full)), top), (at(sum(full) / len(full)), top + height * len(rows))], fill="lightgrey", width=2)
-        for i, row in enumerate(rows.values()):
-            y = top + height * (i + 0.5)
+            pen.line([(at(sum(full) / len(full)), y0 + top), (at(sum(full) / len(full)), y0 + top + height * len(rows))], fill="lightgrey", width=2)
+        for i, (name, row) in enumerate(rows.items()):
+            y = y0 + top + height * (i + 0.5)
+            if j % across == 0:
+                pen.text((8, y), name, fill="black", font=font, anchor="lm")
             for v in row[column]:
                 pen.ellipse([at(v) - 3, y - 3, at(v) + 3, y + 3], outline="steelblue", width=2)
             if row[column]:
                 x = at(sum(row[column]) / len(row[column]))
-                pen.line([(x, y - 9), (x, y + 9)], fill="black", width=2)
+                pen.line([(x, y - 8), (x, y + 8)], fill="black", width=2)
     sheet.save(path)
 
 

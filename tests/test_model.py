@@ -93,8 +93,8 @@ def test_registry_round_trips():
     disparity = rng.random((6, 6)).astype(np.float32)
     disparity = (disparity - disparity.min()) / np.ptp(disparity)
     colours = rng.integers(0, 256, (6, 6, 3)).astype(np.uint8)
-    for m, array in {"rgb": colours, "seg": colours, "depth": disparity, "normal": normal}.items():
-        row = MODALITIES[m]
+    for m, row in MODALITIES.items():
+        array = {"scalar": disparity, "vector": normal}.get(row.file, colours)
         assert np.allclose(row.from_pixels(row.to_pixels(array)), array, atol=1e-5), m
         assert row.picture(array).dtype == np.uint8 and row.picture(array).shape == (6, 6, 3)
 

@@ -346,7 +346,7 @@ def test_translation_does_not_depend_on_the_batch(trained, command, tmp_path):
     assert len(list((tmp_path / "joint").glob("*/00000?.png"))) == 4
     with pytest.raises(InputError, match="does not take RGB"):
         command("eval_depth", "--toy", 2, "--ckpt", trained("seg", "rgb"), "--steps", 3)
-    for flags, message in ((("--classifier-scale", 1), "--pair label"), (("--x-update", "argmax"), "follows by mean"), (("--steps", 1001), "has 1000"), (("--cfg-interval", 0, 0.5), "MMGen's"),
+    for flags, message in ((("--classifier-scale", 1), "--pair label"), (("--x-update", "argmax"), "follows by mean"), (("--steps", 1001), "has 1000"), (("--cfg-interval", 0, 0.5), "MMGen's"), (("--sampler", "euler"), "its own chain"),
                            (("--cfg", "nan"), "finite"), (("--class-id", 3), "knows nothing of classes")):
         with pytest.raises(InputError, match=message):
             command("sample", "--task", "generate", "--ckpt", run, "--out", tmp_path / "x", *flags)

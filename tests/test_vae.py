@@ -50,6 +50,12 @@ def test_the_bundled_vae_reconstructs_every_modality():
         assert vae.psnr(model, pixels) >= 30, m
 
 
+def test_bad_flags_are_refused(command, tmp_path):
+    for flags in (("--scenes", -1), ("--steps", 0), ("--lr", "nan")):
+        with pytest.raises(InputError, match=flags[0]):
+            command("vae", "--out", tmp_path / "v.safetensors", *flags)
+
+
 def test_unreadable_files_are_named(tmp_path):
     (tmp_path / "bad.safetensors").write_bytes(b"no such thing")
     with pytest.raises(InputError, match="bad.safetensors"):
