@@ -666,8 +666,8 @@ def arguments():
     check_sampling_flags(args)
     if bool(args.pred) != bool(args.gt):
         raise InputError("--pred DIR and --gt DIR go together")
-    if args.ensemble < 1 or (args.toy is not None and args.toy < 1) or not 0 <= args.depth_range[0] < args.depth_range[1]:
-        raise InputError(f"--ensemble {args.ensemble} --toy {args.toy} --depth-range {args.depth_range}: counts from 1, 0 <= MIN < MAX")
+    if args.ensemble < 1 or (args.toy is not None and not 1 <= args.toy <= 10 ** 6) or not 0 <= args.depth_range[0] < args.depth_range[1]:
+        raise InputError(f"--ensemble {args.ensemble} --toy {args.toy} --depth-range {args.depth_range}: counts from 1 to a million, 0 <= MIN < MAX")
     if (args.list or args.num) and not args.scannet:
         raise InputError("--list and --num belong to --scannet")
     return args

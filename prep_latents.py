@@ -191,8 +191,6 @@ def segments(image, least=0.0005, small=32, radius=24):
 class ToySource:
     def __init__(self, args):
         self.start = 0 if args.toy_start is None else args.toy_start
-        if args.toy_start is None and args.toy > toy_scenes.HELD_OUT:
-            raise InputError(f"--toy {args.toy}: seeds from {toy_scenes.HELD_OUT} on are held out; name them with --toy-start")
         if self.start < toy_scenes.HELD_OUT < self.start + args.toy:
             raise InputError(f"--toy-start {self.start} --toy {args.toy}: runs into the held-out seeds from {toy_scenes.HELD_OUT} on")
         if self.start < 0:
@@ -517,8 +515,8 @@ def main():
     parser.add_argument("--verify", action="store_true", help="re-encode a sample of a finished cache and compare")
     args = parser.parse_args()
     args.size = (64 if args.toy else 256) if args.size is None else args.size
-    if (args.toy is not None and args.toy < 1) or args.batch_size < 1 or args.size < 1:
-        raise InputError(f"--toy {args.toy} --batch-size {args.batch_size} --size {args.size}: each must be at least 1")
+    if (args.toy is not None and not 1 <= args.toy <= 10 ** 7) or args.batch_size < 1 or args.size < 1:
+        raise InputError(f"--toy {args.toy} --batch-size {args.batch_size} --size {args.size}: each must be at least 1, --toy at most ten million")
     if args.modalities:
         args.modalities = tuple(m for m in MODALITIES if m in args.modalities)  # the registry's order
         if "rgb" not in args.modalities:

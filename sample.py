@@ -524,9 +524,10 @@ def check_sampling_flags(args):
     """Raise InputError for values of the shared flags that cannot be."""
     if not (np.isfinite(args.cfg) and np.isfinite(args.classifier_scale)):
         raise InputError(f"--cfg {args.cfg} --classifier-scale {args.classifier_scale}: must be finite")
-    if args.steps < 1 or args.batch_size < 1 or args.seed < 0 or (args.num is not None and args.num < 1) or not 0 <= args.cfg_interval[0] <= args.cfg_interval[1] <= 1:
+    num = 1 if args.num is None else args.num
+    if args.steps < 1 or args.batch_size < 1 or args.seed < 0 or not 1 <= num <= 10 ** 6 or not 0 <= args.cfg_interval[0] <= args.cfg_interval[1] <= 1:
         raise InputError(f"--steps {args.steps} --batch-size {args.batch_size} --num {args.num} --seed {args.seed} --cfg-interval {args.cfg_interval}: "
-                         "counts must be at least 1, the seed not negative, the interval 0 <= LO <= HI <= 1")
+                         "counts must be at least 1, --num at most a million, the seed not negative, the interval 0 <= LO <= HI <= 1")
 
 
 def settle_flags(args, model):

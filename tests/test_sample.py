@@ -150,6 +150,7 @@ def test_any_size_full(tmp_path, command):
     (("--task", "generate", "--class-id", "999"), "--class-id 999: this checkpoint has classes 0 to 11"),
     (("--task", "generate", "--given", "rgb"), "--given belongs to --task condition"),
     (("--task", "generate", "--steps", "0"), "at least 1"),
+    (("--task", "generate", "--num", "2147483648"), "at most a million"),
     (("--task", "generate", "--ckpt", "nowhere.pt"), "nowhere.pt: no such checkpoint"),
     (("--task", "generate", "--vae", "nowhere.safetensors"), "nowhere.safetensors: no such file"),
 ])
