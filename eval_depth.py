@@ -32,7 +32,7 @@ from tqdm import tqdm
 import toy_scenes
 from distributed import InputError, barrier, run, setup, whole_file
 from model import MODALITIES
-from prep_latents import EXTENSIONS, centre_crop, nearest_colour, read_modality, read_picture, segments
+from prep_latents import EXTENSIONS, centre_crop, nearest_colour, read_array, read_modality, read_picture, segments
 from sample import (Noise, check_sampling_flags, checked_vae, class_of, decode_latents, draw_from, draw_grid, newest_checkpoint, open_model, sampling_flags,
                     sampling_recipe, settle_flags)
 from weights import locate
@@ -140,13 +140,8 @@ def instance_scores(prediction, truth):
 # Files of truth and predictions, in the user's units.
 
 def _array(path):
-    try:
-        array = np.load(path, allow_pickle=False)
-        if array.dtype.kind not in "fiub" or not array.size:
-            raise ValueError(f"{array.dtype} {array.shape}")
-        return array.astype(np.float32) if array.dtype.kind != "f" else array
-    except Exception as error:  # numpy raises many kinds for a foreign or damaged file
-        raise InputError(f"{path}: not a readable .npy array of numbers ({str(error)[:80]}); make it again")
+    array = read_array(path)
+    return array if array.dtype.kind == "f" else array.astype(np.float32)
 
 
 def read_depth(path):
@@ -310,8 +305,8 @@ class Tree:
         self.files = {m: stems(args.data, m) for m in MODALITIES if (args.data / m).is_dir()}
         if "rgb" not in self.files or len(self.files) == 1:
             raise InputError(f"--data {args.data}: needs rgb/ and one of {', '.join(READERS)}; found {', '.join(self.files) or 'none'}")
-        self.modalities = tuple(m for m in READERS if m in self.files)
-        same_stems(self.files["rgb"], {m: self.files[m] for m in self.modalities})
+        same_stems(self.files["rgb"], {m: files for m, files in self.files.items() if m != "rgb"})
+        self.modalities = tuple(m for m in READERS if m in self.files or MODALITIES[m].derive)
         self.names, self.meta, self.space = sorted(self.files["rgb"]), meta, args.depth_space
         self.seg_mode = meta["seg_mode"]
         self.recipe = dict(source="folder", folder=args.data.name, depth_space=args.depth_space)
@@ -319,10 +314,11 @@ class Tree:
     def frame(self, i):
         name = self.names[i]
         rgb = self.files["rgb"][name]
-        truth = {m: READERS[m](self.files[m][name]) for m in self.modalities}
+        picture = read_picture(rgb).convert("RGB")
+        truth = {m: READERS[m](self.files[m][name]) if m in self.files else MODALITIES[m].derive(np.asarray(picture)) for m in self.modalities}
         if "depth" in truth and self.space == "disparity":
             truth["depth"] = 1 / np.where(truth["depth"] > 0, truth["depth"], np.nan)
-        return square_frame(name, read_picture(rgb).convert("RGB"), class_of(rgb, self.meta), truth)
+        return square_frame(name, picture, class_of(rgb, self.meta), truth)
 
 
 class Pairs:
@@ -370,6 +366,10 @@ def same_stems(files, others):
 # ------------------------------------------------------------------------------------------------
 # Predictions of a model, and the autoencoder's ceiling.
 
+def unit(vectors):
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-6)
+
+
 def to_network(modality, array, size, palette):
     """Truth of one modality -> pixels (3, S, S) as training would have seen it."""
     if modality == "depth":
@@ -381,10 +381,13 @@ def to_network(modality, array, size, palette):
         channels = array.transpose(2, 0, 1) if array.ndim == 3 else [array]
     else:
         image = Image.fromarray(palette[np.minimum(array, len(palette) - 1)] if array.ndim == 2 else array)
-        image.info["flat"] = True
+        image.info["flat"] = MODALITIES[modality].file == "flat"
         return MODALITIES[modality].to_pixels(np.asarray(centre_crop(image, size)))
     resized = [np.asarray(centre_crop(Image.fromarray(c.astype(np.float32)), size)) for c in channels]
-    return MODALITIES[modality].to_pixels(np.stack(resized, -1) if array.ndim == 3 else resized[0])
+    stack = np.stack(resized, -1)
+    if MODALITIES[modality].file == "vector":  # resizing shortens them
+        stack = unit(stack)
+    return MODALITIES[modality].to_pixels(stack if array.ndim == 3 else resized[0])
 
 
 def to_truth(modality, array, shape):
@@ -393,23 +396,24 @@ def to_truth(modality, array, shape):
         return array
     x = torch.from_numpy(np.ascontiguousarray(array)).float()
     x = x[None, None] if array.ndim == 2 else x.permute(2, 0, 1)[None]
-    x = F.interpolate(x, tuple(shape), mode="nearest-exact") if modality == "seg" else F.interpolate(x, tuple(shape), mode="bilinear", align_corners=False)
+    kind = MODALITIES[modality].file
+    x = F.interpolate(x, tuple(shape), mode="nearest-exact") if kind == "flat" else F.interpolate(x, tuple(shape), mode="bilinear", align_corners=False)
     x = x[0, 0].numpy() if array.ndim == 2 else x[0].permute(1, 2, 0).numpy()
-    return x.astype(np.uint8) if array.dtype == np.uint8 else x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-6) if modality == "normal" else x
+    return x.astype(np.uint8) if array.dtype == np.uint8 else unit(x) if kind == "vector" else x
 
 
 def combine(modality, maps, palette):
     """K samples of one map -> one map and the per-pixel spread: median (depth, normals), vote (semantic colours)."""
     stack = np.stack(maps)
-    if modality == "seg":
+    if MODALITIES[modality].file == "flat":
         if palette is None:
             return maps[0], None  # colours of segments mean nothing from one sample to the next
         votes = np.stack([nearest_colour(m, palette) for m in maps])
         counts = np.stack([(votes == k).sum(0) for k in range(len(palette))])
         return palette[counts.argmax(0)], 1 - counts.max(0) / len(maps)
     median = np.median(stack, 0)
-    if modality == "normal":
-        median = median / np.maximum(np.linalg.norm(median, axis=-1, keepdims=True), 1e-6)
+    if MODALITIES[modality].file == "vector":
+        median = unit(median)
     return median.astype(stack.dtype), stack.std(0) if median.ndim == 2 else np.linalg.norm(stack - median, axis=-1).mean(0)
 
 
@@ -449,7 +453,8 @@ class Predictor:
             for m in [m for m in frame.truth if m in modalities]:
                 drawn = [MODALITIES[m].from_pixels(member[n, wanted.index(m)]) for member in members]
                 maps[m], spread[m] = (drawn[0], None) if len(drawn) == 1 else combine(m, drawn, self.palette if self.args.seg_mode == "semantic" else None)
-                maps[m] = to_truth(m, maps[m], frame.truth[m].shape[:2])
+                shape = frame.truth[m].shape[:2]
+                maps[m], spread[m] = to_truth(m, maps[m], shape), None if spread[m] is None else to_truth("depth", spread[m], shape)
             out.append((maps, spread))
         return out
 
@@ -630,7 +635,7 @@ def cases(rows, count=2):
     """Indices of the best, median and worst images by the first metric there is."""
     known = dict.fromkeys(k for row in rows.values() for k in row)
     key = next((k for k in ("abs_rel", "normal_mean", "miou", "edge_f", *known) if k in known and k != "name"), None)
-    order = sorted((i for i in rows if key in rows[i]), key=lambda i: rows[i][key] * (-1 if key in ("miou", "edge_f") else 1))
+    order = sorted((i for i in rows if np.isfinite(rows[i].get(key, np.nan))), key=lambda i: rows[i][key] * (-1 if key in ("miou", "edge_f") else 1))
     middle = max(0, len(order) // 2 - count // 2)
     picks = dict.fromkeys(order[:count] + order[middle:middle + count] + order[-count:])
     return key, list(picks)

@@ -240,12 +240,13 @@ class VaeNetwork:
     """The autoencoder's mean latents, flattened: a Frechet distance for the toy world. It is not FID."""
 
     def __init__(self, args, rank, device):
-        self.model, self.device = load_vae(args.vae).to(device), device
+        self.model, self.device, self.shape = load_vae(args.vae).to(device), device, None
         self.id = dict(vae=args.vae, vae_sha256=sha256(self.model.path))
 
     def __call__(self, pictures):
-        if len(shapes := {p.shape for p in pictures}) > 1 or any(s % self.model.factor for s in pictures[0].shape[:2]):
-            raise InputError(f"pictures of shape {sorted(shapes)[0]}: the autoencoder needs one size for all, a multiple of {self.model.factor}; use --crop")
+        self.shape = self.shape or pictures[0].shape  # of both sets: latents of other sizes do not compare
+        if len(shapes := {self.shape, *(p.shape for p in pictures)}) > 1 or any(s % self.model.factor for s in pictures[0].shape[:2]):
+            raise InputError(f"pictures of shape {' and '.join(map(str, sorted(shapes)))}: the autoencoder needs one size for all, a multiple of {self.model.factor}; use --crop")
         return {"latent": self.model.encode(next(_batches(pictures, self.device)) / 127.5 - 1)[0].flatten(1)}
 
 
@@ -273,9 +274,12 @@ class Pictures:
                 raise InputError(f"{path}: no pictures in this folder")
             self.names = [p.relative_to(self.path).with_suffix("").as_posix() for p in self.files]
             return
-        self.file, self.lock = zipfile.ZipFile(self.path).open("arr_0.npy"), threading.Lock()
-        version = np.lib.format.read_magic(self.file)
-        shape, fortran, dtype = (np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0)(self.file)
+        self.file, self.lock = zipfile.ZipFile(self.path).open("arr_0.npy"), threading.Lock()  # KeyError: holds no pictures
+        try:
+            version = np.lib.format.read_magic(self.file)
+            shape, fortran, dtype = (np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0)(self.file)
+        except Exception as error:  # numpy and zipfile raise many kinds for a foreign or damaged file
+            raise InputError(f"{path}: arr_0 is not readable ({type(error).__name__}: {str(error)[:80]}); make it again")
         if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or fortran or not all(shape):
             raise InputError(f"{path}: arr_0 is {dtype} {shape}, expected uint8 (N, H, W, 3)")
         self.shape, self.start = shape, self.file.tell()
@@ -317,7 +321,7 @@ def read_statistics(path):
             pictures = "arr_0" in file.files
     except FileNotFoundError:
         raise InputError(f"{path}: no such file or folder")
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, AttributeError, TypeError) as error:
+    except Exception as error:  # numpy and zipfile raise many kinds for a foreign or damaged file
         raise InputError(f"{path}: not a readable .npz ({str(error)[:100]}); give pictures (arr_0), statistics (mu, sigma) or a folder")
     known = [pair for pair in KEYS.values() if all(k in found for k in pair)]
     if not pictures and not known:

@@ -15,7 +15,7 @@ from scipy.ndimage import label
 from scipy.sparse.linalg import cg
 
 from distributed import InputError, run, whole_file
-from prep_latents import read_picture
+from prep_latents import read_array, read_picture
 
 
 def integrate(normal, mask, focal=None, sharpness=2.0, iterations=100, tolerance=1e-5):
@@ -164,11 +164,8 @@ def main():
     parser.add_argument("--focal", type=float, help="in half-widths of the picture; default: orthographic")
     parser.add_argument("--out", type=pathlib.Path, required=True)
     args = parser.parse_args()
-    try:
-        normal = np.load(args.normal, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise InputError(f"{args.normal}: not a readable .npy array ({error})")
-    if not isinstance(normal, np.ndarray) or normal.ndim != 3 or normal.dtype.kind != "f" or not np.isfinite(normal).all():
+    normal = read_array(args.normal)
+    if normal.ndim != 3 or normal.dtype.kind != "f" or not np.isfinite(normal).all():
         raise InputError(f"{args.normal}: normals are finite floats of shape (H, W, 3)")
     if args.focal is not None and not args.focal > 0:
         raise InputError(f"--focal {args.focal}: must be positive, in half-widths of the picture")

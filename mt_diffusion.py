@@ -351,22 +351,21 @@ def build(name, pair, modalities, num_classes, latent_channels, latent_size, agg
 # ------------------------------------------------------------------------------------------------
 # Training: an objective for train.py's loop.
 
-def add_flags(group):
-    """train.py's flags for this method."""
-    group.add_argument("--pair", nargs="+", metavar="X", help="SOURCE TARGET modalities, or masked, masked-u, label, feature")
-    group.add_argument("--agg", default="vp_ramp", choices=list(FAMILIES), help="the weights w of the forward aggregation")
-    group.add_argument("--patch-size", type=int, default=2, help="4 for pixels (a cache of --vae none)")
-    group.add_argument("--head", default="middle", choices=("middle", "output"), help="label: MT-Diffusion-M or -E")
-    group.add_argument("--x-weight", type=float, default=0.1, help="lambda of Eq. 6; 0 is the single task")
-    group.add_argument("--eps-weight", type=float, default=1.0, help="0 trains the head of X alone")
-    group.add_argument("--hidden", type=float, help="share of rows whose X the network does not see; default: the setting's")
-    group.add_argument("--single", type=float, help="label, feature: share of rows of plain DDPM conditioned on X (0.3)")
-
-
 class Objective:
     """Eq. 6: the noise's mean square, plus x_weight times X's error on the rows that carry X. See train.MMGen for the contract."""
 
-    method = "mt-diffusion"
+    method, aligned = "mt-diffusion", False
+
+    @staticmethod
+    def add_flags(group):
+        return [group.add_argument("--pair", nargs="+", metavar="X", help="SOURCE TARGET modalities, or masked, masked-u, label, feature"),
+                group.add_argument("--agg", default="vp_ramp", choices=list(FAMILIES), help="the weights w of the forward aggregation"),
+                group.add_argument("--patch-size", type=int, default=2, help="4 for pixels (a cache of --vae none)"),
+                group.add_argument("--head", default="middle", choices=("middle", "output"), help="label: MT-Diffusion-M or -E"),
+                group.add_argument("--x-weight", type=float, default=0.1, help="lambda of Eq. 6; 0 is the single task"),
+                group.add_argument("--eps-weight", type=float, default=1.0, help="0 trains the head of X alone"),
+                group.add_argument("--hidden", type=float, help="share of rows whose X the network does not see; default: the setting's"),
+                group.add_argument("--single", type=float, help="label, feature: share of rows of plain DDPM conditioned on X (0.3)")]
 
     def __init__(self, args, cache, device):
         meta, self.args, self.device = cache.meta, args, device

@@ -17,7 +17,6 @@ import os
 import pathlib
 import pickle
 import time
-import zipfile
 
 import numpy as np
 import torch
@@ -60,8 +59,10 @@ def read_picture(path):
                 values = np.asarray(image, np.float32)
                 if not np.isfinite(values).all():
                     raise InputError(f"{path}: holds values that are not finite; replace them")
-                top = 65535 if image.mode.startswith("I") and values.max() <= 65535 else max(float(values.max()), 1e-8)
-                return Image.fromarray(values.clip(0) / top)
+                fixed = image.mode.startswith("I") and values.max() <= 65535
+                picture = Image.fromarray(values.clip(0) / (65535 if fixed else max(float(values.max()), 1e-8)))
+                picture.info["scale"] = "16 bit" if fixed else "own"
+                return picture
             if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -91,6 +92,19 @@ def centre_crop(image, size):
     return image.crop((left, top, left + size, top + size))
 
 
+def read_array(path):
+    """An .npy array of numbers, not empty. Raises InputError for anything else."""
+    try:
+        array = np.load(path, allow_pickle=False)
+        if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiub" or not array.size:
+            raise ValueError(f"{getattr(array, 'dtype', type(array).__name__)} {getattr(array, 'shape', '')}")
+        return array
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file")
+    except Exception as error:  # numpy raises many kinds for a foreign or damaged file
+        raise InputError(f"{path}: not a readable .npy array of numbers ({type(error).__name__}: {str(error)[:80]}); make it again")
+
+
 def read_modality(path, modality, fit, depth_space="disparity"):
     """A file of one modality as the registry's array; fit maps a PIL image (RGB, or F per channel) to the wanted size.
 
@@ -100,10 +114,7 @@ def read_modality(path, modality, fit, depth_space="disparity"):
     """
     kind, path = MODALITIES[modality].file, pathlib.Path(path)
     if path.suffix == ".npy":
-        try:
-            array = np.load(path, allow_pickle=False).astype(np.float32)
-        except (ValueError, EOFError, OSError, AttributeError, TypeError, zipfile.BadZipFile) as error:
-            raise InputError(f"{path}: not a readable .npy array of numbers ({error})")
+        array = read_array(path).astype(np.float32)
         wanted = 2 if kind == "scalar" else 3
         limit = {"scalar": np.inf, "vector": 1.01}.get(kind, 255)
         if array.ndim != wanted or (wanted == 3 and array.shape[2] != 3) or not array.size or not np.isfinite(array).all() or np.abs(array).max() > limit:
@@ -117,6 +128,8 @@ def read_modality(path, modality, fit, depth_space="disparity"):
         image.info["flat"] = kind == "flat"
         channels = [image]
     if kind == "scalar":
+        if modality != "depth" and path.suffix != ".npy" and channels[0].info.get("scale") == "own":
+            raise InputError(f"{path}: a picture of floats or of 32 bits has no fixed scale; give {modality} as 8 or 16 bits, or as .npy")
         grey = channels[0] if channels[0].mode == "F" else channels[0].convert("L")
         value = np.asarray(fit(grey), np.float32)
         if modality == "depth":
@@ -458,7 +471,7 @@ def open_array(folder, stem, count):
     path = pathlib.Path(folder) / f"{stem}.npy"
     try:
         array = np.load(path, mmap_mode="r")
-    except (OSError, ValueError, EOFError) as error:
+    except Exception as error:  # numpy raises many kinds for a foreign or damaged file
         raise InputError(f"{path}: missing or cut short ({error}); delete {folder} and run prep_latents.py again")
     if array.shape[:1] != (count,):
         raise InputError(f"{path}: shape {array.shape}, meta.json says {count} rows; delete {folder} and run prep_latents.py again")
@@ -493,7 +506,6 @@ def verify(out, meta, source, vae, teacher, feature, device, batch_size):
 
 
 def main():
-    """Encode what is missing of the cache, blocks shared out over the processes; or --verify. A killed run continues."""
     """Encode what is missing of the cache, blocks shared out over the processes; or --verify. A killed run continues."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_mutually_exclusive_group(required=True)

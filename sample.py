@@ -31,7 +31,7 @@ import mt_diffusion
 from distributed import InputError, autocast, barrier, run, setup, whole_file
 from mesh import pick_segment, write_mesh
 from model import MODALITIES, build_model, load_checkpoint, load_model
-from prep_latents import EXTENSIONS, centre_crop, file_pixels, nearest_colour, read_modality, read_picture, segments, to_unit
+from prep_latents import EXTENSIONS, centre_crop, file_pixels, nearest_colour, read_array, read_modality, read_picture, segments, to_unit
 from vae import load_vae, sha256
 from weights import locate
 
@@ -379,6 +379,9 @@ def requests(args, given, meta):
     return items
 
 
+MOST_TOKENS = 2 ** 14
+
+
 def fitter(args, meta, unit=2, item=None):
     """What brings a PIL image to the network's size: ADM's centre crop, or (--fit full) the whole picture in multiples of unit."""
     S = meta["resolution"]
@@ -390,6 +393,8 @@ def fitter(args, meta, unit=2, item=None):
             item.size = image.size
         scale = S / min(image.size)
         size = tuple(max(unit, round(s * scale / unit) * unit) for s in image.size)
+        if size[0] * size[1] > MOST_TOKENS * unit ** 2:
+            raise InputError(f"--fit full of {image.width}x{image.height}: {size[0] * size[1] // unit ** 2} tokens, at most {MOST_TOKENS}; use --fit crop")
         return image.resize(size, Image.Resampling.NEAREST if image.info.get("flat") else Image.Resampling.BILINEAR if image.mode == "F" else Image.Resampling.BICUBIC)
     return whole
 
@@ -780,11 +785,8 @@ def vector_file(out, pair, item):
 
 def read_features(path, size):
     """Vectors (K, F) of a .npy file, at the scale of the cache's. Raises InputError for anything else."""
-    try:
-        vectors = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise InputError(f"--features {path}: not a readable .npy array ({error})")
-    if not isinstance(vectors, np.ndarray) or vectors.dtype.kind != "f" or vectors.ndim != 2 or vectors.shape[1] != size or not len(vectors) or not np.isfinite(vectors).all():
+    vectors = read_array(path)
+    if vectors.dtype.kind != "f" or vectors.ndim != 2 or vectors.shape[1] != size or not np.isfinite(vectors).all():
         raise InputError(f"--features {path}: needs finite floats of shape (K, {size})")
     return to_unit(vectors.astype(np.float32)).astype(np.float32)
 

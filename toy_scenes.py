@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from distributed import run
+from distributed import InputError, run, whole_file
 from model import MODALITIES
 
 HELD_OUT = 2 ** 31
@@ -243,13 +243,15 @@ def main():
     parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("scenes"))
     args = parser.parse_args()
+    if not 1 <= args.num <= 10 ** 7 or not 8 <= args.size <= 4096 or args.start < 0:
+        raise InputError(f"--num {args.num} --start {args.start} --size {args.size}: 1 to ten million scenes from seed 0 on, of 8 to 4096 pixels")
     for seed in range(args.start, args.start + args.num):
         scene = render(seed, args.size)
         for name, array in maps(scene).items():
             row = MODALITIES[name]
             path = args.out / name / CLASSES[scene.label].replace(" ", "_") / f"{seed}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(row.picture(row.from_pixels(row.to_pixels(array)))).save(path)
+            with whole_file(path) as file:
+                Image.fromarray(row.picture(row.from_pixels(row.to_pixels(array)))).save(file, "png")
     print(f"{args.num} scenes in {args.out}")
 
 

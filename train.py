@@ -112,7 +112,7 @@ def draw(seed, step, mix, modalities, present, shape, device):
     size = 1 + (rand(N, 1) * (len(table.choices) - 1)).long().clamp(max=max(len(table.choices) - 2, 0))
 
     index = torch.arange(M, device=device)
-    given = (index == table.fixed) | (table.random & (index == chosen[:, None])) | (table.subset & (lot.argsort(1).argsort(1) < size))
+    given = (index == table.fixed) | (table.random & (index == chosen[:, None])) | (table.subset & (lot.argsort(1).argsort(1) < size))  # a lot's rank
     t = torch.where(table.independent, separate, shared)
     t = torch.where(given, table.clean + (1 - table.clean) * clean, t)
     kept = (drop >= table.drop) | (index == 0)
@@ -151,6 +151,7 @@ def total_loss(sums, counts, weights):
 class MMGen:
     """The objective of the paper: velocities and REPA. What an objective brings to the loop below:
 
+    add_flags (an argparse group) -> the actions of its own flags; aligned: it reads the cache's alignment targets
     model     the network; backbone, its transformer blocks; recipe and method for the checkpoint; summary() for the first line
     names     of its K terms in log.jsonl; weights (K,) of the terms in the loss; reads, the cache's arrays it needs
     prepare   (step, a batch on the device, this process's slice of the global batch) -> {tensors of its rows}, counts (K,) of the
@@ -159,7 +160,15 @@ class MMGen:
     initialise (checkpoint, path) -> --init's table
     """
 
-    method = "mmgen"
+    method, aligned = "mmgen", True
+
+    @staticmethod
+    def add_flags(group):
+        return [group.add_argument("--mix", default="mmgen", choices=list(TASK_MIX)),
+                group.add_argument("--modalities", nargs="+", choices=list(MODALITIES), help="default: the cache's; those the cache lacks are not supervised"),
+                group.add_argument("--equal-weights", action="store_true", help="loss weight 1 for every modality"),
+                group.add_argument("--repa-weight", type=float, default=0.5),
+                group.add_argument("--no-task-embedding", action="store_true")]
 
     def __init__(self, args, cache, device):
         meta, self.args, self.device = cache.meta, args, device
@@ -229,7 +238,7 @@ class Cache:
         stems = (*self.modalities, *["dino"] * self.dino, *["feature"] * bool(self.meta.get("feature")), "labels")
         self.arrays = {stem: open_array(folder, stem, n) for stem in stems}
         C, size = self.meta["latent_channels"], tuple(self.meta["latent_size"])
-        moments = ((np.uint8, (n, C, *size)), (np.float16, (n, 2, C, *size)))[self.meta["vae"] != "none"]
+        moments = (np.uint8, (n, C, *size)) if self.meta["vae"] == "none" else (np.float16, (n, 2, C, *size))
         expected = {m: moments for m in self.modalities}
         expected["labels"] = (np.int64, (n,))
         if self.dino:
@@ -287,7 +296,7 @@ def save_checkpoint(folder, model, ema, optimiser, step, config):
     os.replace(link, folder / "latest.pt")
 
 
-LATER = {"method": "mmgen"}  # recipe keys that older runs do not have, and what they did
+LATER = {"method": "mmgen"}  # keys of config["train"] that older checkpoints do not have, and what they did
 
 
 def resume(folder, model, ema, optimiser, config, rank):
@@ -359,16 +368,9 @@ def arguments():
     parser.add_argument("--log-every", type=int, default=100)
     parser.add_argument("--init", type=pathlib.Path, help="start from the EMA of this checkpoint")
     parser.add_argument("--method", default="mmgen", choices=list(METHODS))
-    mmgen = parser.add_argument_group("MMGen")
-    mmgen.add_argument("--mix", default="mmgen", choices=list(TASK_MIX))
-    mmgen.add_argument("--modalities", nargs="+", choices=list(MODALITIES), help="default: the cache's; those the cache lacks are not supervised")
-    mmgen.add_argument("--equal-weights", action="store_true", help="loss weight 1 for every modality")
-    mmgen.add_argument("--repa-weight", type=float, default=0.5)
-    mmgen.add_argument("--no-task-embedding", action="store_true")
-    mt = parser.add_argument_group("MT-Diffusion")
-    mt_diffusion.add_flags(mt)
+    flags = {name: objective.add_flags(parser.add_argument_group(f"--method {name}")) for name, objective in METHODS.items()}
     args = parser.parse_args()
-    for action in {"mmgen": mt, "mt-diffusion": mmgen}[args.method]._group_actions:
+    for action in [action for name, actions in flags.items() if name != args.method for action in actions]:
         if getattr(args, action.dest) != action.default:
             raise InputError(f"{action.option_strings[0]}: does not belong to --method {args.method}")
     return args
@@ -399,7 +401,7 @@ def main():
     rank, world, device = setup()
     part, micro = split(args, rank, world)
     rows = part.stop - part.start
-    cache = Cache(args.data, need_dino=args.method == "mmgen" and args.repa_weight > 0)
+    cache = Cache(args.data, need_dino=METHODS[args.method].aligned and args.repa_weight > 0)
     torch.manual_seed(args.seed)
     objective = METHODS[args.method](args, cache, device)
     model = objective.model
@@ -476,7 +478,7 @@ def main():
     bar.close()
     barrier()
     if rank == 0:
-        print(f"{args.run / 'latest.pt'}: {args.steps} steps")
+        print(f"{args.run / 'latest.pt'}: {max(first, args.steps)} steps")
 
 
 if __name__ == "__main__":

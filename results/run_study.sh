@@ -10,7 +10,7 @@ mkdir -p "$RUNS" "$OUT"
 
 measure() {  # name: RGB given; then, where the model generates all four, category samples and each modality given
     python eval_depth.py --toy 128 --ckpt "$RUNS/$1" --sampler euler --steps 2 --batch-size 64 --precision bf16 --out "$RUNS/$1/evaluation" --json "$RUNS/$1/understand.json" $2
-    [ -n "$2" ] || python tests/measure_demo.py --ckpt "$RUNS/$1" --sampler euler --steps 2 --create euler 25 --guidance 1 --num 64 --generate 192 --batch-size 64 --precision bf16 \
+    [ -n "$2" ] || python tests/measure_demo.py --ckpt "$RUNS/$1" --sampler euler --steps 2 --create euler 25 --guidance 1 --reader demo/mmgen.pt --num 64 --generate 192 --batch-size 64 --precision bf16 \
         --understood "$RUNS/$1/understand.json" --json "$RUNS/$1/generate.json"
     for part in generate understand; do  # the last one says that the run is done
         [ ! -f "$RUNS/$1/$part.json" ] || mv "$RUNS/$1/$part.json" "$OUT/$1_$part.json"

@@ -194,6 +194,15 @@ def demo_understand():
                   for (key, name), form in zip(names.items(), (".4f", ".2f", ".3f"))]) + "\n\n" + made_by(found["recipe"])
 
 
+def ten_minutes():
+    """results/ten_minutes.json (eval_depth.py's JSON) and ten_minutes_clock.json, by results/ten_minutes.sh."""
+    found, clock = read("ten_minutes"), read("ten_minutes_clock")
+    rows = [[name, *(number(found[part][key] if part else found[key], form) for key, form in KEYS)]
+            for name, part in (("trained from nothing", None), ("the training set's mean map", "mean_map"), ("the autoencoder", "ceiling"))]
+    laps = ", ".join(f"{what} after {seconds} s" for what, seconds in clock["laps"].items())
+    return f"{clock['cores']} cores: {laps}. {made_by(found['recipe'])}\n\n" + table(["", "AbsRel", "normals (degrees)", "mIoU"], rows)
+
+
 def demo_generate():
     """results/demo_generate.json: tests/measure_demo.py."""
     found = read("demo_generate")
@@ -203,7 +212,8 @@ def demo_generate():
     recovered["gap"] = {key: given[m]["gap"][key] for m, key in (("depth", "abs_rel"), ("normal", "normal_mean"), ("seg", "miou"))}
     recipe = found["recipe"]
     return f"{recipe['generated']} category samples, the classes in turn, guidance {recipe['guidance']:g}; {recipe['held_out']} given maps; " \
-        f"{', '.join(recipe['create'])} steps; understood as above.\n\n" + table(["generation", ""], [
+        f"{', '.join(recipe['create'])} steps, {recipe['precision']}, seed {recipe['seed']}; understood in {recipe['steps']} steps. " \
+        "Gaps as above, the mean map scored against the same maps; a generated disparity of 1 and 0 stands for 1.2 and 5.7, the mean range of the scenes.\n\n" + table(["generation", ""], [
         ["the generated segmentation's main object is of the asked type", number(found["class_in_segmentation"], ".1%")],
         ["so is the segmentation predicted from the generated RGB alone", number(found["class_from_rgb_alone"], ".1%")],
         ["the generated RGB's main object has the asked hue", number(found["hue_in_rgb"], ".1%")],
@@ -267,7 +277,7 @@ def evaluators():
     return table(["measured against", "on", "difference"], rows)
 
 
-TABLES = {f.__name__: f for f in (demo_understand, demo_generate, speed, speed_parts, loss_curves, few_steps, data_speed, study, ablations, released, canny, fusion, evaluators, mt_translation, mt_restoration, mt_heads_of_x, mt_overhead)}
+TABLES = {f.__name__: f for f in (demo_understand, demo_generate, ten_minutes, speed, speed_parts, loss_curves, few_steps, data_speed, study, ablations, released, canny, fusion, evaluators, mt_translation, mt_restoration, mt_heads_of_x, mt_overhead)}
 
 
 def main():

@@ -184,6 +184,7 @@ def equality(args, device):
 
     Every parameter but the positions is drawn from N(0, 0.04), of XL/2 N(0, 0.02): a fresh network's output is 0.
     """
+    device = torch.device("cpu")  # the figures are of fp32 there
     torch.manual_seed(0)
     theirs, std = peer_model(args, device).eval(), 0.02 if args.model == "XL/2" else 0.04
     for name, p in theirs.named_parameters():
@@ -604,7 +605,7 @@ def main():
     for name, row in result.items():
         print(f"{name:15s}" + "".join(f"  {key} {value:.4g}" for key, value in row.items()))
     if args.json:
-        recipe = dict(command=" ".join(["tests/bench.py", *[a for a in sys.argv[1:] if a not in (str(args.peer), str(args.json), str(args.scratch))]]), threads=torch.get_num_threads(),
+        recipe = dict(command=" ".join(["tests/bench.py", *[{str(args.peer): "DIR", str(args.json): "FILE", str(args.scratch): "DIR"}.get(a, a) for a in sys.argv[1:]]]), threads=torch.get_num_threads(),
                       torch=torch.__version__, device=torch.cuda.get_device_name() if device.type == "cuda" else device.type)
         with whole_file(args.json) as file:
             file.write(json.dumps({**result, "recipe": recipe}, indent=1).encode())

@@ -4,7 +4,8 @@
     python tests/measure_demo.py --sampler euler --steps 2 --understood results/demo_understand.json --json results/demo_generate.json
 
 --sampler and --steps are those of understanding, --create those of generation. Remaining gap = (value - ceiling) /
-(mean map - ceiling), with the ceiling and the baseline that eval_depth.py measured. The latent Frechet distance is that of
+(mean map - ceiling), with the ceiling that eval_depth.py measured and the mean map scored against the same maps; a generated
+disparity of 1 and 0 is taken for NEAR and FAR. The latent Frechet distance is that of
 the autoencoder's mean latents, pooled to 4x4 places, to 2,000 held-out scenes; it is not FID.
 """
 import argparse
@@ -22,7 +23,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import toy_scenes  # noqa: E402
 from distributed import run, setup, whole_file  # noqa: E402
-from eval_depth import Frame, Tally  # noqa: E402
+from eval_depth import Frame, Tally, mean_map  # noqa: E402
 from eval_fid import add_moments, finish_moments, frechet  # noqa: E402
 from model import MODALITIES  # noqa: E402
 from prep_latents import nearest_colour  # noqa: E402
@@ -64,34 +65,38 @@ class Measure:
         self.model = open_model(self.checkpoint, device, args.precision, args.compile)
         settle_flags(args, self.model)
         self.vae = checked_vae(args.vae, self.model.meta).to(device)
+        self.reader = open_model(locate(args.reader), device, args.precision, args.compile) if args.reader else self.model
         self.known = json.loads(args.understood.read_text())
 
-    def draw(self, options, labels, given=None):
+    def draw(self, options, labels, given=None, model=None):
         """Samples of classes, given pixels of some modalities {modality: (n, 3, S, S)}; options: the sampling flags."""
+        model = model or self.model
         out = []
         for i in tqdm(range(0, len(labels), options.batch_size), leave=False):
             y = torch.tensor(labels[i:i + options.batch_size], device=self.device)
             part = {m: p[i:i + options.batch_size] for m, p in (given or {}).items()}
-            x = draw_from(options, self.model, self.vae, y, part, Noise(options.seed, range(i, i + len(y)), self.device))
-            out.append(decode_latents(self.vae, x, self.model.latent_channels, options.precision).cpu())
+            x = draw_from(options, model, self.vae, y, part, Noise(options.seed, range(i, i + len(y)), self.device))
+            out.append(decode_latents(self.vae, x, model.latent_channels, options.precision).cpu())
         return torch.cat(out)
 
     def understand(self, rgb):
-        return self.draw(self.args, [self.model.num_classes] * len(rgb), {"rgb": rgb})
+        return self.draw(self.args, [self.reader.num_classes] * len(rgb), {"rgb": rgb}, self.reader)
 
     def maps(self, pixels, modality):
         return [MODALITIES[modality].from_pixels(p[self.model.modalities.index(modality)].numpy()) for p in pixels]
 
     def agreement(self, predicted, truth):
-        """Scores of predicted maps {modality: maps} against true ones, of KEYS, with their remaining gaps."""
+        """Scores of predicted maps {modality: maps} against true ones, of KEYS, the mean map's against the same, and the remaining gaps."""
         scoring = argparse.Namespace(depth_range=(1e-3, 10.0), alignment="disparity", seg_mode="semantic", eps=None)
-        tally = Tally(scoring, PALETTE)
-        for i in range(len(next(iter(truth.values())))):
-            tally.add(i, Frame(str(i), None, None, {m: maps[i] for m, maps in truth.items()}, None), {m: maps[i] for m, maps in predicted.items()})
-        result = tally.result()
-        values = {KEYS[m]: result[KEYS[m]] for m in truth}
-        gap = lambda k: (values[k] - self.known["ceiling"][k]) / (self.known["mean_map"][k] - self.known["ceiling"][k])
-        return {**values, "gap": {k: gap(k) for k in values}}
+
+        def score(predicted):
+            tally = Tally(scoring, PALETTE)
+            for i in range(len(next(iter(truth.values())))):
+                tally.add(i, Frame(str(i), None, None, {m: maps[i] for m, maps in truth.items()}, None), {m: maps[i] for m, maps in predicted.items()})
+            return {KEYS[m]: tally.result()[KEYS[m]] for m in truth}
+        values, guess = score(predicted), score({m: [mean_map()[m]] * len(maps) for m, maps in truth.items()})
+        gap = lambda k: (values[k] - self.known["ceiling"][k]) / (guess[k] - self.known["ceiling"][k])
+        return {**values, "mean_map": guess, "gap": {k: gap(k) for k in values}}
 
     def moments(self, rgb):
         """Mean and covariance of the mean latents of pixels (n, 3, S, S), pooled to 4x4 places."""
@@ -151,6 +156,7 @@ def arguments(doc):
     parser.add_argument("--create", nargs=2, default=("euler", "50"), metavar=("SAMPLER", "STEPS"))
     parser.add_argument("--guidance", type=float, default=2.0, help="of category generation")
     parser.add_argument("--understood", type=pathlib.Path, required=True, help="the JSON of eval_depth.py --toy: ceiling and mean map")
+    parser.add_argument("--reader", help="checkpoint that understands the generated RGB; default: the same")
     parser.add_argument("--json", type=pathlib.Path)
     sampling_flags(parser)
     args = parser.parse_args()
@@ -168,7 +174,7 @@ def main():
     measure = Measure(args, device)
     result = {**measure.generation(creating(args, *args.create, args.guidance), args.generate),
               "given_map_recovered": measure.recovery(creating(args, *args.create), [toy_scenes.render(toy_scenes.HELD_OUT + i) for i in range(args.num)])}
-    recipe = dict(**sampling_recipe(args, measure.checkpoint, measure.model), create=list(args.create), guidance=args.guidance, held_out=args.num, generated=args.generate,
+    recipe = dict(**sampling_recipe(args, measure.checkpoint, measure.model), create=list(args.create), reader=args.reader and str(args.reader), guidance=args.guidance, held_out=args.num, generated=args.generate,
                   torch=torch.__version__, device=device.type)
     report(result, recipe, args.json)
 

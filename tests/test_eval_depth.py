@@ -14,6 +14,7 @@ import eval_depth
 import toy_scenes
 from conftest import shell
 from distributed import InputError
+from model import MODALITIES
 
 RNG = np.random.default_rng(0)
 DEPTH = RNG.uniform(0.5, 8, (40, 50))
@@ -369,6 +370,28 @@ def test_folder_tree(command, tmp_path):
     result = json.loads((tmp_path / "o.json").read_text())
     assert result["recipe"]["modalities"] == ["depth", "seg"] and result["abs_rel"] < 0.4 and result["miou"] > 0.3
     assert result["ceiling"]["miou"] > 0.9
+
+
+def test_truth_is_resized_as_training_resizes_it():
+    """Normals keep their length, colour maps are smoothed, segments are not; an image without a score is no case."""
+    scene = toy_scenes.render(3, 128)
+    normal = eval_depth.to_network("normal", scene.normal.astype(np.float32), 48, None)
+    assert np.abs(np.linalg.norm(normal, axis=0) - 1).max() < 1e-5
+    edges = eval_depth.to_network("canny", MODALITIES["canny"].derive(scene.rgb), 64, None)
+    seg = eval_depth.to_network("seg", scene.seg, 64, toy_scenes.PALETTE)
+    assert len(np.unique(edges)) > 2 and len(np.unique(seg.reshape(3, -1), axis=1).T) <= len(toy_scenes.PALETTE)
+    key, picks = eval_depth.cases({0: {"name": "a", "miou": np.nan}, 1: {"name": "b", "miou": 0.1}, 2: {"name": "c", "miou": 0.9}}, 1)
+    assert key == "miou" and picks[0] == 2 and 0 not in picks
+
+
+def test_a_tree_derives_what_it_has_no_folder_for(tmp_path):
+    for folder in ("rgb", "seg"):
+        (tmp_path / folder / "a").mkdir(parents=True)
+    scene = toy_scenes.render(3)
+    Image.fromarray(scene.rgb).save(tmp_path / "rgb/a/x.png")
+    Image.fromarray(toy_scenes.PALETTE[scene.seg]).save(tmp_path / "seg/a/x.png")
+    tree = eval_depth.Tree(types.SimpleNamespace(data=tmp_path, depth_space="depth"), dict(seg_mode="semantic", class_names=[]))
+    assert tree.modalities == ("seg", "canny") and (tree.frame(0).truth["canny"] == MODALITIES["canny"].derive(scene.rgb)).all()
 
 
 def test_unknown_depth_is_filled_for_the_ceiling_only():

@@ -180,6 +180,9 @@ def test_latent_distance_is_never_called_fid(command, tmp_path):
     text = command("eval_fid", tmp_path / "a.npz", tmp_path / "b.npz", "--features", "vae", "--json", tmp_path / "o.json")
     result = json.loads((tmp_path / "o.json").read_text())
     assert result["latent_fd"] > 0 and "fid" not in result and "fid " not in text
+    pictures(tmp_path / "c.npz", 20, 2, 32)
+    with pytest.raises(InputError, match="one size for all"):
+        command("eval_fid", tmp_path / "a.npz", tmp_path / "c.npz", "--features", "vae")
 
 
 # ------------------------------------------------------------------------------------------------

@@ -50,6 +50,9 @@ def test_scalars_have_one_scale_whatever_the_file(rows, tmp_path):
     for space in ("disparity", "depth"):
         for name in ("8.png", "16.png", "a.npy"):
             assert np.abs(file_pixels(tmp_path / name, "luma", lambda image: image, space) - _pixels(grey / 255)).max() < 1e-5, (space, name)
+    Image.fromarray((grey / 510).astype(np.float32)).save(tmp_path / "float.tiff")
+    with pytest.raises(InputError, match="float.tiff: a picture of floats"):
+        file_pixels(tmp_path / "float.tiff", "luma", lambda image: image)
     np.save(tmp_path / "wide.npy", grey)
     with pytest.raises(InputError, match=r"wide.npy: luma becomes pixels from .* luma in \[0, 1\]"):
         file_pixels(tmp_path / "wide.npy", "luma", lambda image: image)

@@ -234,7 +234,9 @@ def test_arrays_are_checked_and_flat_ones_stay_flat(tmp_path):
     np.save(tmp_path / "normal.npy", np.full((8, 8, 3), 200.0))
     np.save(tmp_path / "nan.npy", np.full((8, 8), np.nan))
     (tmp_path / "zip.npy").write_bytes(b"PK\x03\x04" + bytes(100))
-    for name, modality in (("normal", "normal"), ("nan", "depth"), ("zip", "depth")):
+    header = b"{'descr': '<f4', 'fortran_order': False, 'shape': (8, 8\n"  # never closed: tokenize's error, not a ValueError
+    (tmp_path / "header.npy").write_bytes(b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header)
+    for name, modality in (("normal", "normal"), ("nan", "depth"), ("zip", "depth"), ("header", "depth")):
         with pytest.raises(InputError, match=f"{name}.npy"):
             prep_latents.read_modality(tmp_path / f"{name}.npy", modality, lambda i: i)
 

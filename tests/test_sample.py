@@ -141,6 +141,9 @@ def test_any_size_full(tmp_path, command):
             "--sampler", "euler", "--steps", 1, "--out", tmp_path / "out")
     assert np.load(tmp_path / "out" / "depth" / "wide.npy").shape == (90, 150)
     assert Image.open(tmp_path / "out" / "seg" / "wide.png").size == (150, 90)
+    Image.new("RGB", (2, 600)).save(tmp_path / "thread.png")
+    with pytest.raises(InputError, match="2x600: 19200 tokens, at most 16384"):
+        command("sample", "--task", "understand", "--image", tmp_path / "thread.png", "--fit", "full", "--ckpt", "demo/mmgen.pt", "--out", tmp_path / "thread")
 
 
 @pytest.mark.parametrize("arguments, message", [
