@@ -463,6 +463,9 @@ def read_meta(folder):
         found = meta.get("format") if isinstance(meta, dict) else type(meta).__name__
         raise InputError(f"{path}: format is {found!r}, expected {FORMAT!r}" + (f" with {lost[0]}" if found == FORMAT else "")
                          + f"; delete {folder} and run prep_latents.py again")
+    for key in ("count", "scale", "resolution", "latent_channels", "num_classes"):
+        if not isinstance(meta[key], (int, float)) or not 0 <= meta[key] < 1e12:
+            raise InputError(f"{path}: {key} is {str(meta[key])[:40]}, expected a number; delete {folder} and run prep_latents.py again")
     return meta
 
 

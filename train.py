@@ -384,7 +384,7 @@ def split(args, rank, world):
     for name in ("steps", "batch_size", "log_every", "ckpt_every", "preview_every"):
         if getattr(args, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
-    if not 0 < args.lr < 1e3 or not 0 <= args.repa_weight < 1e3 or args.seed < 0:
+    if not 0 < args.lr < 1e3 or not 0 <= args.repa_weight < 1e3 or not 0 <= args.seed < 2 ** 63:
         raise InputError(f"--lr {args.lr} --repa-weight {args.repa_weight} --seed {args.seed}: must be finite, and not negative")
     groups, micro = args.batch_size // 4, args.micro_batch
     if args.batch_size > 2 ** 16:  # every process draws the noise of the whole batch

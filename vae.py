@@ -244,8 +244,8 @@ def main():
     parser.add_argument("--init", help="polish this VAE: only its decoder learns, so that cached latents stay valid")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    if min(args.steps, args.scenes, args.batch_size) < 1 or not 0 < args.lr < 1e3 or not 0 <= args.kl < 1e3 or args.seed < 0:
-        raise InputError(f"--steps {args.steps} --scenes {args.scenes} --batch-size {args.batch_size}: at least 1; --lr {args.lr} --kl {args.kl} --seed {args.seed}: finite, not negative")
+    if min(args.steps, args.scenes, args.batch_size) < 1 or not 0 < args.lr < 1e3 or not 0 <= args.kl < 1e3 or not 0 <= args.seed < 2 ** 63 or args.scenes > 10 ** 6:
+        raise InputError(f"--steps {args.steps} --scenes {args.scenes} --batch-size {args.batch_size}: at least 1, at most a million scenes; --lr {args.lr} --kl {args.kl} --seed {args.seed}: finite, not negative")
     _, _, device = setup()
     torch.manual_seed(args.seed)
 

@@ -277,7 +277,18 @@ def evaluators():
     return table(["measured against", "on", "difference"], rows)
 
 
-TABLES = {f.__name__: f for f in (demo_understand, demo_generate, ten_minutes, speed, speed_parts, loss_curves, few_steps, data_speed, study, ablations, released, canny, fusion, evaluators, mt_translation, mt_restoration, mt_heads_of_x, mt_overhead)}
+def robustness():
+    """results/fuzz.json and soak.json: tests/fuzz.py and tests/soak.py."""
+    fuzz, soak = read("fuzz"), read("soak")
+    return table(["", "tried", "outcome"], [
+        ["`tests/fuzz.py`: damaged and odd pictures, caches, checkpoints, folders, flags, one each", f"{fuzz['inputs']:,}",
+         f"{fuzz['refused with a line']} refused with a line, {fuzz['accepted']} accepted, {len(fuzz['failures'])} tracebacks or hangs, no half-written file; "
+         f"of those {fuzz['tried again after mending']['refused with a line']} refused with a line since mended"],
+        ["`tests/soak.py`: train, kill, resume, sample, kill, continue", f"{soak['minutes']:.0f} minutes, {soak['rounds']} rounds, {soak['kills_training']} + {soak['kills_sampling']} kills",
+         f"{soak['steps_done_again']} steps done again, {soak['rounds_that_differ']} rounds differ from runs that nobody killed, {soak['stray_files']} stray files"]])
+
+
+TABLES = {f.__name__: f for f in (demo_understand, demo_generate, ten_minutes, speed, speed_parts, loss_curves, robustness, few_steps, data_speed, study, ablations, released, canny, fusion, evaluators, mt_translation, mt_restoration, mt_heads_of_x, mt_overhead)}
 
 
 def main():

@@ -9,7 +9,7 @@ lap() {  # what is done
 }
 python prep_latents.py --toy 5000 --out data/ten --no-dino --batch-size 64
 lap encoded
-torchrun --nproc_per_node=2 -- train.py --data data/ten --run runs/ten --mix photo --steps 2200 --model T/2 --equal-weights --repa-weight 0 --lr 1e-3 --batch-size 32 --compile
+python train.py --data data/ten --run runs/ten --mix photo --steps 2100 --model T/2 --equal-weights --repa-weight 0 --lr 1e-3 --batch-size 32 --compile
 lap trained
 python eval_depth.py --toy 128 --ckpt runs/ten --sampler euler --steps 2 --batch-size 64 --out runs/ten/evaluation --json results/ten_minutes.json
 lap evaluated
