@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 import toy_scenes
 from distributed import InputError, barrier, run, setup, whole_file
-from model import MODALITIES
+from model import MODALITIES, unit
 from prep_latents import EXTENSIONS, centre_crop, nearest_colour, read_array, read_modality, read_picture, segments
 from sample import (Noise, check_sampling_flags, checked_vae, class_of, decode_latents, draw_from, draw_grid, newest_checkpoint, open_model, sampling_flags,
                     sampling_recipe, settle_flags)
@@ -171,7 +171,7 @@ def read_normal(path):
     else:
         pixels = np.asarray(read_picture(path).convert("RGB"))
         normal, known = pixels / 255.0 * 2 - 1, pixels.any(-1, keepdims=True)
-    return np.where(known, normal / np.maximum(np.linalg.norm(normal, axis=-1, keepdims=True), 1e-6), 0)
+    return np.where(known, unit(normal), 0)
 
 
 def read_seg(path):
@@ -366,10 +366,6 @@ def same_stems(files, others):
 # ------------------------------------------------------------------------------------------------
 # Predictions of a model, and the autoencoder's ceiling.
 
-def unit(vectors):
-    return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-6)
-
-
 def to_network(modality, array, size, palette):
     """Truth of one modality -> pixels (3, S, S) as training would have seen it."""
     if modality == "depth":
@@ -387,7 +383,7 @@ def to_network(modality, array, size, palette):
     stack = np.stack(resized, -1)
     if MODALITIES[modality].file == "vector":  # resizing shortens them
         stack = unit(stack)
-    return MODALITIES[modality].to_pixels(stack if array.ndim == 3 else resized[0])
+    return MODALITIES[modality].to_pixels(stack if array.ndim == 3 else stack[..., 0])
 
 
 def to_truth(modality, array, shape):

@@ -50,13 +50,17 @@ def _depth_picture(disparity):
     return np.repeat((disparity.clip(0, 1) * 255).round().astype(np.uint8)[..., None], 3, 2)
 
 
+def unit(vectors):
+    """Vectors (..., 3) at length 1; zero stays zero."""
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-6)
+
+
 def _normal_pixels(normal):
     return normal.astype(np.float32).transpose(2, 0, 1)
 
 
 def _normal_map(pixels):
-    normal = pixels.transpose(1, 2, 0)
-    return normal / np.maximum(np.linalg.norm(normal, axis=-1, keepdims=True), 1e-6)
+    return unit(pixels.transpose(1, 2, 0))
 
 
 def _normal_picture(normal):

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 import toy_scenes
 from distributed import InputError, barrier, run, setup, whole_file
-from model import MODALITIES
+from model import MODALITIES, unit
 from vae import load_vae, sha256
 
 FORMAT = "mmgen-cache-1"
@@ -146,7 +146,7 @@ def read_modality(path, modality, fit, depth_space="disparity"):
     if kind != "vector":
         return array
     vector = array.astype(np.float32) / 127.5 - 1 if array.dtype == np.uint8 else array
-    return vector / np.maximum(np.linalg.norm(vector, axis=-1, keepdims=True), 1e-6)  # resizing shortens them
+    return unit(vector)  # resizing shortens them
 
 
 def file_pixels(path, modality, fit, depth_space="disparity"):

@@ -24,7 +24,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from distributed import InputError, barrier, run, setup, whole_file
-from model import MODALITIES
+from model import MODALITIES, unit
 from prep_latents import EXTENSIONS, read_picture
 
 PIPELINES = {"depth": "depth-estimation", "seg": "mask-generation"}
@@ -97,7 +97,7 @@ def to_picture(modality, array, image, seed, depth_space):
         smooth = Image.fromarray(scaled.astype(np.float32)).resize(image.size, Image.Resampling.BILINEAR)
         return Image.fromarray((np.asarray(smooth, np.float64) * 65535).round().astype(np.uint16))
     if array.dtype != np.uint8:
-        array = MODALITIES["normal"].picture(array / np.maximum(np.linalg.norm(array, axis=-1, keepdims=True), 1e-6))
+        array = MODALITIES["normal"].picture(unit(array))
     picture = Image.fromarray(array)
     return picture.resize(image.size, Image.Resampling.BILINEAR) if picture.size != image.size else picture
 

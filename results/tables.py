@@ -242,9 +242,9 @@ def released():
 
 def canny():
     """results/canny_*.json: eval_depth.py's JSON."""
-    names = (("before", "before", 0), ("canny in the place of seg (`--modalities rgb depth normal canny`)", "for_seg", 1000), ("canny as the fifth", "fifth", 2500))
-    rows = [[name, str(steps), *(number(read(f"canny_{part}").get(key), form) for key, form in (("abs_rel", ".4f"), ("normal_mean", ".2f"), ("miou", ".3f"), ("edge_f", ".3f")))]
-            for name, part, steps in names]
+    names = (("before", "before"), ("canny in the place of seg (`--modalities rgb depth normal canny`)", "for_seg"), ("canny as the fifth", "fifth"))
+    rows = [[name, "0" if part == "before" else str(read(f"canny_{part}")["recipe"]["step"]), *(number(read(f"canny_{part}").get(key), form) for key, form in (("abs_rel", ".4f"), ("normal_mean", ".2f"), ("miou", ".3f"), ("edge_f", ".3f")))]
+            for name, part in names]
     return table(["from the demo weights", "steps", "AbsRel", "normals (degrees)", "mIoU", "edge F"], rows)
 
 
@@ -278,12 +278,13 @@ def evaluators():
 
 
 def robustness():
-    """results/fuzz.json and soak.json: tests/fuzz.py and tests/soak.py."""
-    fuzz, soak = read("fuzz"), read("soak")
+    """results/fuzz.json, fuzz_again.json (its failures after mending, --only) and soak.json: tests/fuzz.py and tests/soak.py."""
+    fuzz, again, soak = read("fuzz"), read("fuzz_again"), read("soak")
+    broken = [case["verdict"] for case in fuzz["failures"]]
     return table(["", "tried", "outcome"], [
         ["`tests/fuzz.py`: damaged and odd pictures, caches, checkpoints, folders, flags, one each", f"{fuzz['inputs']:,}",
-         f"{fuzz['refused with a line']} refused with a line, {fuzz['accepted']} accepted, {len(fuzz['failures'])} tracebacks or hangs, no half-written file; "
-         f"of those {fuzz['tried again after mending']['refused with a line']} refused with a line since mended"],
+         f"{fuzz['refused with a line']} refused with a line, {fuzz['accepted']} accepted, {len(broken)} tracebacks or hangs, {broken.count('half-written')} half-written files; "
+         f"the {again['inputs']} again, mended: {again['refused with a line']} refused with a line, {again['accepted']} accepted, {len(again['failures'])} failures"],
         ["`tests/soak.py`: train, kill, resume, sample, kill, continue", f"{soak['minutes']:.0f} minutes, {soak['rounds']} rounds, {soak['kills_training']} + {soak['kills_sampling']} kills",
          f"{soak['steps_done_again']} steps done again, {soak['rounds_that_differ']} rounds differ from runs that nobody killed, {soak['stray_files']} stray files"]])
 

@@ -357,7 +357,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--num", type=int, default=1000)
     parser.add_argument("--first", type=int, default=0)
-    parser.add_argument("--only", type=int, help="this case alone, with its output")
+    parser.add_argument("--only", type=int, nargs="+", metavar="CASE", help="these cases alone, with their output")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--limit", type=float, default=60, help="seconds after which a command hangs")
     parser.add_argument("--verbose", action="store_true", help="print every case")
@@ -378,7 +378,7 @@ def main():
             os._exit(0)
         if os.waitpid(pid, 0)[1]:
             raise InputError("the good cache could not be made")
-        for number in [args.only] if args.only is not None else range(args.first, args.first + args.num):
+        for number in args.only or range(args.first, args.first + args.num):
             kind, verdict, command, text = try_case(args.seed, number, good, args.limit, args.only is not None)
             counts[kind][verdict] += 1
             if verdict not in ("0", "2"):

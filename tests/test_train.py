@@ -185,6 +185,17 @@ def test_bad_arguments(change, message, cache, trained, command):
         command("train", "--data", cache, "--run", trained, *TRAIN, *change)
 
 
+def test_an_older_run_goes_on(cache, trained, tmp_path, command):
+    """A checkpoint of before the recipe named its method."""
+    shutil.copytree(trained, tmp_path / "run", symlinks=True)
+    path = (tmp_path / "run/latest.pt").resolve()
+    assert path.is_relative_to(tmp_path.resolve())
+    checkpoint = torch.load(path, weights_only=True)
+    assert checkpoint["config"]["train"].pop("method") == "mmgen"
+    torch.save(checkpoint, path)
+    assert "6 steps" in command("train", "--data", cache, "--run", tmp_path / "run", *TRAIN)
+
+
 def test_a_damaged_cache_is_refused(cache, tmp_path, command):
     for stem, message in (("depth", "depth.npy: missing or cut short"), ("done", "not encoded yet")):
         folder = tmp_path / stem
