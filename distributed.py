@@ -1,12 +1,15 @@
-"""torchrun helpers and the two habits all commands share: clear input errors and whole files.
+"""What all commands share: torchrun's world, work shared out and read ahead, whole files, errors of one line.
 
 A command started without torchrun is a world of one process and takes the same path.
 """
+import argparse
 import collections
+import concurrent.futures
 import contextlib
 import datetime
 import errno
 import functools
+import itertools
 import os
 import pathlib
 import sys
@@ -16,24 +19,59 @@ import torch
 import torch.distributed as dist
 
 
+# ------------------------------------------------------------------------------------------------
+# Errors.
+
 class InputError(Exception):
     """Something the user gave is wrong: the message names the file, the value and the remedy."""
 
 
+def check(ok, message):
+    """Raise InputError with this message unless ok."""
+    if not ok:
+        raise InputError(message)
+
+
+@contextlib.contextmanager
+def reading(path, remedy):
+    """Whatever fails inside is the fault of what is read: an InputError of one line that names path and
+    remedy.
+
+    Foreign files make numpy, torch, Pillow, zip, timm and the hub raise errors of every kind.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such file; {remedy}") from error
+    except Exception as error:
+        reason = " ".join(str(error).split())[:100]
+        raise InputError(f"{path}: not readable ({type(error).__name__}: {reason}); {remedy}") from error
+
+
+# ------------------------------------------------------------------------------------------------
+# The world.
+
 def setup():
     """Join the torchrun world, if there is one -> (rank, world size, torch.device)."""
-    rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    cuda = torch.cuda.is_available()
-    mps = not cuda and torch.backends.mps.is_available()
-    device = torch.device(f"cuda:{local}" if cuda else "mps" if mps else "cpu")
-    if cuda:
+    rank = int(os.environ.get("RANK", 0))
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local)
         torch.cuda.set_device(device)
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32
-    elif "OMP_NUM_THREADS" not in os.environ or (world > 1 and os.environ["OMP_NUM_THREADS"] == "1"):
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", world))))  # torchrun's own default is 1
+        torch.backends.cuda.matmul.allow_tf32 = False  # fp32 means fp32
+        torch.backends.cudnn.allow_tf32 = False
+    else:
+        device = torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        threads = os.environ.get("OMP_NUM_THREADS")
+        if threads is None or (world > 1 and threads == "1"):  # 1 is torchrun's own default
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+            torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", world))))
     if world > 1:
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=2))
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))
     return rank, world, device
 
 
@@ -49,14 +87,58 @@ def all_reduce(tensor):
     return tensor
 
 
+def broadcast(value):
+    """Process 0's value (picklable) on every process."""
+    box = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(box)
+    return box[0]
+
+
+def gather(value):
+    """The values (picklable) of all processes, in the order of their ranks, on every process."""
+    values = [value]
+    if dist.is_initialized():
+        values = [None] * dist.get_world_size()
+        dist.all_gather_object(values, value)
+    return values
+
+
 def autocast(device, precision):
     """The context of a forward pass: bf16 autocast for precision "bf16", nothing for "fp32"."""
-    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
+    if precision == "bf16":
+        return torch.autocast(device.type, torch.bfloat16)
+    return contextlib.nullcontext()
 
+
+# ------------------------------------------------------------------------------------------------
+# Work.
+
+def share(items, rank, world, size):
+    """This process's batches of `size` items: the batches are the same whatever the number of processes."""
+    batches = [items[start:start + size] for start in range(0, len(items), size)]
+    return batches[rank::world]
+
+
+def prefetch(function, jobs, threads=2, ahead=2):
+    """Yield function(job) in the order of the jobs, up to `ahead` of them computed in threads beforehand."""
+    jobs = iter(jobs)
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+        waiting = collections.deque(pool.submit(function, job) for job in itertools.islice(jobs, ahead))
+        while waiting:
+            result = waiting.popleft().result()
+            waiting.extend(pool.submit(function, job) for job in itertools.islice(jobs, 1))
+            yield result
+
+
+# ------------------------------------------------------------------------------------------------
+# Files.
 
 @functools.cache
-def leftovers(folder):
-    """{file name: temporaries of it that killed processes left} of a folder, listed once: it may hold 50,000 pictures."""
+def _leftovers(folder):
+    """{file name: temporaries of it that killed processes left}, listed once: a folder may hold 50,000
+    pictures.
+    """
     found = collections.defaultdict(list)
     for path in folder.glob(".*.tmp"):
         found[path.name[1:].rsplit(".", 2)[0]].append(path)
@@ -71,7 +153,7 @@ def whole_file(path):
     """
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    for stale in leftovers(path.parent).pop(path.name, ()):
+    for stale in _leftovers(path.parent).pop(path.name, ()):
         stale.unlink(missing_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -88,26 +170,43 @@ def whole_file(path):
         temporary.unlink(missing_ok=True)
 
 
+# ------------------------------------------------------------------------------------------------
+# Commands.
+
+def command_parser(doc):
+    """A parser of a command's flags whose --help shows the file's docstring as it is written."""
+    return argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def _one_line(error):
+    """What a command says of an error that is not a fault of its own; None where it is one."""
+    if isinstance(error, InputError):
+        return str(error)
+    if isinstance(error, OSError):  # full disk, no permission, no such folder
+        return f"{error.filename or 'output'}: {error.strerror or error}; check the path and the free space"
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted; the same command continues, or starts again where nothing was kept"
+    text = str(error).strip()
+    if dist.is_initialized() and any(word in text.lower() for word in ("peer", "gloo", "nccl", "closed")):
+        said = text.splitlines()[0]
+        return f"another process has ended, and its own line says why; or they cannot talk: {said}"
+    return None
+
+
 def run(main):
     """Run a command's main: an InputError or a failing disk ends it with one line and exit code 2."""
     try:
         main()
-    except InputError as error:
-        message = str(error)
-    except OSError as error:  # full disk, no permission, no such folder
-        message = f"{error.filename or 'output'}: {error.strerror or error}; check the path and the free space"
-    except RuntimeError as error:
-        if not dist.is_initialized() or not any(word in str(error).lower() for word in ("peer", "gloo", "nccl", "closed")):
+    except (InputError, OSError, RuntimeError, KeyboardInterrupt) as error:
+        message = _one_line(error)
+        if message is None:
             raise
-        message = f"another process has ended, and its own line says why; or they cannot talk: {str(error).strip().splitlines()[0]}"
-    except KeyboardInterrupt:
-        message = "interrupted; the same command continues, or starts again where nothing was kept"
     else:
         if dist.is_initialized():
             dist.destroy_process_group()
         return
     if int(os.environ.get("RANK", 0)) > 0:
-        time.sleep(3)  # when all processes meet the same error, torchrun ends this one before it repeats the line
+        time.sleep(3)  # where all meet the same error, torchrun ends this one before it repeats the line
     print(f"{pathlib.Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
     sys.stdout.flush()
     os._exit(2)  # a waiting collective of another process must not keep this one alive

@@ -15,7 +15,7 @@ from scipy.ndimage import label
 from scipy.sparse.linalg import cg
 
 from distributed import InputError, run, whole_file
-from prep_latents import read_array, read_picture
+from modalities import read_array, read_picture
 
 
 def integrate(normal, mask, focal=None, sharpness=2.0, iterations=100, tolerance=1e-5):

@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 from distributed import InputError, run, whole_file
-from model import MODALITIES
+from modalities import MODALITIES
 
 HELD_OUT = 2 ** 31
 SEGMENTS = ("floor", "wall", "sphere", "box", "cylinder", "cone")

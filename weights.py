@@ -1,27 +1,50 @@
-"""Weights from elsewhere: MMGen's released ones, REPA's and SiT's in this project's terms; and back; and --init.
+"""Checkpoint files: written, read, exported; MMGen's released ones, REPA's and SiT's; and --init.
 
-All have SiT's blocks and DiT's names. MMGen's and REPA's time runs from data to noise, so that their velocity is the
-negative of ours: the last layer of each head is negated; what they embed is the noise level, as here. SiT's own velocity
-has our sign, and its time too, so that its time layers do not fit; of its learned-sigma heads the first half is the velocity.
+    python weights.py --ckpt runs/mmgen --export demo/mmgen.pt           # EMA in bf16 without projector
+    python weights.py --ckpt runs/mmgen --export-official 0600000.pt     # as MMGen's own code loads it
+
+All have SiT's blocks and DiT's names. MMGen's and REPA's time runs from data to noise, so that their
+velocity is the negative of ours: the last layer of each head is negated; what they embed is the noise
+level, as here. SiT's own velocity has our sign, and its time too, so that its time layers do not fit; of
+its learned-sigma heads the first half is the velocity.
 """
 import argparse
+import functools
+import os
 import pathlib
+import pickle
 import re
 
 import torch
 import torch.nn.functional as F
 
-from distributed import InputError
+from distributed import InputError, check, command_parser, reading, run, whole_file
+from modalities import MODALITIES
+from model import SIZES, build_model
+from vae import sha256
 
-MODALITIES = ("rgb", "depth", "normal", "seg")  # of the released weights, in their order
-SHAPES = {1152: "XL/2", 1024: "L/2", 768: "B/2", 384: "S/2", 192: "T/2"}
+FORMAT = "mmgen-1"
+DEMO = pathlib.Path(__file__).parent / "demo"
+META = ("vae", "vae_sha256", "scale", "latent_channels", "latent_size", "resolution", "class_names",
+        "palette")
+RELEASED = ("rgb", "depth", "normal", "seg")  # the modalities of the released weights, in their order
 SD_SCALE = 0.18215
-RENAMED = ((r"y_embedder\.embedding_table\.", "y_embedder."), (r"taskcond_embedder\.embedding_table\.", "task_embedder."),
-           (r"lis_final_layer\.", "heads."), (r"final_layer\.", "heads.0."), (r"projectors\.0\.", "projector."))
+RENAMED = (  # theirs, ours
+    ("y_embedder.embedding_table.", "y_embedder."),
+    ("taskcond_embedder.embedding_table.", "task_embedder."),
+    ("lis_final_layer.", "heads."),
+    ("final_layer.", "heads.0."),
+    ("projectors.0.", "projector."),
+)
+OUTPUT = re.compile(r"heads\.\d+\.linear\.(weight|bias)")
 
+
+# ------------------------------------------------------------------------------------------------
+# Reading.
 
 def locate(path):
-    """A checkpoint's file: of hf:owner/repository/file a local copy from the hub, of a run folder what its latest.pt is now -> Path.
+    """A checkpoint's file: of hf:owner/repository/file a local copy from the hub, of a run folder its
+    latest.pt -> Path.
 
     Raises InputError when it cannot be had.
     """
@@ -29,57 +52,193 @@ def locate(path):
         path = pathlib.Path(path)
         path = path / "latest.pt" if path.is_dir() else path
         return path.resolve() if path.name == "latest.pt" else path  # the run may go on meanwhile
+    owner, _, rest = str(path)[3:].partition("/")
+    name, _, file = rest.partition("/")
+    check(owner and name and file, f"{path}: the form is hf:OWNER/REPOSITORY/FILE")
     from huggingface_hub import hf_hub_download
-    owner, name, *file = str(path)[3:].split("/") + [""] * 2
-    file = [part for part in file if part]
-    if not (owner and name and file):
-        raise InputError(f"{path}: the form is hf:OWNER/REPOSITORY/FILE")
-    try:
-        return pathlib.Path(hf_hub_download(f"{owner}/{name}", "/".join(file)))
-    except Exception as error:  # network, missing file, no permission: the hub raises many kinds
-        raise InputError(f"{path}: not to be had from the hub ({type(error).__name__}); download {'/'.join(file)} from {owner}/{name} and give its path")
+    with reading(path, f"download {file} from {owner}/{name} and give its path"):
+        return pathlib.Path(hf_hub_download(f"{owner}/{name}", file))
 
+
+def newest_checkpoint():
+    """The newest runs/*/latest.pt, else the bundled demo."""
+    runs = [path for path in pathlib.Path("runs").glob("*/latest.pt") if path.exists()]
+    return max(runs, key=lambda path: path.stat().st_mtime) if runs else DEMO / "mmgen.pt"
+
+
+def load_checkpoint(path):
+    """A checkpoint, memory-mapped: {model, ema, opt, step, config, format}; released weights without
+    model and opt.
+
+    path: a file of this project, of MMGen, REPA or SiT, a run folder, or hf:owner/repository/file.
+    Raises InputError when the file is missing, cut short, holds pickled objects, or is something else.
+    """
+    path = locate(path)
+    check(path.is_file(), f"{path}: no such checkpoint; train one, or leave out --ckpt for the bundled demo")
+    with reading(path, "it may be cut short; use another of its folder"):
+        try:
+            with torch.serialization.safe_globals([argparse.Namespace]):  # of the released files' arguments
+                checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except pickle.UnpicklingError as error:  # what weights_only=True raises
+            raise InputError(f"{path}: refused, it holds pickled Python objects or is no torch file; "
+                             "only tensors and plain containers are read") from error
+    if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
+        return translate(checkpoint, path)
+    lost = _lost(checkpoint)
+    check(not lost, f"{path}: incomplete ({lost} is missing or wrong); use another of its folder")
+    return checkpoint
+
+
+def _is_state(state):
+    return isinstance(state, dict) and all(isinstance(value, torch.Tensor) for value in state.values())
+
+
+def _lost(checkpoint):
+    """What a checkpoint of this project lacks, or None."""
+    config = checkpoint.get("config")
+    for part in ("model", "meta", "train"):
+        if not isinstance(config, dict) or not isinstance(config.get(part), dict):
+            return f"config {part}"
+    for key in META:
+        if key not in config["meta"]:
+            return f"config {key}"
+    for part in ("ema", "model"):
+        if not _is_state(checkpoint.get(part, {})):
+            return part
+    if not checkpoint.get("ema"):
+        return "ema"
+    return None if isinstance(checkpoint.get("step"), int) else "step"
+
+
+class Loaded:
+    """A model for sampling and what its checkpoint says: meta, the cache's meta.json (VAE, classes,
+    ...); step; train.
+    """
+
+    def __init__(self, model, checkpoint, path):
+        self.model, self.path, self.step = model, path, checkpoint["step"]
+        self.meta, self.train = checkpoint["config"]["meta"], checkpoint["config"]["train"]
+
+    @functools.cached_property
+    def sha256(self):
+        return sha256(self.path)
+
+
+def load_model(path, device="cpu", weights="ema", method="mmgen", build=build_model):
+    """The model of a checkpoint for sampling -> Loaded; in fp32 and eval mode, without the projector.
+
+    fp32 weights stay in the mapped file until they are used or moved to a device: nothing else of it is read.
+    Raises InputError as load_checkpoint does, and for a checkpoint of another method.
+    """
+    path = locate(path)
+    checkpoint = load_checkpoint(path)
+    config = checkpoint["config"]
+    found = config["train"].get("method", "mmgen")
+    command = {"mmgen": "sample.py", "mt-diffusion": "mt_sample.py"}.get(found, "a newer version")
+    check(found == method, f"{path}: is a checkpoint of {found}; use {command}")
+    check(weights in checkpoint, f"{path}: has no {weights} weights, it was exported with the EMA alone")
+    for m in config["model"].get("modalities", ()):
+        check(m in MODALITIES, f"{path}: modality {m!r} is not in the registry: {', '.join(MODALITIES)}")
+    try:
+        with torch.device("meta"):  # no memory, no initialisation
+            model = build(**{**config["model"], "projector": False})
+    except (TypeError, ValueError, KeyError, RuntimeError) as error:
+        said = f"its model configuration {config['model']} is not of this version ({error})"
+        raise InputError(f"{path}: {said}") from error
+    state = {key: value.float() for key, value in without_projector(checkpoint[weights]).items()}
+    load_weights(model, state, path, assign=True)
+    return Loaded(model.to(device).eval().requires_grad_(False), checkpoint, path)
+
+
+def without_projector(state):
+    """A state dict without the part that training alone needs."""
+    return {key: value for key, value in state.items() if not key.startswith("projector.")}
+
+
+def load_weights(model, state, path, assign=False):
+    """model.load_state_dict with every mismatch in one readable error; the projector may be missing or
+    too much.
+    """
+    mine = model.state_dict()
+    for key in sorted(mine.keys() | state.keys()):
+        ours, theirs = (tuple(part[key].shape) if key in part else None for part in (mine, state))
+        if ours == theirs or (key.startswith("projector.") and None in (ours, theirs)):
+            continue
+        check(theirs is not None, f"{path}: the weight {key} {ours} is missing")
+        check(ours is not None, f"{path}: the weight {key} {theirs} does not belong to this model")
+        raise InputError(f"{path}: {key} is {theirs}, this model needs {ours}")
+    model.load_state_dict(state, strict=False, assign=assign)
+
+
+# ------------------------------------------------------------------------------------------------
+# Writing.
+
+def save_checkpoint(folder, model, ema, optimiser, step, config):
+    """Write folder/ckpt/<step>.pt under a temporary name, then point folder/latest.pt to it."""
+    path = folder / "ckpt" / f"{step:07d}.pt"
+    with whole_file(path) as file:
+        torch.save({"model": model.state_dict(), "ema": ema.state_dict(), "opt": optimiser.state_dict(),
+                    "step": step, "config": config, "format": FORMAT}, file)
+    link = folder / f".latest.{os.getpid()}"
+    link.unlink(missing_ok=True)
+    link.symlink_to(path.relative_to(folder))
+    os.replace(link, folder / "latest.pt")
+
+
+# ------------------------------------------------------------------------------------------------
+# The released formats.
 
 def translate(checkpoint, path):
-    """A released checkpoint -> {ema, step, config, format, origin} with our names and signs, without copies of the blocks.
+    """A released checkpoint -> {ema, step, config, format, origin} with our names and signs, blocks
+    without copies.
 
-    Recognised by content: MMGen (a head per modality), REPA (one head and a projector), SiT (one head with learned sigma).
-    Raises InputError for anything else.
+    Recognised by content: MMGen (a head per modality), REPA (one head and a projector), SiT (one head with
+    learned sigma). Raises InputError for anything else.
     """
-    if not isinstance(checkpoint, dict):
-        raise InputError(f"{path}: holds a {type(checkpoint).__name__}, expected a checkpoint")
+    check(isinstance(checkpoint, dict), f"{path}: holds a {type(checkpoint).__name__}, expected a checkpoint")
     state = checkpoint.get("ema", checkpoint)
-    if not isinstance(state, dict) or not state or not all(isinstance(v, torch.Tensor) for v in state.values()) or {"pos_embed", "x_embedder.proj.weight", "y_embedder.embedding_table.weight", "blocks.0.attn.qkv.weight"} - state.keys() \
-            or not any("final_layer" in key for key in state):
-        raise InputError(f"{path}: format is {checkpoint.get('format')!r}; expected a checkpoint of this project, of MMGen, REPA or SiT")
+    needed = {"pos_embed", "x_embedder.proj.weight", "y_embedder.embedding_table.weight",
+              "blocks.0.attn.qkv.weight"}
+    known = _is_state(state) and needed <= state.keys() and any("final_layer" in key for key in state)
+    check(known, f"{path}: format is {checkpoint.get('format')!r}; "
+          "expected a checkpoint of this project, of MMGen, REPA or SiT")
     heads = sum(key.startswith("lis_final_layer.") and key.endswith(".linear.weight") for key in state)
-    sigma = not heads and len(state.get("final_layer.linear.bias", ())) == 8 * state["x_embedder.proj.weight"].shape[1]  # twice p*p*C
-    origin = "MMGen" if heads else "SiT" if sigma else "REPA"
-    modalities = MODALITIES[:heads] if heads else ("rgb",)
-    width, channels = state["pos_embed"].shape[2], state["x_embedder.proj.weight"].shape[1] // len(modalities)
+    modalities = RELEASED[:heads] or ("rgb",)
+    channels = state["x_embedder.proj.weight"].shape[1] // len(modalities)
+    outputs = len(state.get("final_layer.linear.bias", ()))
+    origin = "MMGen" if heads else "REPA"
+    if outputs == 2 * 4 * channels:  # of 2x2 patches: velocity and sigma
+        origin = "SiT"
     ema = {}
     for key, value in state.items():
-        for pattern, name in RENAMED:
-            key = re.sub(f"^{pattern}", name, key)
-        if re.fullmatch(r"heads\.\d+\.linear\.(weight|bias)", key):
-            if origin == "SiT":  # (p*p, 2C, ...): the first C are the velocity
-                value = value.unflatten(0, (4, -1))[:, :channels].flatten(0, 1)
-            else:
-                value = -value
+        for theirs, ours in RENAMED:
+            key = ours + key.removeprefix(theirs) if key.startswith(theirs) else key
+        if OUTPUT.fullmatch(key):
+            value = value.unflatten(0, (4, -1))[:, :channels].flatten(0, 1) if origin == "SiT" else -value
         if origin != "SiT" or not key.startswith("t_embedder."):
             ema[key] = value
-    side = int(state["pos_embed"].shape[1] ** 0.5) * 2
-    args = checkpoint.get("args", {})
-    args = vars(args) if isinstance(args, argparse.Namespace) else args if isinstance(args, dict) else {}
-    try:
-        model = dict(name=SHAPES[width], modalities=list(modalities), num_classes=len(ema["y_embedder.weight"]) - 1, latent_channels=channels,
-                     latent_size=[side, side], encoder_depth=int(args.get("encoder_depth", 8)), task_embedding="task_embedder.weight" in ema,
-                     projector="projector.0.weight" in ema)
-    except KeyError as error:
-        raise InputError(f"{path}: width {width} or {error} is of no size that this project knows ({', '.join(SHAPES.values())})")
-    meta = dict(modalities=list(modalities), vae="sd-mse", vae_sha256=None, scale=SD_SCALE, latent_channels=channels, latent_size=[side, side],
-                resolution=8 * side, num_classes=model["num_classes"], class_names=[], palette=None, seg_mode="instance", depth_space="disparity")
-    return dict(ema=ema, step=int(checkpoint.get("steps", 0)), config=dict(model=model, meta=meta, train={}), origin=origin)
+    config = _released_config(ema, checkpoint.get("args"), modalities, channels, path)
+    return dict(ema=ema, step=int(checkpoint.get("steps", 0)), config=config, origin=origin)
+
+
+def _released_config(ema, args, modalities, channels, path):
+    """The config of a released checkpoint: its model from the weights' shapes, its cache as the papers
+    have it.
+    """
+    args = vars(args) if isinstance(args, argparse.Namespace) else args
+    encoder_depth = args.get("encoder_depth", 8) if isinstance(args, dict) else 8
+    _, tokens, width = ema["pos_embed"].shape
+    names = {size[1]: name for name, size in SIZES.items()}
+    check(width in names, f"{path}: width {width} is of no size known here ({', '.join(SIZES)})")
+    side, classes = int(tokens ** 0.5) * 2, len(ema["y_embedder.weight"]) - 1
+    shared = dict(modalities=list(modalities), num_classes=classes, latent_channels=channels,
+                  latent_size=[side, side])
+    model = dict(name=names[width], encoder_depth=int(encoder_depth),
+                 task_embedding="task_embedder.weight" in ema, projector="projector.0.weight" in ema,
+                 **shared)
+    meta = dict(vae="sd-mse", vae_sha256=None, scale=SD_SCALE, resolution=8 * side, class_names=[],
+                palette=None, seg_mode="instance", depth_space="disparity", **shared)
+    return dict(model=model, meta=meta, train={})
 
 
 def to_official(checkpoint, path):
@@ -87,96 +246,168 @@ def to_official(checkpoint, path):
 
     Raises InputError where their architecture has no place for it: other modalities, another fusion.
     """
-    config, ema = checkpoint["config"]["model"], checkpoint["ema"]
-    if tuple(config["modalities"]) != MODALITIES or config.get("fusion", "linear") != "linear" or not config.get("task_embedding", True):
-        raise InputError(f"{path}: modalities {', '.join(config['modalities'])}, fusion {config.get('fusion', 'linear')}: MMGen's format takes "
-                         f"{', '.join(MODALITIES)} with linear fusion and task embedding")
-    if checkpoint["config"].get("meta", {}).get("scale", SD_SCALE) != SD_SCALE:
-        raise InputError(f"{path}: trained on latents of scale {checkpoint['config']['meta']['scale']}; MMGen's format knows the Stable Diffusion autoencoder alone")
-    back = ((r"y_embedder\.", "y_embedder.embedding_table."), (r"task_embedder\.", "taskcond_embedder.embedding_table."), (r"heads\.", "lis_final_layer."),
-            (r"projector\.", "projectors.0."))
+    config = checkpoint["config"]["model"]
+    modalities, fusion = config["modalities"], config.get("fusion", "linear")
+    scale = checkpoint["config"].get("meta", {}).get("scale", SD_SCALE)
+    check(tuple(modalities) == RELEASED and fusion == "linear" and config.get("task_embedding", True),
+          f"{path}: modalities {', '.join(modalities)}, fusion {fusion}: MMGen's format takes "
+          f"{', '.join(RELEASED)} with linear fusion and task embedding")
+    check(scale == SD_SCALE, f"{path}: trained on latents of scale {scale}; "
+          "MMGen's format knows the Stable Diffusion autoencoder alone")
     state = {}
-    for key, value in ema.items():
-        value = -value.float() if re.fullmatch(r"heads\.\d+\.linear\.(weight|bias)", key) else value.float()
-        for pattern, name in back:
-            key = re.sub(f"^{pattern}", name, key)
+    for key, value in checkpoint["ema"].items():
+        value = -value.float() if OUTPUT.fullmatch(key) else value.float()
+        for theirs, ours in RENAMED:
+            if ours != "heads.0." and key.startswith(ours):
+                key = theirs + key.removeprefix(ours)
+                break
         state[key] = value
-    args = dict(model=f"SiT-{config['name']}", resolution=8 * config["latent_size"][0], num_tasks=len(MODALITIES), num_classes=config["num_classes"],
-                cfg_prob=0.1, encoder_depth=config["encoder_depth"], qk_norm=False, path_type="linear", is_mmcat_diff=True, use_decouple_task=True,
-                use_taskcond_emb=True)
+    args = dict(model=f"SiT-{config['name']}", resolution=8 * config["latent_size"][0],
+                num_tasks=len(RELEASED), num_classes=config["num_classes"], cfg_prob=0.1,
+                encoder_depth=config["encoder_depth"], qk_norm=False, path_type="linear",
+                is_mmcat_diff=True, use_decouple_task=True, use_taskcond_emb=True)
     return dict(model=state, ema=state, args=args, steps=checkpoint["step"])
 
 
-@torch.no_grad()
-def fit(model, meta, checkpoint, path, method="mmgen"):
-    """--init: copy what fits of a checkpoint's EMA into the model, modalities and classes matched by name -> a table, as text.
+# ------------------------------------------------------------------------------------------------
+# --init.
 
-    Where a modality is new, the columns through which it enters start at zero, so that the others keep their meaning; a
-    class that the file does not know starts as its null class; positions are interpolated to another grid. method is the
-    model's: of a checkpoint of the other one the heads are left out, what they predict is something else.
-    Raises InputError when the latents are of another kind or nothing fits.
+JOINED = {  # tensors that have a part for each modality, and the dimension along which
+    "x_embedder.proj.weight": 1,
+    "t_embedder.mlp_fused.0.weight": 1,
+    "x_embedder.modality": 0,
+    "task_embedder.weight": 0,
+}
+
+
+@torch.no_grad()
+def fit(model, meta, checkpoint, path, method="mmgen", names=None):
+    """--init: copy what fits of a checkpoint's EMA into the model, modalities and classes matched by name
+    -> a table.
+
+    Where a modality is new, the columns through which it enters start at zero, so that the others keep
+    their meaning; a class that the file does not know starts as its null class; positions are interpolated
+    to another grid. method is the model's: of a checkpoint of another one the heads are left out, what they
+    predict is something else. names: the modalities' names in the file and in the model, where they are
+    matched by other ones. Raises InputError when the latents are of another kind or nothing fits.
     """
     theirs = checkpoint["config"]
     for key in ("vae_sha256", "scale", "latent_channels"):
-        if theirs["meta"][key] != meta[key] and theirs["meta"][key] is not None:
-            raise InputError(f"--init {path}: its {key} is {theirs['meta'][key]}, the cache's is {meta[key]}; the latents would not mean the same")
-    if theirs["model"]["name"] != model.config["name"]:
-        raise InputError(f"--init {path}: is of size {theirs['model']['name']}; pass --model {theirs['model']['name']}")
-    old, new = theirs["model"]["modalities"], list(model.modalities)
-    everything, mine, foreign = checkpoint["ema"], model.state_dict(), theirs["train"].get("method", "mmgen") != method
-    if any(key.startswith("backbone.") for key in everything):  # of MT-Diffusion
-        everything = {key.removeprefix("backbone."): value for key, value in everything.items() if key.startswith("backbone.")}
-    if method == "mt-diffusion" and not foreign:  # there a place has a role, whatever modality is in it
-        old, new = ([f"place {i}" for i in range(len(names))] for names in (old, new))
-    places = [(i, old.index(m)) for i, m in enumerate(new) if m in old]
-    vectors = getattr(model.y_embedder, "in_features", None)  # in the place of classes
-    state = {key: value for key, value in everything.items() if not (foreign and key.startswith("heads."))
-             and not (key == "y_embedder.weight" and theirs["model"].get("features") != vectors)}
-    classes = [list(names) for names in (theirs["meta"]["class_names"], meta["class_names"])]
-    rows = {name: len(weights.get("y_embedder.weight", ())) for name, weights in (("old", state), ("new", mine))}
-    same_classes = bool(vectors) or (rows["old"] == rows["new"] and (not classes[0] or classes[0] == classes[1]))
-    fate, used = {}, set()
-    for key, target in mine.items():
-        numbered, source = re.match(r"((?:heads|x_embedder\.proj)\.)(\d+)(\..*)", key), key
-        if numbered:  # one module per modality
-            m = new[int(numbered[2])]
-            source = key if old == new else f"{numbered[1]}{old.index(m)}{numbered[3]}" if m in old else None
-        if source not in state:
+        check(theirs["meta"][key] in (meta[key], None), f"--init {path}: its {key} is {theirs['meta'][key]}, "
+              f"the cache's is {meta[key]}; the latents would not mean the same")
+    size = theirs["model"]["name"]
+    check(size == model.config["name"], f"--init {path}: is of size {size}; pass --model {size}")
+    old, new = names or (theirs["model"]["modalities"], list(model.modalities))
+    state, fate, used = _unwrapped(checkpoint["ema"]), {}, set()
+    foreign = theirs["train"].get("method", "mmgen") != method
+    for key, target in model.state_dict().items():
+        source = _source(key, old, new)
+        if source not in state or (foreign and key.startswith("heads.")):
             fate[key] = "new"
             continue
         value = state[source].to(target.dtype)
-        joint = {"x_embedder.proj.weight": 1, "t_embedder.mlp_fused.0.weight": 1, "x_embedder.modality": 0, "task_embedder.weight": 0}.get(key)
-        fate[key] = "taken"
-        if key == "pos_embed" and value.shape != target.shape:
-            grid = [s // theirs["model"].get("patch_size", 2) for s in theirs["model"]["latent_size"]]
-            table = value.unflatten(1, grid).permute(0, 3, 1, 2)
-            target.copy_(F.interpolate(table, model.grid, mode="bicubic", align_corners=False).flatten(2).transpose(1, 2))
-            fate[key] = "inflated"
-        elif key == "y_embedder.weight" and not same_classes:
-            rows = {name: value[i] for i, name in enumerate(classes[0])}
-            target.copy_(torch.stack([rows.get(name, value[-1]) for name in classes[1]] + [value[-1]]))
-            fate[key] = "inflated"
-        elif joint is not None and old != new and value.shape[2:] == target.shape[2:]:
-            first = int(key == "task_embedder.weight")  # its row 0 belongs to no modality
-            parts, pieces = (x.narrow(joint, first, x.shape[joint] - first).chunk(len(names), joint) for x, names in ((value, old), (target, new)))
-            if joint == 1:
-                target.zero_()
-            else:
-                target[:first] = value[:first]
-            for to, at in places:
-                pieces[to].copy_(parts[at])
-            fate[key] = "inflated"
+        if key == "y_embedder.weight":
+            fate[key] = _copy_classes(value, target, theirs["meta"]["class_names"], meta["class_names"])
+        elif key == "pos_embed" and value.shape != target.shape:
+            fate[key] = _copy_positions(value, target, theirs["model"], model.grid)
+        elif key in JOINED and old != new and value.shape[2:] == target.shape[2:]:
+            fate[key] = _copy_parts(value, target, key, old, new)
         elif value.shape == target.shape:
             target.copy_(value)
+            fate[key] = "taken"
         else:
             fate[key] = "new"
-        used |= {source} if fate[key] != "new" else set()
-    if "taken" not in fate.values():
-        raise InputError(f"--init {path}: none of its {len(state)} weights fits this model; check --model")
-    fate.update({f"{key} (file)": "left out" for key in everything if key not in used})
-    lines = [f"--init {path} ({checkpoint.get('origin', 'ours')}, step {checkpoint['step']})"]
+        if fate[key] != "new":
+            used.add(source)
+    check("taken" in fate.values(), f"--init {path}: none of its {len(state)} weights fits; check --model")
+    fate.update({f"{key} (file)": "left out" for key in state if key not in used})
+    title = f"--init {path} ({checkpoint.get('origin', 'ours')}, step {checkpoint['step']})"
+    return "\n".join([title, *_fate_lines(fate)])
+
+
+def _unwrapped(state):
+    """The network's weights in a state dict, without what a wrapper of the network has put before their
+    names.
+    """
+    wrapper = "backbone."
+    inner = {key.removeprefix(wrapper): value for key, value in state.items() if key.startswith(wrapper)}
+    return inner or state
+
+
+def _source(key, old, new):
+    """The file's name of a weight, None for that of a modality which the file does not have."""
+    numbered = re.match(r"((?:heads|x_embedder\.proj)\.)(\d+)(\..*)", key)
+    if not numbered or old == new:  # numbered: one module a modality
+        return key
+    before, index, after = numbered.groups()
+    modality = new[int(index)]
+    return f"{before}{old.index(modality)}{after}" if modality in old else None
+
+
+def _copy_classes(value, target, old, new):
+    """Rows of the class table, by the classes' names; the last one is the null class."""
+    if value.shape == target.shape and (not old or list(old) == list(new)):
+        target.copy_(value)
+        return "taken"
+    rows = dict(zip(old, value))
+    target.copy_(torch.stack([rows.get(name, value[-1]) for name in new] + [value[-1]]))
+    return "inflated"
+
+
+def _copy_positions(value, target, config, grid):
+    """The position table (1, T, D), interpolated to another grid."""
+    patch = config.get("patch_size", 2)
+    table = value.unflatten(1, [side // patch for side in config["latent_size"]]).permute(0, 3, 1, 2)
+    target.copy_(F.interpolate(table, grid, mode="bicubic", align_corners=False).flatten(2).transpose(1, 2))
+    return "inflated"
+
+
+def _copy_parts(value, target, key, old, new):
+    """A tensor with a part for each modality: a new one's columns are zero, its rows stay as they are."""
+    along, first = JOINED[key], int(key == "task_embedder.weight")  # whose row 0 belongs to no modality
+    if along == 1:
+        target.zero_()
+    else:
+        target[:first] = value[:first]
+    theirs = value.narrow(along, first, value.shape[along] - first).chunk(len(old), along)
+    mine = target.narrow(along, first, target.shape[along] - first).chunk(len(new), along)
+    for part, modality in zip(mine, new):
+        if modality in old:
+            part.copy_(theirs[old.index(modality)])
+    return "inflated"
+
+
+def _fate_lines(fate):
+    """{weight: what became of it} -> a line for each fate: how many, and of which modules."""
     for what in ("taken", "inflated", "new", "left out"):
         names = [key for key, value in fate.items() if value == what]
-        groups = list(dict.fromkeys(re.sub(r"^(blocks)\..*|^(heads\.\d+|[a-z_]+)\..*", lambda m: m[1] or m[2], name) for name in names))
-        lines.append(f"  {what:9s}{len(names):4d}  {', '.join(groups)}")
-    return "\n".join(lines)
+        modules = (re.match(r"heads\.\d+|[a-z_]+", name).group() for name in names)
+        yield f"  {what:9s}{len(names):4d}  {', '.join(dict.fromkeys(modules))}"
+
+
+# ------------------------------------------------------------------------------------------------
+
+def main():
+    """Export a checkpoint's EMA, in our format or in the released one."""
+    parser = command_parser(__doc__)
+    parser.add_argument("--ckpt", required=True)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--export", type=pathlib.Path, metavar="FILE",
+                      help="write the EMA in bf16, without projector and optimiser")
+    what.add_argument("--export-official", type=pathlib.Path, metavar="FILE",
+                      help="write the EMA as MMGen's own code loads it")
+    args = parser.parse_args()
+    checkpoint = load_checkpoint(args.ckpt)
+    if args.export:
+        ema = {key: value.to(torch.bfloat16) for key, value in without_projector(checkpoint["ema"]).items()}
+        out = dict(ema=ema, step=checkpoint["step"], config=checkpoint["config"], format=FORMAT)
+    else:
+        out = to_official(checkpoint, args.ckpt)
+    path = args.export or args.export_official
+    with whole_file(path) as file:
+        torch.save(out, file)
+    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,176 @@
+"""The cache that prep_latents.py writes and train.py reads: a folder of memory-mapped arrays.
+
+    <modality>.npy  float16 (n, 2, C, H, W), mean and log-std of the autoencoder's posterior;
+                    without an autoencoder uint8 (n, 3, H, W)
+    dino.npy        int8 (n, T, 768), alignment targets for REPA
+    feature.npy     float16 (n, F), a vector of each whole image
+    labels.npy      int64 (n,)
+    done.npy        uint8 (n,): 0 not encoded yet, 1 done, 2 broken and left out
+    names.txt, meta.json
+"""
+import io
+import json
+import os
+import pathlib
+
+import numpy as np
+import torch
+
+from distributed import check, prefetch, reading, whole_file
+
+FORMAT = "mmgen-cache-1"
+DEFAULT = pathlib.Path("data/cache")
+KEYS = ("modalities", "vae", "vae_sha256", "scale", "latent_channels", "latent_size", "resolution", "count",
+        "num_classes", "class_names", "palette", "grid", "teacher", "names_sha256", "seg_mode", "depth_space",
+        "batch_size")
+
+
+def schema(meta):
+    """The arrays of a cache: {file stem: (dtype, shape of a row)}."""
+    size = tuple(meta["latent_size"])
+    stored = (np.float16, (2, meta["latent_channels"], *size))
+    if meta["vae"] == "none":
+        stored = (np.uint8, (3, *size))
+    arrays = {m: stored for m in meta["modalities"]}
+    if meta["teacher"]:
+        arrays["dino"] = (np.int8, (meta["grid"][0] * meta["grid"][1], 768))
+    if meta.get("feature"):
+        arrays["feature"] = (np.float16, (meta["feature_size"],))
+    return arrays | {"labels": (np.int64, ()), "done": (np.uint8, ())}
+
+
+# ------------------------------------------------------------------------------------------------
+# Writing.
+
+def create(folder, meta, names, labels=None):
+    """Create the files of a cache, all their space at once, or check that the folder's are of this cache.
+
+    labels (n,) where they are known beforehand. Raises InputError where the folder holds another cache.
+    """
+    path = folder / "meta.json"
+    if path.exists():
+        return same_meta(folder, meta)
+    with whole_file(folder / "names.txt") as file:
+        file.write("\n".join(names).encode() + b"\n")
+    for stem, (dtype, shape) in schema(meta).items():
+        with whole_file(folder / f"{stem}.npy") as file:
+            if stem == "labels" and labels is not None:
+                np.save(file, labels)
+            else:
+                _reserve(file, np.dtype(dtype), (len(names), *shape))
+    with whole_file(path) as file:  # last: its presence says that all files are there
+        file.write(json.dumps(meta, indent=1).encode())
+
+
+def _reserve(file, dtype, shape):
+    """Write an .npy header and take all the space behind it: a full disk shows now."""
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, dict(descr=dtype.str, fortran_order=False, shape=shape))
+    file.write(header.getvalue())
+    length = file.tell() + int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    file.truncate(length)
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file.fileno(), 0, length)
+
+
+def same_meta(folder, meta):
+    """Raise InputError unless the folder's cache has this meta.json, naming the first key that differs."""
+    old = read_meta(folder)
+    for key, value in meta.items():
+        check(old.get(key) == value, f"{folder}/meta.json: {key} is {str(old.get(key))[:80]}, "
+              f"this run has {str(value)[:80]}; use another --out")
+
+
+# ------------------------------------------------------------------------------------------------
+# Reading.
+
+def read_meta(folder):
+    """meta.json of a cache. Raises InputError where there is none or it is of another format."""
+    path = pathlib.Path(folder) / "meta.json"
+    check(path.is_file(), f"{folder}: no cache there; make one with `python prep_latents.py --toy 20000 "
+          f"--out {folder}` (toy world) or `--data DIR` (your pictures)")
+    again = f"delete {folder} and run prep_latents.py again"
+    with reading(path, again):
+        meta = json.loads(path.read_text())
+    found = meta.get("format") if isinstance(meta, dict) else type(meta).__name__
+    check(found == FORMAT, f"{path}: format is {found!r}, expected {FORMAT!r}; {again}")
+    for key in KEYS:
+        check(key in meta, f"{path}: has no {key}; {again}")
+    for key in ("count", "scale", "resolution", "latent_channels", "num_classes"):
+        check(isinstance(meta[key], (int, float)) and 0 <= meta[key] < 1e12,
+              f"{path}: {key} is {str(meta[key])[:40]}, expected a number; {again}")
+    return meta
+
+
+def open_array(folder, stem, meta, mode="r"):
+    """One array of a cache as memory map. Raises InputError when it is missing, short or of another shape."""
+    path = pathlib.Path(folder) / f"{stem}.npy"
+    dtype, row = schema(meta)[stem]
+    again = f"delete {folder} and run prep_latents.py again"
+    with reading(path, again):
+        array = np.load(path, mmap_mode="r")  # at first: a short file mapped for writing is filled with zeros
+    wanted = (meta["count"], *row)
+    check(array.dtype == dtype and array.shape == wanted,
+          f"{path}: {array.dtype} {array.shape}, meta.json asks for {np.dtype(dtype)} {wanted}; {again}")
+    return array if mode == "r" else np.load(path, mmap_mode=mode)
+
+
+class Cache:
+    """A finished cache: meta, rows (indices of what could be encoded), modalities, arrays {stem: memory map}.
+
+    without: stems that are not to be opened. Raises InputError when it is missing, unfinished or damaged.
+    """
+
+    def __init__(self, folder, without=()):
+        self.meta = meta = read_meta(folder)
+        self.modalities = tuple(meta["modalities"])
+        self.arrays = {stem: open_array(folder, stem, meta) for stem in schema(meta) if stem not in without}
+        done, count = self.arrays["done"], meta["count"]
+        left = int((done == 0).sum())
+        check(not left, f"{folder}: {left} of {count} rows are not encoded yet; "
+              "run the same prep_latents.py command again")
+        self.rows = np.flatnonzero(done == 1)
+        check(len(self.rows), f"{folder}: none of its {count} rows could be encoded, see skipped.txt")
+        labels = self.arrays["labels"][self.rows]
+        low, high, classes = labels.min(), labels.max(), meta["num_classes"]
+        check(0 <= low and high < classes,
+              f"{folder}/labels.npy: classes {low} to {high}, meta.json has {classes}")
+        self._shuffled = None, None
+
+    def _permutation(self, seed, epoch):
+        key, order = self._shuffled
+        if key != (seed, epoch):
+            order = np.random.default_rng((seed, epoch)).permutation(self.rows)
+            self._shuffled = (seed, epoch), order
+        return order
+
+    def order(self, seed, start, count):
+        """Rows of the global samples start .. start + count: a permutation an epoch, seeded by (seed,
+        epoch).
+        """
+        places = (divmod(k, len(self.rows)) for k in range(start, start + count))
+        return np.array([self._permutation(seed, epoch)[at] for epoch, at in places])
+
+    def gather(self, rows, stems, pin=False):
+        """Rows -> {stem: CPU tensor}."""
+        batch = {stem: torch.from_numpy(self.arrays[stem][rows]) for stem in stems}
+        return {stem: x.pin_memory() for stem, x in batch.items()} if pin else batch
+
+
+def batches(cache, stems, seed, steps, batch_size, part, device):
+    """Yield {stem: tensor on the device} of each step: this process's part (a slice) of the global batch.
+
+    The next steps' rows are gathered in threads while the device works: pages may be cold.
+    """
+    def read(step):
+        rows = cache.order(seed, step * batch_size, batch_size)[part]
+        return cache.gather(rows, stems, pin=device.type == "cuda")
+
+    for batch in prefetch(read, steps, threads=4, ahead=4):
+        yield {stem: x.to(device, non_blocking=True) for stem, x in batch.items()}
+
+
+def class_of(folder, class_names):
+    """The class named by a folder's name, if it is one of them, else None."""
+    names = {name.replace(" ", "_"): i for i, name in enumerate(class_names)}
+    return names.get(folder.replace(" ", "_"))
