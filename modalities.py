@@ -257,7 +257,7 @@ class Scalar(Kind):
             return raster
         image = raster.images[0]
         scaled = self.any_scale or image.info.get("scale") != "own"
-        check(scaled, f"{path}: a picture of floats or of 32 bits has no fixed scale; give 8 or 16 bits, or .npy")
+        check(scaled, f"{path}: a picture of floats or of 32 bits has no fixed scale; give 8, 16 bits or .npy")
         return raster._replace(images=[image if image.mode == "F" else image.convert("L")])
 
     def array(self, raster, fit=as_it_is, space="disparity"):
