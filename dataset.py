@@ -116,26 +116,31 @@ def open_array(folder, stem, meta, mode="r"):
 
 
 class Cache:
-    """A finished cache: meta, rows (indices of what could be encoded), modalities, arrays {stem: memory map}.
+    """A finished cache: meta, modalities, stems of its arrays, rows (indices of what could be encoded).
 
-    without: stems that are not to be opened. Raises InputError when it is missing, unfinished or damaged.
+    Raises InputError when it is missing, unfinished or damaged.
     """
 
-    def __init__(self, folder, without=()):
-        self.meta = meta = read_meta(folder)
-        self.modalities = tuple(meta["modalities"])
-        self.arrays = {stem: open_array(folder, stem, meta) for stem in schema(meta) if stem not in without}
-        done, count = self.arrays["done"], meta["count"]
+    def __init__(self, folder):
+        self.folder, self.meta = folder, read_meta(folder)
+        self.modalities, self.stems = tuple(self.meta["modalities"]), tuple(schema(self.meta))
+        self._arrays, self._shuffled = {}, (None, None)
+        done, count, classes = self.array("done"), self.meta["count"], self.meta["num_classes"]
         left = int((done == 0).sum())
         check(not left, f"{folder}: {left} of {count} rows are not encoded yet; "
               "run the same prep_latents.py command again")
         self.rows = np.flatnonzero(done == 1)
         check(len(self.rows), f"{folder}: none of its {count} rows could be encoded, see skipped.txt")
-        labels = self.arrays["labels"][self.rows]
-        low, high, classes = labels.min(), labels.max(), meta["num_classes"]
+        labels = self.array("labels")[self.rows]
+        low, high = labels.min(), labels.max()
         check(0 <= low and high < classes,
               f"{folder}/labels.npy: classes {low} to {high}, meta.json has {classes}")
-        self._shuffled = None, None
+
+    def array(self, stem):
+        """The memory map of one of the stems, opened when it is first asked for."""
+        if stem not in self._arrays:
+            self._arrays[stem] = open_array(self.folder, stem, self.meta)
+        return self._arrays[stem]
 
     def _permutation(self, seed, epoch):
         key, order = self._shuffled
@@ -153,7 +158,7 @@ class Cache:
 
     def gather(self, rows, stems, pin=False):
         """Rows -> {stem: CPU tensor}."""
-        batch = {stem: torch.from_numpy(self.arrays[stem][rows]) for stem in stems}
+        batch = {stem: torch.from_numpy(self.array(stem)[rows]) for stem in stems}
         return {stem: x.pin_memory() for stem, x in batch.items()} if pin else batch
 
 

@@ -75,6 +75,11 @@ def setup():
     return rank, world, device
 
 
+def place():
+    """(rank, world size) of this process."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
 def barrier():
     if dist.is_initialized():
         dist.barrier()

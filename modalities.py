@@ -257,7 +257,8 @@ class Scalar(Kind):
             return raster
         image = raster.images[0]
         scaled = self.any_scale or image.info.get("scale") != "own"
-        check(scaled, f"{path}: a picture of floats or of 32 bits has no fixed scale; give 8, 16 bits or .npy")
+        check(scaled, f"{path}: a picture of floats or of 32 bits has no fixed scale; "
+              "give 8 or 16 bits, or .npy")
         return raster._replace(images=[image if image.mode == "F" else image.convert("L")])
 
     def array(self, raster, fit=as_it_is, space="disparity"):
@@ -428,4 +429,21 @@ def draw_grid(rows, columns, cell=128):
             image = image.resize(small, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.BOX)
             left = gap + j * pitch + (cell - image.width) // 2
             sheet.paste(image, (left, top + i * pitch + (cell - image.height) // 2))
+    return sheet
+
+
+def draw_samples(samples, modalities, title, cell=96):
+    """A labelled grid of pixels (n, M, 3, H, W), each modality as it looks."""
+    rows = []
+    for sample in samples:
+        rows.append([MODALITIES[m].picture(MODALITIES[m].from_pixels(p)) for m, p in zip(modalities, sample)])
+    return draw_grid(rows, [f"{m}\n({title})" for m in modalities], cell)
+
+
+def draw_sheet(grids):
+    """Grids of one size on one sheet, two in a line."""
+    width, height = grids[0].size
+    sheet = Image.new("RGB", (width * 2, height * ((len(grids) + 1) // 2)), "white")
+    for i, grid in enumerate(grids):
+        sheet.paste(grid, (i % 2 * width, i // 2 * height))
     return sheet

@@ -10,6 +10,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint as recompute
+from torch.utils.flop_counter import FlopCounterMode
 
 
 # ------------------------------------------------------------------------------------------------
@@ -279,3 +280,17 @@ def build_model(name, modalities=("rgb", "depth", "normal", "seg"), num_classes=
     model = MMDiT(depth, width, heads, **rest)
     model.config = dict(name=name, **rest)
     return model
+
+
+def training_flops(config):
+    """Operations of one sample's forward and backward pass, counted without a device; config as
+    build_model's.
+    """
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        model = build_model(**config)
+        M, C = len(model.modalities), model.latent_channels
+        x, t = torch.zeros(1, M * C, *model.latent_size), torch.zeros(1, M)
+        v, z = model(x, t, torch.zeros(1, dtype=torch.long), t > 0)
+        loss = v.sum() if z is None else v.sum() + z.sum()
+        loss.backward()
+    return counter.get_total_flops()

@@ -180,6 +180,14 @@ def decode(encoder, x, wanted=None, precision="fp32"):
     return encoder.decode(z.flatten(0, 1), precision).unflatten(0, z.shape[:2])
 
 
+def recipe(loaded, sampling, seed):
+    """What drew samples: the part of a recipe that all sampling commands share."""
+    return dict(checkpoint=loaded.path.name, checkpoint_sha256=loaded.sha256,
+                method=loaded.train.get("method", "mmgen"), step=loaded.step, weights="ema",
+                evaluations=sampling.evaluations(), seed=seed, vae=loaded.meta["vae"],
+                vae_sha256=loaded.meta["vae_sha256"], **sampling._asdict())
+
+
 # ------------------------------------------------------------------------------------------------
 # The flags of every command that samples: said here once, read into a Sampling by the command.
 

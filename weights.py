@@ -1,4 +1,4 @@
-"""Checkpoint files: written, read, exported; MMGen's released ones, REPA's and SiT's; and --init.
+"""Checkpoint files: read and exported; MMGen's released ones, REPA's and SiT's; and --init.
 
     python weights.py --ckpt runs/mmgen --export demo/mmgen.pt           # EMA in bf16 without projector
     python weights.py --ckpt runs/mmgen --export-official 0600000.pt     # as MMGen's own code loads it
@@ -10,7 +10,6 @@ its learned-sigma heads the first half is the velocity.
 """
 import argparse
 import functools
-import os
 import pathlib
 import pickle
 import re
@@ -168,21 +167,6 @@ def load_weights(model, state, path, assign=False):
         check(ours is not None, f"{path}: the weight {key} {theirs} does not belong to this model")
         raise InputError(f"{path}: {key} is {theirs}, this model needs {ours}")
     model.load_state_dict(state, strict=False, assign=assign)
-
-
-# ------------------------------------------------------------------------------------------------
-# Writing.
-
-def save_checkpoint(folder, model, ema, optimiser, step, config):
-    """Write folder/ckpt/<step>.pt under a temporary name, then point folder/latest.pt to it."""
-    path = folder / "ckpt" / f"{step:07d}.pt"
-    with whole_file(path) as file:
-        torch.save({"model": model.state_dict(), "ema": ema.state_dict(), "opt": optimiser.state_dict(),
-                    "step": step, "config": config, "format": FORMAT}, file)
-    link = folder / f".latest.{os.getpid()}"
-    link.unlink(missing_ok=True)
-    link.symlink_to(path.relative_to(folder))
-    os.replace(link, folder / "latest.pt")
 
 
 # ------------------------------------------------------------------------------------------------
