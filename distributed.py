@@ -9,6 +9,7 @@ import contextlib
 import datetime
 import errno
 import functools
+import hashlib
 import itertools
 import os
 import pathlib
@@ -173,6 +174,15 @@ def whole_file(path):
         raise OSError(errno.ENOSPC, "could not be written whole", str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sha256(path):
+    """Hex digest of a file: weights are named by content."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 # ------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from scipy import ndimage
 
-from distributed import check, reading
+from distributed import InputError, check, reading
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 MAX_PIXELS = 100_000_000  # a larger picture is refused before it is decoded
@@ -343,13 +343,18 @@ def canny(image, low=0.1, high=0.2, sigma=1.0):
     return np.repeat((strong * np.uint8(255))[..., None], 3, 2)
 
 
-MODALITIES = {  # weight in the loss, meaning
+class Registry(dict):
+    def __missing__(self, name):
+        raise InputError(f"modality {name!r} is not in the registry: {', '.join(self)}")
+
+
+MODALITIES = Registry({  # weight in the loss, meaning
     "rgb": Colour(1.0, "sRGB, 8 bit"),
     "depth": Disparity(0.2, "relative disparity in [0, 1], near = 1; affine-invariant, no unit"),
     "normal": Vector(0.1, "unit vectors, +x left, +y up, +z towards the viewer; picture = xyz * 0.5 + 0.5"),
     "seg": Flat(0.1, "flat colours, one per class or segment"),
     "canny": Colour(0.1, "Canny edges of the RGB, white on black", derive=canny),
-}
+})
 
 
 # ------------------------------------------------------------------------------------------------

@@ -274,8 +274,7 @@ def pixel(text):
 
 
 def add_flags(parser):
-    """Add the flags of every command that draws samples into a folder."""
-    samplers.add_flags(parser)
+    """The flags of every command that draws samples into a folder."""
     parser.add_argument("--image", nargs="+", help="file, folder or tree, for each given modality")
     parser.add_argument("--class-id", type=int, nargs="+", help="default: random classes, or the folder's")
     parser.add_argument("--classes", choices=("random", "balanced"), default="random",
@@ -301,6 +300,7 @@ def arguments():
     parser = command_parser(__doc__)
     parser.add_argument("--task", required=True, choices=TASKS)
     parser.add_argument("--given", nargs="+", choices=list(MODALITIES), help="conditions of --task condition")
+    samplers.add_flags(parser)
     add_flags(parser)
     parser.add_argument("--mesh", action="store_true", help="also OUT/mesh/<stem>.ply, an object's surface")
     parser.add_argument("--segment", type=pixel, metavar="X,Y",

@@ -199,29 +199,39 @@ FAST = {  # --fast, by quality against evaluations on the toy world
 }
 
 
-def add_flags(parser):
-    """Add the flags of every command that samples a checkpoint."""
+def checkpoint_flags(parser):
+    """The flags of every command that samples a checkpoint, of any method."""
     parser.add_argument("--ckpt", type=pathlib.Path, help="default: the newest run, else the bundled demo")
     parser.add_argument("--vae", help="where the VAE of the training cache lies, if not where it was")
-    parser.add_argument("--sampler", choices=list(SAMPLERS), default="sde")
     parser.add_argument("--steps", type=int, default=250)
     parser.add_argument("--cfg", type=float, default=1.0, help="guidance scale, 1 = none")
-    parser.add_argument("--cfg-interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("LO", "HI"),
-                        help="noise levels with guidance")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32",
                         help="of the network and of decoding")
     parser.add_argument("--compile", action="store_true", help="a minute at first, pays for many samples")
+
+
+def check_flags(args):
+    """Raise InputError for values of checkpoint_flags that cannot be."""
+    check(args.steps >= 1 and args.batch_size >= 1 and args.seed >= 0, f"--steps {args.steps} --batch-size "
+          f"{args.batch_size} --seed {args.seed}: counts must be at least 1, the seed not negative")
+    check(np.isfinite(args.cfg), f"--cfg {args.cfg}: must be finite")
+
+
+def add_flags(parser):
+    """The flags of every command that samples MMGen."""
+    checkpoint_flags(parser)
+    parser.add_argument("--sampler", choices=list(SAMPLERS), default="sde")
+    parser.add_argument("--cfg-interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("LO", "HI"),
+                        help="noise levels with guidance")
     parser.add_argument("--fast", action="store_true", help="few steps, as recommended for the task")
 
 
 def from_flags(args, task="understand"):
     """The Sampling of a command's flags. Raises InputError for values that cannot be."""
-    check(args.steps >= 1 and args.batch_size >= 1 and args.seed >= 0, f"--steps {args.steps} --batch-size "
-          f"{args.batch_size} --seed {args.seed}: counts must be at least 1, the seed not negative")
+    check_flags(args)
     low, high = args.cfg_interval
-    check(np.isfinite(args.cfg), f"--cfg {args.cfg}: must be finite")
     check(0 <= low <= high <= 1, f"--cfg-interval {low} {high}: 0 <= LO <= HI <= 1")
     chosen = dict(sampler=args.sampler, steps=args.steps)
     if args.fast:

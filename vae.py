@@ -5,7 +5,6 @@ which leaves pixels as they are. Module names are those of the released files (s
 -ema), which load with strict=True. Latents are scaled to about unit variance everywhere but inside of
 AutoencoderKL.
 """
-import hashlib
 import json
 import pathlib
 
@@ -14,7 +13,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import safe_open
 
-from distributed import InputError, autocast, check, reading
+from distributed import InputError, autocast, check, reading, sha256
 
 SD_CONFIG = dict(channels=(128, 256, 512, 512), layers=2, groups=32, latent_channels=4, scale=0.18215)
 TOY_CONFIG = dict(channels=(32, 64, 64), layers=1, groups=8, latent_channels=4, scale=1.0)
@@ -169,15 +168,6 @@ class AutoencoderKL(nn.Module):
 
 # ------------------------------------------------------------------------------------------------
 # Files.
-
-def sha256(path):
-    """Hex digest of a file: weights are named by content."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
 
 def find_vae(name):
     """The file of "toy" (bundled), "sd-mse" / "sd-ema" (the hub's cache, else downloaded) or a path."""

@@ -17,10 +17,8 @@ import re
 import torch
 import torch.nn.functional as F
 
-from distributed import InputError, check, command_parser, reading, run, whole_file
-from modalities import MODALITIES
+from distributed import InputError, check, command_parser, reading, run, sha256, whole_file
 from model import SIZES, build_model
-from vae import sha256
 
 FORMAT = "mmgen-1"
 DEMO = pathlib.Path(__file__).parent / "demo"
@@ -136,8 +134,6 @@ def load_model(path, device="cpu", weights="ema", method="mmgen", build=build_mo
     command = {"mmgen": "sample.py", "mt-diffusion": "mt_sample.py"}.get(found, "a newer version")
     check(found == method, f"{path}: is a checkpoint of {found}; use {command}")
     check(weights in checkpoint, f"{path}: has no {weights} weights, it was exported with the EMA alone")
-    for m in config["model"].get("modalities", ()):
-        check(m in MODALITIES, f"{path}: modality {m!r} is not in the registry: {', '.join(MODALITIES)}")
     try:
         with torch.device("meta"):  # no memory, no initialisation
             model = build(**{**config["model"], "projector": False})

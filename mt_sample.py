@@ -1,0 +1,419 @@
+"""MT-Diffusion's tasks (Sec. 4): images and X from noise, one from the other.
+
+    python mt_sample.py --task translate --image photo.jpg --ckpt runs/mt            # --pair SOURCE TARGET
+    python mt_sample.py --task restore --image photo.png --mask hole.png --ckpt RUN  # --pair masked
+    python mt_sample.py --task classify --image DIR --ckpt RUN                       # --pair label
+    python mt_sample.py --task generate --num 8 --ckpt RUN                           # all: an image and its X
+    python mt_sample.py --task evaluate --image DIR --ckpt RUN                       # translations, scored
+
+Writes OUT/<modality>/<stem>.png, OUT/masked_rgb/, OUT/classes/<stem>.json (name, class, probability of the
+best five), OUT/feature/<stem>.npy, OUT/grid.png and OUT/meta.json, as sample.py does: shared out, seeded
+per sample, continued.
+"""
+import functools
+import itertools
+import json
+import pathlib
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from scipy import ndimage
+
+import mt_diffusion
+import sample
+import samplers
+from dataset import to_unit
+from distributed import check, command_parser, prefetch, run, setup, sha256, whole_file
+from modalities import MODALITIES, as_it_is, read_array, read_picture
+from mt_diffusion import Chain
+from produce import produce, sample_list, write_grid, write_meta
+from vae import encoder_of
+from weights import load_model, newest_checkpoint
+
+GIVEN = {"translate": "pair", "restore": "masked", "classify": "label"}  # task: the setting that has it
+
+
+# ------------------------------------------------------------------------------------------------
+# Images: from noise, or from their source.
+
+class Images:
+    """Draws the modalities of a pair from noise or from the source, or images alone."""
+
+    def __init__(self, model, encoder, chain, seed, wanted, read):
+        self.model, self.encoder, self.chain, self.seed, self.read = model, encoder, chain, seed, read
+        self.wanted = wanted  # indices of model.modalities
+        self.device = next(model.parameters()).device
+
+    def __call__(self, batches):
+        inputs = prefetch(self.read, itertools.chain(*batches), threads=8, ahead=32)
+        for batch in batches:
+            mine = list(itertools.islice(inputs, len(batch)))
+            noise = samplers.Noise(self.seed, [request.index for request in batch], self.device)
+            yield from self.sample(batch, mine, noise)
+
+    def encoded(self, inputs, modality, noise):
+        """The latents (N, C, H, W) of the requests' pictures."""
+        pixels = torch.from_numpy(np.stack([one.pixels[modality] for one in inputs]))
+        return self.encoder.encode(pixels.to(self.device), noise)
+
+    def decoded(self, latents):
+        """Pixels (N, 3, fH, fW) of latents (N, C, H, W)."""
+        return self.encoder.decode(latents, self.chain.precision).cpu().numpy()
+
+    def labels(self, batch):
+        return torch.tensor([request.label for request in batch], device=self.device)
+
+    def sample(self, batch, inputs, noise):
+        given = list(batch[0].files)
+        source = self.encoded(inputs, given[0], noise) if given else None
+        x = mt_diffusion.draw_images(self.model, self.labels(batch), noise, self.chain, source)
+        names = [self.model.modalities[i] for i in self.wanted]
+        images = [{} for _ in batch]
+        if names:
+            pixels = samplers.decode(self.encoder, x, self.wanted, self.chain.precision).cpu().numpy()
+            images = [dict(zip(names, one)) for one in pixels]
+        for request, one, maps in zip(batch, inputs, images):
+            yield request, {**maps, **one.whole}, one.shape
+
+
+# ------------------------------------------------------------------------------------------------
+# Restoration.
+
+class Hidden(NamedTuple):
+    """A photo, read once, and what of it is to be restored."""
+    pixels: dict          # {"rgb": (3, fH, fW)} at the network's size
+    whole: np.ndarray     # (3, H, W) as it is to be written
+    mask: np.ndarray      # (fH, fW) bool: hidden
+    whole_mask: np.ndarray  # (H, W) bool
+
+
+def white(path):
+    """A mask's picture -> PIL image of floats, above 0 where it is white."""
+    image = read_picture(path)
+    if image.mode == "F":
+        return image
+    return Image.fromarray((np.asarray(image.convert("L")) > 127).astype(np.float32))
+
+
+def read_hidden(request, fit, full, patches, seed):
+    """A photo and its mask, or so many random squares. Raises InputError for a mask of another size, or
+    of nothing.
+    """
+    row, path = MODALITIES["rgb"], request.files["rgb"]
+    raster = row.open(path)
+    pixels = row.pixels(raster, fit)
+    whole = row.pixels(raster, as_it_is) if full else pixels
+    size = pixels.shape[1:]
+    if patches:
+        random = np.random.default_rng((seed, request.index, patches)).random((patches, 2))
+        corners = torch.from_numpy((random * size).astype(int))[None]
+        squares = mt_diffusion.visible(corners, torch.tensor([patches]), size, mt_diffusion.PATCH)
+        mask = squares[0, 0].numpy() == 0
+        large = F.interpolate(squares, whole.shape[1:])[0, 0].numpy() < 1
+        return Hidden({"rgb": pixels}, whole, mask, large)
+    file = request.files["mask"]
+    image = white(file)
+    check(image.size == raster.size, f"{file}: {image.width}x{image.height}, {path} is {raster.size[0]}x"
+          f"{raster.size[1]}; they must be of one size")
+    hides = np.asarray(image).max() > 1e-3
+    check(hides, f"{file}: hides nothing; what is to be restored must be white (255)")
+    mask = np.asarray(fit(image)) > 1e-3  # a pixel that shrinks away would count as known
+    return Hidden({"rgb": pixels}, whole, mask, np.asarray(image) > 1e-3 if full else mask)
+
+
+class Restoration(Images):
+    """Fills what a mask hides; the pixels outside of it are written as they are (Sec. 4.1).
+
+    What lies under the mask is first filled from the nearest pixel, so that it does not leak through the
+    autoencoder into the latents around it; then the latents under it are zero, as in training. sdedit: the
+    baseline, from the masked image noised over this share of the steps.
+    """
+
+    sdedit = None
+
+    def sample(self, batch, inputs, noise):
+        pixels = torch.from_numpy(np.stack([one.pixels["rgb"] for one in inputs]))            # (N, 3, fH, fW)
+        hidden = np.stack([one.mask for one in inputs])                                       # (N, fH, fW)
+        filled = pixels.clone()
+        for k, mask in enumerate(hidden):
+            near = ndimage.distance_transform_edt(mask, return_distances=False, return_indices=True)
+            filled[k] = 0.0 if mask.all() else pixels[k][:, near[0], near[1]]
+        hidden = torch.from_numpy(hidden)[:, None]                                            # (N, 1, fH, fW)
+        cells = F.max_pool2d(hidden.float(), self.encoder.factor).to(self.device)             # (N, 1, H, W)
+        z = self.encoder.encode(filled.to(self.device), noise)                                # (N, C, H, W)
+        x, begin = z * (1 - cells), None
+        if self.sdedit:
+            masked = torch.where(hidden, 0.0, pixels).to(self.device)
+            begin, x = (self.encoder.encode(masked, noise), self.sdedit), torch.zeros_like(x)
+        known = torch.ones(len(batch), dtype=torch.bool, device=self.device)
+        z, _ = self.model.sample(noise, known, x, self.chain, begin, x.shape[2:])
+        for request, one, image in zip(batch, inputs, self.decoded(z)):
+            if image.shape != one.whole.shape:
+                image = F.interpolate(torch.from_numpy(image)[None], one.whole.shape[1:], mode="bilinear",
+                                      align_corners=False)[0].numpy()
+            maps = {"rgb": np.where(one.whole_mask, image, one.whole),
+                    "masked_rgb": np.where(one.whole_mask, np.float32(0), one.whole)}
+            yield request, maps, None
+
+
+# ------------------------------------------------------------------------------------------------
+# Labels and vectors.
+
+class WithLabels(Images):
+    """Images with their labels, both drawn where the label is not known (Sec. 4.2)."""
+
+    def sample(self, batch, inputs, noise):
+        labels, classes = self.labels(batch), self.model.num_classes
+        z, x = self.model.sample(noise, labels < classes, labels, self.chain)
+        for request, image, chance in zip(batch, self.decoded(z), F.one_hot(x.cpu(), classes).float()):
+            yield request, {"rgb": image, "classes": chance}, None
+
+
+class Classes(Images):
+    """The labels of images."""
+
+    def sample(self, batch, inputs, noise):
+        z = self.encoded(inputs, "rgb", noise)
+        chances = self.model.recognise(z, noise, precision=self.chain.precision).softmax(1).cpu()
+        for request, chance in zip(batch, chances):
+            yield request, {"classes": chance}, None
+
+
+class WithVectors(Images):
+    """Images with their feature vectors; vectors (K, F) in turn, where they are known."""
+
+    vectors = None
+
+    def sample(self, batch, inputs, noise):
+        x, known = None, torch.zeros(len(batch), dtype=torch.bool, device=self.device)
+        if self.vectors is not None:
+            rows = [request.index % len(self.vectors) for request in batch]
+            x, known = torch.from_numpy(self.vectors[rows]).to(self.device), ~known
+        z, x = self.model.sample(noise, known, x, self.chain)
+        for request, image, vector in zip(batch, self.decoded(z), x.cpu().numpy()):
+            yield request, {"rgb": image, "feature": vector}, None
+
+
+def read_features(path, size):
+    """Vectors (K, F) of a .npy file, at the scale of the cache's. Raises InputError for anything else."""
+    vectors = read_array(path)
+    right = vectors.dtype.kind == "f" and vectors.ndim == 2 and vectors.shape[1] == size
+    check(right and np.isfinite(vectors).all(),
+          f"--features {path}: needs finite floats of shape (K, {size})")
+    return to_unit(vectors.astype(np.float32)).astype(np.float32)
+
+
+class Outputs(sample.Maps):
+    """Pictures, and beside them the best five classes or the vector of each."""
+
+    def __init__(self, folders, truncate, beside, class_names):
+        super().__init__(folders, truncate)
+        self.beside, self.class_names = beside, class_names
+        if beside:
+            self.endings[beside] = [".npy" if beside == "feature" else ".json"]
+
+    def write(self, out, request, maps, shape):
+        if self.beside:
+            with whole_file(out / self.beside / f"{request.stem}{self.endings[self.beside][0]}") as file:
+                if self.beside == "feature":
+                    np.save(file, maps["feature"])
+                else:
+                    file.write(json.dumps(self.best(maps["classes"])).encode())
+        return super().write(out, request, maps, shape)
+
+    def best(self, chance):
+        """Probabilities (K,) -> [[name, class, probability]] of the best five."""
+        chance, at = chance.topk(min(5, len(chance)))
+        names = self.class_names or [str(i) for i in range(int(at.max()) + 1)]
+        return [[names[i], i, p] for i, p in zip(at.tolist(), chance.tolist()) if p > 0]
+
+
+def report_classes(out, requests, num_classes):
+    """Print the classes of the first requests -> {top1, top5} of the pictures whose class is known."""
+    found = [json.loads((out / "classes" / f"{request.stem}.json").read_text()) for request in requests]
+    for request, best in list(zip(requests, found))[:12]:
+        print(f"{request.stem}: " + ", ".join(f"{name} {p:.3f}" for name, _, p in best))
+    told = [(request.label, [i for _, i, _ in best]) for request, best in zip(requests, found)
+            if request.files and request.label < num_classes]
+    if not told:
+        return {}
+    scores = dict(top1=np.mean([label == best[0] for label, best in told]),
+                  top5=np.mean([label in best for label, best in told]), labelled=len(told))
+    print(f"top-1 {100 * scores['top1']:.2f} %, top-5 {100 * scores['top5']:.2f} % of {len(told)} pictures")
+    return scores
+
+
+# ------------------------------------------------------------------------------------------------
+
+def arguments():
+    """The command's flags -> Namespace. InputError for those that contradict each other."""
+    parser = command_parser(__doc__)
+    parser.add_argument("--task", required=True, choices=("generate", *GIVEN))
+    samplers.checkpoint_flags(parser)
+    sample.add_flags(parser)
+    parser.add_argument("--start", choices=("shifted", "standard"), default="shifted",
+                        help="z_T around at_T E(X) where X is known, or N(0, 1) as the paper writes")
+    parser.add_argument("--x-update", choices=("mean", "sample", "argmax"),
+                        help="how an unknown X follows its head; default: mean, of labels sample")
+    parser.add_argument("--classifier-scale", type=float, default=0.0,
+                        help="label: guidance by the gradient of the model's own head")
+    parser.add_argument("--mask", type=pathlib.Path,
+                        help="restore: a picture of the photo's size, white is hidden; or a folder of such")
+    parser.add_argument("--patches", type=int,
+                        help=f"restore: hide so many random squares of {mt_diffusion.PATCH} pixels instead")
+    parser.add_argument("--sdedit", type=float, metavar="SHARE",
+                        help="restore: the baseline, from the masked image noised so far (0 to 1)")
+    parser.add_argument("--features", type=pathlib.Path,
+                        help="generate, feature checkpoints: .npy (K, F), one vector a sample")
+    args = parser.parse_args()
+    samplers.check_flags(args)
+    sample.check_flags(args)
+    restoring = args.task == "restore"
+    check(restoring == ((args.mask is None) != (args.patches is None)) and (restoring or not args.sdedit),
+          "--task restore, and it alone, takes one of --mask and --patches, and --sdedit")
+    check(args.patches is None or args.patches >= 1, f"--patches {args.patches}: at least 1 square")
+    check(args.sdedit is None or 0 < args.sdedit <= 1, f"--sdedit {args.sdedit}: a share above 0, up to 1")
+    check(np.isfinite(args.classifier_scale), f"--classifier-scale {args.classifier_scale}: must be finite")
+    check(bool(args.image) == (args.task != "generate"), f"--task {args.task}: "
+          f"{'takes no --image' if args.image else 'needs --image'}")
+    check(not (args.npz and args.task == "classify"), "--npz with --task classify: it makes no pictures")
+    return args
+
+
+def chain_of(args, pair):
+    """The Chain of the flags. Raises InputError for what the checkpoint's setting does not know."""
+    allowed = ("sample", "argmax") if pair == "label" else ("mean",)
+    check(args.x_update in (None, *allowed), f"--x-update {args.x_update}: with --pair {pair} an unknown X "
+          f"follows by {' or '.join(allowed)}")
+    check(not args.classifier_scale or pair == "label", f"--classifier-scale {args.classifier_scale}: needs "
+          f"a checkpoint of --pair label, this one is of {pair}")
+    check(args.steps <= mt_diffusion.T, f"--steps {args.steps}: the chain has {mt_diffusion.T}")
+    return Chain(args.steps, args.start, args.x_update, args.cfg, args.classifier_scale, args.precision)
+
+
+def check_task(args, model):
+    """Raise InputError where the checkpoint's setting does not have the task."""
+    pair, needs = model.pair, GIVEN.get(args.task)
+    own = ["generate", *(task for task, setting in GIVEN.items() if setting == pair)]
+    check(needs in (None, pair), f"--task {args.task}: needs a checkpoint of --pair {needs}, "
+          f"this one is of {pair}; its tasks: {', '.join(own)}")
+    check(not args.features or pair == "feature", "--features is for a checkpoint of --pair feature")
+    check(not args.class_id or pair == "label", f"--class-id {args.class_id}: this checkpoint ({pair}) knows "
+          "nothing of classes")
+
+
+def with_masks(requests, mask):
+    """Requests of photos with the mask of each: one file, or of a folder that of the photo's name."""
+    if not mask.is_dir():
+        return [request._replace(files={**request.files, "mask": mask}) for request in requests]
+    folder = {stem.replace("/", "_"): path for stem, path in sample.find_files(mask, "mask").items()}
+    out = []
+    for request in requests:
+        photo = request.files["rgb"]
+        names = (request.stem, request.stem.rsplit("_", 1)[0], photo.stem)
+        found = [folder[name] for name in names if name in folder]
+        check(found, f"{photo}: no mask {request.stem} or {photo.stem} in {mask}")
+        out.append(request._replace(files={**request.files, "mask": found[0]}))
+    return out
+
+
+def requests_of(args, model, meta):
+    """What is to be drawn."""
+    classes = meta["num_classes"]
+    if args.task == "generate":
+        num = args.num or (len(read_features(args.features, model.features)) if args.features else None)
+        requests = sample.of_classes(args.class_id, args.classes, num, classes, args.seed)
+        if model.pair == "label" and not args.class_id and args.classes == "random":
+            requests = [request._replace(label=classes) for request in requests]  # drawn with its picture
+        return requests
+    given = model.modalities[1] if args.task == "translate" else "rgb"
+    requests = sample.of_pictures([given], args.image, None, args.num or 1, meta)
+    return with_masks(requests, args.mask) if args.mask else requests
+
+
+def drawing(args, model, encoder, chain, wanted, meta):
+    """What draws the task's requests."""
+    full = args.fit == "full"
+    fit = sample.fit_of(args.fit, meta["resolution"], model.patch_size * encoder.factor)
+    kind = {"restore": Restoration, "classify": Classes}.get(args.task)
+    kind = kind or {"label": WithLabels, "feature": WithVectors}.get(model.pair, Images)
+    given = list(model.modalities[1:]) if args.task == "translate" else []
+    indices = [i for i, m in enumerate(model.modalities) if m in wanted and m not in given]
+    read = functools.partial(sample.read_input, fit=fit, full=full, space=meta["depth_space"])
+    if args.task == "restore":
+        read = functools.partial(read_hidden, fit=fit, full=full, patches=args.patches, seed=args.seed)
+    draw = kind(model, encoder, chain, args.seed, indices, read)
+    if args.task == "restore":
+        draw.sdedit = args.sdedit
+    if args.features:
+        draw.vectors = read_features(args.features, model.features)
+    return draw
+
+
+def main():
+    """Draw what the flags ask for, in batches shared out over the processes; what is there already is
+    kept.
+    """
+    args = arguments()
+    rank, _, device = setup()
+    loaded = load_model(args.ckpt or newest_checkpoint(), device, method=mt_diffusion.Objective.method,
+                        build=mt_diffusion.build)
+    model, meta = loaded.model, loaded.meta
+    check_task(args, model)
+    chain = chain_of(args, model.pair)
+    samplers.prepare(model.backbone, args.precision, args.compile)
+    encoder = encoder_of(meta, device, args.vae)
+    requests = requests_of(args, model, meta)
+    wanted = sample.outputs_of(args.outputs, model.modalities, {"--npz": ("rgb",) if args.npz else ()})
+    folders = {} if args.task == "classify" else {m: MODALITIES[m] for m in wanted}
+    if args.task == "restore":
+        folders["masked_rgb"] = MODALITIES["rgb"]
+    beside = {"label": "classes", "feature": "feature"}.get(model.pair)
+    outputs = Outputs(folders, args.truncate, beside, meta["class_names"])
+    draw = drawing(args, model, encoder, chain, wanted, meta)
+    if rank == 0:
+        print(f"{loaded.path}: MT-Diffusion, {model.pair}: {', '.join(model.modalities)}, "
+              f"step {loaded.step}; {len(requests)} samples on {device}")
+    recipe = rank == 0 and recipe_of(args, loaded, chain, outputs, requests)
+    single = args.fit == "full" and args.task != "generate"  # pictures of different shapes do not stack
+    drawn = produce(args.out, requests, draw, outputs, recipe, 1 if single else args.batch_size)
+    if rank > 0:
+        return
+    scores = {}
+    if beside == "classes":
+        scores = {"scores": report_classes(args.out, requests, meta["num_classes"])}
+    if folders:
+        names = sorted(folders, key=["masked_rgb", *model.modalities[1:], "rgb", *folders].index)
+        write_grid(args.out, requests, drawn, {name: name.replace("_", " ") for name in names})
+    if args.npz:
+        sample.write_npz(args.out, requests)
+    write_meta(args.out, recipe, **scores, complete=True)
+    print(args.out / ("grid.png" if folders else "classes"))
+
+
+def recipe_of(args, loaded, chain, outputs, requests):
+    """What produced the samples, for meta.json."""
+    meta, extras = loaded.meta, {}
+    for name in ("mask", "patches", "sdedit", "features"):
+        if getattr(args, name) is not None:
+            extras[name] = str(getattr(args, name))
+    if args.features:
+        extras["features_sha256"] = sha256(args.features)
+    walk = {} if args.task == "classify" else chain._asdict()
+    samples = sample_list(requests)
+    for one in samples:
+        if "mask" in one["given"]:
+            one["mask_sha256"] = sha256(one["given"]["mask"])
+    return dict(task=args.task, checkpoint=loaded.path.name, checkpoint_sha256=loaded.sha256,
+                method=loaded.train["method"], step=loaded.step, weights="ema",
+                evaluations=chain.steps if walk else 1, seed=args.seed, vae=meta["vae"],
+                vae_sha256=meta["vae_sha256"], **walk, fit=args.fit, truncate=args.truncate,
+                outputs=list(outputs.folders), endings=outputs.endings, palette=meta["palette"], **extras,
+                samples=samples)
+
+
+if __name__ == "__main__":
+    run(main)
