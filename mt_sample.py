@@ -99,9 +99,7 @@ def white(path):
 
 
 def read_hidden(request, fit, full, patches, seed):
-    """A photo and its mask, or so many random squares. Raises InputError for a mask of another size, or
-    of nothing.
-    """
+    """A photo and its mask, or so many random squares. InputError for a mask that does not fit."""
     row, path = MODALITIES["rgb"], request.files["rgb"]
     raster = row.open(path)
     pixels = row.pixels(raster, fit)
@@ -354,9 +352,7 @@ def drawing(args, model, encoder, chain, wanted, meta):
 
 
 def main():
-    """Draw what the flags ask for, in batches shared out over the processes; what is there already is
-    kept.
-    """
+    """Draw what the flags ask for, shared out over the processes; what is there already is kept."""
     args = arguments()
     rank, _, device = setup()
     loaded = load_model(args.ckpt or newest_checkpoint(), device, method=mt_diffusion.Objective.method,

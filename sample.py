@@ -97,9 +97,7 @@ def of_pictures(given, locations, label, num, meta):
 
 
 def fit_of(mode, resolution, unit):
-    """What brings a PIL image to the network's size: ADM's centre crop, or the whole picture in
-    multiples of unit.
-    """
+    """The fit to the network's size: ADM's centre crop, or the whole picture in multiples of unit."""
     def crop(image, nearest=False):
         return centre_crop(image, resolution, nearest)
 
@@ -121,9 +119,7 @@ class Input(NamedTuple):
 
 
 def read_input(request, fit, full, space):
-    """Read a request's files; full: outputs are of the files' size. Raises InputError where maps do not
-    align.
-    """
+    """Read a request's files; full: outputs are of their size. InputError where maps do not align."""
     pixels, whole, shape = {}, {}, None
     for m, path in request.files.items():
         row = MODALITIES[m]
@@ -141,9 +137,7 @@ def read_input(request, fit, full, space):
 # Drawing: batches of requests -> (request, its maps, the shape of its outputs), one after the other.
 
 class Drawing:
-    """MMGen's: all modalities of a request from what is given of it; again: a new RGB from each of them,
-    too.
-    """
+    """All modalities of a request from what is given of it; again: a new RGB from each of them, too."""
 
     def __init__(self, model, encoder, sampling, seed, given, wanted, read, again=False):
         self.model, self.encoder, self.sampling, self.seed = model, encoder, sampling, seed
@@ -251,9 +245,7 @@ def truth_pictures(files, modalities, resolution, space):
 
 
 def write_object(request, arrays, out, palette, segment, focal):
-    """OUT/mesh/<stem>.ply: the normals of one segment, integrated to a surface in the colours of the RGB
-    (Fig. 6).
-    """
+    """OUT/mesh/<stem>.ply: a segment's normals, integrated, in the colours of the RGB (Fig. 6)."""
     index = nearest_colour(arrays["seg"], np.array(palette)) if palette else segments(arrays["seg"])
     path = out / "mesh" / f"{request.stem}.ply"
     try:
@@ -350,9 +342,7 @@ def locations_of(images, given, task):
 
 
 def main():
-    """Sample what the flags ask for, in batches shared out over the processes; what is there already is
-    kept.
-    """
+    """Sample what the flags ask for, shared out over the processes; what is there already is kept."""
     args = arguments()
     sampling = samplers.from_flags(args, args.task)
     rank, world, device = setup()
