@@ -288,7 +288,7 @@ class MTDiffusion(nn.Module):
 
     @torch.no_grad()
     def encode(self, x):
-        """E(X) like z: an image itself; of a class or vector what the backbone makes of it at z = 0, k = 0."""
+        """E(X) like z: an image itself; of a class or vector what the backbone makes of it at z, k = 0."""
         if self.images:
             return x
         if not self.schedule.shift.any():
