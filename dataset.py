@@ -39,6 +39,12 @@ def schema(meta):
     return arrays | {"labels": (np.int64, ()), "done": (np.uint8, ())}
 
 
+def to_unit(vectors):
+    """Vectors (n, F) as feature.npy holds them: float16 of mean square 1."""
+    size = np.sqrt((vectors ** 2).mean(-1, keepdims=True))
+    return (vectors / np.maximum(size, 1e-8)).astype(np.float16)
+
+
 # ------------------------------------------------------------------------------------------------
 # Writing.
 

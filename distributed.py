@@ -44,11 +44,12 @@ def reading(path, remedy):
         yield
     except InputError:
         raise
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: no such file; {remedy}") from error
     except Exception as error:
         reason = " ".join(str(error).split())[:100]
-        raise InputError(f"{path}: not readable ({type(error).__name__}: {reason}); {remedy}") from error
+        fault = f"not readable ({type(error).__name__}: {reason})"
+        if type(error) is FileNotFoundError:  # the hub raises subclasses of it when it is out of reach
+            fault = "no such file"
+        raise InputError(f"{path}: {fault}; {remedy}") from error
 
 
 # ------------------------------------------------------------------------------------------------

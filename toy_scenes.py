@@ -11,7 +11,6 @@ A scene is a pure function of its integer seed. Seeds below 2**31 are for traini
     seg      index into SEGMENTS
     label    index into CLASSES: the main object's type and family of hue
 """
-import argparse
 import colorsys
 import pathlib
 from typing import NamedTuple
@@ -19,12 +18,13 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from distributed import InputError, run, whole_file
+from distributed import check, command_parser, run, whole_file
 from modalities import MODALITIES
 
 HELD_OUT = 2 ** 31
 SEGMENTS = ("floor", "wall", "sphere", "box", "cylinder", "cone")
-PALETTE = np.array([[70, 70, 70], [200, 200, 200], [235, 50, 50], [45, 190, 60], [50, 80, 235], [240, 200, 30]], np.uint8)
+PALETTE = np.array([[70, 70, 70], [200, 200, 200], [235, 50, 50], [45, 190, 60], [50, 80, 235],
+                    [240, 200, 30]], np.uint8)
 TYPES = SEGMENTS[2:]
 HUES = {"red": (-0.03, 0.08), "green": (0.27, 0.42), "blue": (0.56, 0.70)}
 CLASSES = tuple(f"{hue} {shape}" for shape in TYPES for hue in HUES)
@@ -39,9 +39,18 @@ class Scene(NamedTuple):
     focal: float        # in half-widths of the image: u = focal * x / z lies in [-1, 1]
 
 
+class Solid(NamedTuple):
+    """An object that stands on the floor."""
+    shape: str            # one of TYPES
+    size: float
+    position: np.ndarray  # (x, z)
+    turn: float           # about the vertical
+    colour: np.ndarray    # (3,) in [0, 1]
+
+
 # ------------------------------------------------------------------------------------------------
 # Ray casting. Rays o + t * d with d of unit component along the optical axis, so that t is the depth.
-# Each function returns t (P,), inf where there is no hit, and world normals (P, 3), for o (3,), d (P, 3).
+# Each function returns t (P,), inf where there is no hit, and normals (P, 3), for o (3,), d (P, 3).
 
 def _nearest(ts, normals):
     """The closest of several candidate hits: ts (K, P), normals (K, P, 3)."""
@@ -52,38 +61,44 @@ def _nearest(ts, normals):
 def _plane(o, d, normal, offset):
     """The plane normal . x = offset, seen from the side its normal points to."""
     facing = d @ normal
-    t = np.where(facing < -1e-9, (offset - o @ normal) / np.where(facing < -1e-9, facing, -1.0), np.inf)
+    front = facing < -1e-9
+    t = np.where(front, (offset - o @ normal) / np.where(front, facing, -1.0), np.inf)
     return np.where(t > 0, t, np.inf), np.broadcast_to(normal, d.shape)
+
+
+def _at(o, t, d):
+    """The points at t (..., P) of the rays, o where there is no hit: (..., P, 3)."""
+    return o + np.where(np.isfinite(t), t, 0.0)[..., None] * d
 
 
 def _disk(o, d, height, radius, up):
     """A horizontal disk around the y axis; up is +1 or -1."""
     t, normal = _plane(o, d, np.array([0.0, up, 0.0]), up * height)
-    p = o + np.where(np.isfinite(t), t, 0.0)[:, None] * d
+    p = _at(o, t, d)
     return np.where(p[:, 0] ** 2 + p[:, 2] ** 2 <= radius ** 2, t, np.inf), normal
 
 
-def _quadric_root(a, b, c):
-    """The smaller root of a t^2 + 2 b t + c, inf where there is none (a of either sign, not 0)."""
+def _quadric_roots(a, b, c):
+    """The near and the far root of a t^2 + 2 b t + c, a not 0: (2, P), inf where there are none."""
     disc = b * b - a * c
     root = np.sqrt(np.maximum(disc, 0.0))
-    t = np.minimum((-b - root) / a, (-b + root) / a), np.maximum((-b - root) / a, (-b + root) / a)
-    return np.where(disc > 0, t, np.inf)  # (2, P), near and far
+    one, other = (-b - root) / a, (-b + root) / a
+    return np.where(disc > 0, (np.minimum(one, other), np.maximum(one, other)), np.inf)
 
 
 def _sphere(o, d, size):
     q = o - np.array([0.0, size, 0.0])
-    t = _quadric_root((d * d).sum(1), d @ q, q @ q - size ** 2)[0]
+    t, _ = _quadric_roots((d * d).sum(1), d @ q, q @ q - size ** 2)
     t = np.where(t > 0, t, np.inf)
-    return t, (q + np.where(np.isfinite(t), t, 0.0)[:, None] * d) / size
+    return t, _at(q, t, d) / size
 
 
 def _box(o, d, size):
     half = size * np.array([0.8, 0.75, 0.8])
     q = o - np.array([0.0, half[1], 0.0])
     inverse = 1.0 / np.where(np.abs(d) < 1e-9, 1e-9, d)
-    near = np.minimum((-half - q) * inverse, (half - q) * inverse)  # (P, 3)
-    far = np.maximum((-half - q) * inverse, (half - q) * inverse)
+    one, other = (-half - q) * inverse, (half - q) * inverse  # (P, 3), the faces of each axis
+    near, far = np.minimum(one, other), np.maximum(one, other)
     t, axis = near.max(1), near.argmax(1)
     normal = np.zeros_like(d)
     rows = np.arange(len(d))
@@ -93,9 +108,10 @@ def _box(o, d, size):
 
 def _cylinder(o, d, size):
     radius, height = 0.7 * size, 1.7 * size
-    ts = _quadric_root(d[:, 0] ** 2 + d[:, 2] ** 2 + 1e-12, d[:, 0] * o[0] + d[:, 2] * o[2], o[0] ** 2 + o[2] ** 2 - radius ** 2)
-    t = ts[0]
-    p = o + np.where(np.isfinite(t), t, 0.0)[:, None] * d
+    a = d[:, 0] ** 2 + d[:, 2] ** 2 + 1e-12
+    b = d[:, 0] * o[0] + d[:, 2] * o[2]
+    t, _ = _quadric_roots(a, b, o[0] ** 2 + o[2] ** 2 - radius ** 2)
+    p = _at(o, t, d)
     t = np.where((t > 0) & (p[:, 1] >= 0) & (p[:, 1] <= height), t, np.inf)
     side = p * np.array([1.0, 0.0, 1.0]) / radius
     top, up = _disk(o, d, height, radius, 1)
@@ -108,8 +124,8 @@ def _cone(o, d, size):
     q = o - np.array([0.0, height, 0.0])  # the apex at the origin
     w = np.array([1.0, -k, 1.0])
     a = (d * d) @ w
-    ts = _quadric_root(np.where(np.abs(a) < 1e-9, 1e-9, a), (d * q) @ w, (q * q) @ w)
-    p = q + np.where(np.isfinite(ts), ts, 0.0)[:, :, None] * d  # (2, P, 3): the near root may lie on the mirrored cone
+    ts = _quadric_roots(np.where(np.abs(a) < 1e-9, 1e-9, a), (d * q) @ w, (q * q) @ w)
+    p = _at(q, ts, d)  # (2, P, 3): the near root may lie on the mirrored cone
     ts = np.where((ts > 0) & (p[..., 1] <= 0) & (p[..., 1] >= -height), ts, np.inf)
     normals = p * w
     normals /= np.linalg.norm(normals, axis=-1, keepdims=True) + 1e-12
@@ -119,15 +135,17 @@ def _cone(o, d, size):
 SHAPES = {"sphere": _sphere, "box": _box, "cylinder": _cylinder, "cone": _cone}
 
 
-def _cast(shape, o, d, size, position, turn):
-    """One object of SHAPES standing on the floor at position (x, z), turned about the vertical."""
-    c, s = np.cos(turn), np.sin(turn)
+def _cast(solid, o, d):
+    """A Solid."""
+    c, s = np.cos(solid.turn), np.sin(solid.turn)
     rotation = np.array([[c, 0, -s], [0, 1, 0], [s, 0, c]])  # world to object
-    t, normal = SHAPES[shape](rotation @ (o - np.array([position[0], 0.0, position[1]])), d @ rotation.T, size)
+    foot = np.array([solid.position[0], 0.0, solid.position[1]])
+    t, normal = SHAPES[solid.shape](rotation @ (o - foot), d @ rotation.T, solid.size)
     return t, normal @ rotation
 
 
 # ------------------------------------------------------------------------------------------------
+# A scene. The order of the random draws is what a seed means.
 
 def _rays(size, focal, rotation):
     """Directions (S*S, 3) of the pixel centres, row by row; rotation (3, 3) has rows right, up, forward."""
@@ -137,16 +155,44 @@ def _rays(size, focal, rotation):
 
 
 def _camera(rng, height):
-    """A camera that orbits the main object: target (3,), direction back from it (3,), rotation (3, 3), azimuth."""
+    """A camera that orbits the main object: target (3,), direction back (3,), rotation (3, 3), azimuth."""
     azimuth, elevation = rng.uniform(-0.8, 0.8), rng.uniform(0.1, 0.8)
-    target = np.array([rng.uniform(-0.25, 0.25), height / 2 + rng.uniform(-0.2, 0.2), rng.uniform(-0.25, 0.25)])
-    away = np.array([np.sin(azimuth) * np.cos(elevation), np.sin(elevation), np.cos(azimuth) * np.cos(elevation)])
+    shift = rng.uniform([-0.25, -0.2, -0.25], [0.25, 0.2, 0.25])
+    target = np.array([0.0, height / 2, 0.0]) + shift
+    away = np.array([np.sin(azimuth) * np.cos(elevation), np.sin(elevation),
+                     np.cos(azimuth) * np.cos(elevation)])
     right = np.cross(-away, [0.0, 1.0, 0.0])
     right /= np.linalg.norm(right)
     up = np.cross(right, -away)
     roll = rng.normal(0, 0.05)
-    right, up = np.cos(roll) * right + np.sin(roll) * up, np.cos(roll) * up - np.sin(roll) * right
-    return target, away, np.stack([right, up, -away]), azimuth
+    c, s = np.cos(roll), np.sin(roll)
+    return target, away, np.stack([c * right + s * up, c * up - s * right, -away]), azimuth
+
+
+def _colour(rng, hue, saturation, value):
+    """A colour whose hue, saturation and value are drawn from these ranges."""
+    drawn = [rng.uniform(*span) for span in (hue, saturation, value)]
+    return np.array(colorsys.hsv_to_rgb(drawn[0] % 1, *drawn[1:]))
+
+
+def _bystander(rng, main, azimuth):
+    """A small Solid around the main one, not before it."""
+    size = rng.uniform(0.25, 0.45)
+    side = azimuth + rng.choice([-1, 1]) * rng.uniform(0.9, 2.6)
+    reach = main.size + size + rng.uniform(0.05, 0.5)
+    shape, turn = str(rng.choice(TYPES)), rng.uniform(0, 2 * np.pi)
+    colour = _colour(rng, (0, 1), (0.4, 0.9), (0.6, 0.95))
+    return Solid(shape, size, reach * np.array([np.sin(side), np.cos(side)]), turn, colour)
+
+
+def _walls(rng, azimuth):
+    """[(direction, distance)]: one or two at random angles and a far one that closes the view."""
+    first = azimuth + np.pi + rng.uniform(-0.9, 0.9)
+    walls = [(first, rng.uniform(1.2, 3.5))]
+    if rng.uniform() < 0.5:
+        walls.append((first + rng.choice([-1, 1]) * np.pi / 2, rng.uniform(1.2, 3.5)))
+    walls.append((azimuth + np.pi, 6.0))
+    return [wall for wall in walls if np.cos(wall[0] - azimuth) < 0.2]  # one beside the camera would hide all
 
 
 def render(seed, size=64):
@@ -157,61 +203,53 @@ def render(seed, size=64):
     """
     rng = np.random.default_rng(seed)
     label = int(rng.integers(len(CLASSES)))
-    hue_name, shape = CLASSES[label].split()
-    main = (shape, rng.uniform(0.65, 1.05), np.zeros(2), rng.uniform(0, 2 * np.pi))
-    target, away, rotation, azimuth = _camera(rng, 1.6 * main[1])
+    hue, shape = CLASSES[label].split()
+    main = Solid(shape, rng.uniform(0.65, 1.05), np.zeros(2), rng.uniform(0, 2 * np.pi), None)
+    target, away, rotation, azimuth = _camera(rng, 1.6 * main.size)
     focal = rng.uniform(1.0, 2.0)
-    # The object's share of the frame falls with distance^2: cast it alone, coarsely, from afar, and step closer.
-    share = np.isfinite(_cast(main[0], target + 5.0 * away, _rays(24, focal, rotation), *main[1:])[0]).mean()
-    distance = np.clip(5.0 * np.sqrt(share / rng.uniform(0.15, 0.36)), 2.0 * main[1], 5.0)
+    # Its share of the frame falls with distance^2: cast it alone, coarsely, from afar, and step closer.
+    share = np.isfinite(_cast(main, target + 5.0 * away, _rays(24, focal, rotation))[0]).mean()
+    distance = np.clip(5.0 * np.sqrt(share / rng.uniform(0.15, 0.36)), 2.0 * main.size, 5.0)
     o, d = target + distance * away, _rays(size, focal, rotation)
 
-    objects, colours = [main], [colorsys.hsv_to_rgb(rng.uniform(*HUES[hue_name]) % 1, rng.uniform(0.6, 0.9), rng.uniform(0.7, 0.95))]
-    for _ in range(rng.integers(3)):
-        small, side = rng.uniform(0.25, 0.45), azimuth + rng.choice([-1, 1]) * rng.uniform(0.9, 2.6)  # not before the main one
-        reach = main[1] + small + rng.uniform(0.05, 0.5)
-        objects.append((str(rng.choice(TYPES)), small, reach * np.array([np.sin(side), np.cos(side)]), rng.uniform(0, 2 * np.pi)))
-        colours.append(colorsys.hsv_to_rgb(rng.uniform(), rng.uniform(0.4, 0.9), rng.uniform(0.6, 0.95)))
-    first = azimuth + np.pi + rng.uniform(-0.9, 0.9)
-    walls = [(first, rng.uniform(1.2, 3.5))]
-    if rng.uniform() < 0.5:
-        walls.append((first + rng.choice([-1, 1]) * np.pi / 2, rng.uniform(1.2, 3.5)))
-    walls.append((azimuth + np.pi, 6.0))
-    walls = [wall for wall in walls if np.cos(wall[0] - azimuth) < 0.2]  # a wall beside the camera would hide the scene
-
+    main = main._replace(colour=_colour(rng, HUES[hue], (0.6, 0.9), (0.7, 0.95)))
+    solids = [main] + [_bystander(rng, main, azimuth) for _ in range(rng.integers(3))]
+    walls = _walls(rng, azimuth)
+    ground = rng.uniform(0.35, 0.8, 3) * 0.5 + rng.uniform(0.2, 0.4)
+    paint = rng.uniform(0.4, 0.9, 3) * 0.5 + rng.uniform(0.2, 0.45)
+    albedo = [ground, *(paint * f for f in rng.uniform(0.9, 1.1, len(walls))), *(s.colour for s in solids)]
+    segment = [0] + [1] * len(walls) + [SEGMENTS.index(solid.shape) for solid in solids]
     hits = [_plane(o, d, np.array([0.0, 1.0, 0.0]), 0.0)]
     hits += [_plane(o, d, -np.array([np.sin(a), 0.0, np.cos(a)]), -far) for a, far in walls]
-    hits += [_cast(shape_, o, d, *rest) for shape_, *rest in objects]
-    segment_of = [0] + [1] * len(walls) + [SEGMENTS.index(obj[0]) for obj in objects]
-    ground, paint = rng.uniform(0.35, 0.8, 3) * 0.5 + rng.uniform(0.2, 0.4), rng.uniform(0.4, 0.9, 3) * 0.5 + rng.uniform(0.2, 0.45)
-    albedo_of = np.array([ground] + [paint * f for f in rng.uniform(0.9, 1.1, len(walls))] + colours)
+    hits += [_cast(solid, o, d) for solid in solids]
 
-    ts = np.stack([t for t, _ in hits])
+    ts, normals = (np.stack(part) for part in zip(*hits))
     which = np.argmin(ts, axis=0)
-    t = np.take_along_axis(ts, which[None], 0)[0]
-    normal = np.stack([n for _, n in hits])[which, np.arange(len(d))]
-    points = o + t[:, None] * d
-    rgb = _shade(rng, points, normal, which, albedo_of[which], objects, rotation)
-    camera_normal = normal @ rotation.T * np.array([-1.0, 1.0, -1.0])  # right, up, forward -> left, up, towards the viewer
-    return Scene((rgb.reshape(size, size, 3) * 255).round().astype(np.uint8), t.reshape(size, size).astype(np.float32),
-                 camera_normal.reshape(size, size, 3).astype(np.float32),
-                 np.array(segment_of, np.uint8)[which].reshape(size, size), label, focal)
+    t, normal = _nearest(ts, normals)
+    rgb = _shade(rng, o + t[:, None] * d, normal, which, np.array(albedo)[which], solids, rotation)
+    camera_normal = normal @ rotation.T * np.array([-1.0, 1.0, -1.0])  # right, up, forward -> left, up, back
+    return Scene(rgb=(rgb.reshape(size, size, 3) * 255).round().astype(np.uint8),
+                 depth=t.reshape(size, size).astype(np.float32),
+                 normal=camera_normal.reshape(size, size, 3).astype(np.float32),
+                 seg=np.array(segment, np.uint8)[which].reshape(size, size), label=label, focal=focal)
 
 
-def _shade(rng, points, normal, which, albedo, objects, rotation):
-    """Lambert shading with one light, a broad pattern on the floor and soft contact shadows: (P, 3) in [0, 1]."""
+def _shade(rng, points, normal, which, albedo, solids, rotation):
+    """Lambert shading, one light, a broad pattern on the floor, soft contact shadows: (P, 3) in [0, 1]."""
     turn, contrast, cell = rng.uniform(0, np.pi), rng.uniform(0.0, 0.12), rng.uniform(1.6, 2.4)
-    a = (points[:, 0] * np.cos(turn) + points[:, 2] * np.sin(turn)) * np.pi / cell
-    b = (points[:, 2] * np.cos(turn) - points[:, 0] * np.sin(turn)) * np.pi / cell
+    x, z = points[:, 0], points[:, 2]
+    a = (x * np.cos(turn) + z * np.sin(turn)) * np.pi / cell
+    b = (z * np.cos(turn) - x * np.sin(turn)) * np.pi / cell
     floor = which == 0
     gain = np.where(floor, 1 + contrast * np.sin(a) * np.sin(b), 1.0)
-    for _, size, position, _ in objects:
-        distance2 = ((points[:, [0, 2]] - position) ** 2).sum(1)
-        gain *= np.where(floor, 1 - 0.45 * np.exp(-distance2 / (1.1 * size) ** 2), 1.0)
-    light = np.array([rng.uniform(-0.8, 0.8), rng.uniform(0.5, 1.0), rng.uniform(-1.0, -0.3)]) @ rotation
+    for solid in solids:
+        distance2 = ((points[:, [0, 2]] - solid.position) ** 2).sum(1)
+        gain *= np.where(floor, 1 - 0.45 * np.exp(-distance2 / (1.1 * solid.size) ** 2), 1.0)
+    light = rng.uniform([-0.8, 0.5, -1.0], [0.8, 1.0, -0.3]) @ rotation
     light /= np.linalg.norm(light)
     ambient = rng.uniform(0.4, 0.55)
-    return np.clip(albedo * (gain * (ambient + (1.05 - ambient) * np.maximum(normal @ light, 0.0)))[:, None], 0, 1)
+    gain *= ambient + (1.05 - ambient) * np.maximum(normal @ light, 0.0)
+    return np.clip(albedo * gain[:, None], 0, 1)
 
 
 MAPS = ("rgb", "depth", "normal", "seg")
@@ -237,21 +275,23 @@ def teacher(scene, grid):
 
 def main():
     """Write scenes as pictures: <out>/{rgb,depth,normal,seg}/<class>/<seed>."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("--num", type=int, default=8, help="how many scenes")
     parser.add_argument("--start", type=int, default=HELD_OUT, help="first seed")
     parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("scenes"))
     args = parser.parse_args()
-    if not 1 <= args.num <= 10 ** 7 or not 8 <= args.size <= 4096 or args.start < 0:
-        raise InputError(f"--num {args.num} --start {args.start} --size {args.size}: 1 to ten million scenes from seed 0 on, of 8 to 4096 pixels")
+    check(1 <= args.num <= 10 ** 7 and 8 <= args.size <= 4096 and args.start >= 0,
+          f"--num {args.num} --start {args.start} --size {args.size}: "
+          "1 to ten million scenes from seed 0 on, of 8 to 4096 pixels")
     for seed in range(args.start, args.start + args.num):
         scene = render(seed, args.size)
         for name, array in maps(scene).items():
             row = MODALITIES[name]
+            picture = row.picture(row.from_pixels(row.to_pixels(array)))
             path = args.out / name / CLASSES[scene.label].replace(" ", "_") / f"{seed}.png"
             with whole_file(path) as file:
-                Image.fromarray(row.picture(row.from_pixels(row.to_pixels(array)))).save(file, "png")
+                Image.fromarray(picture).save(file, "png")
     print(f"{args.num} scenes in {args.out}")
 
 

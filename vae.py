@@ -219,6 +219,19 @@ def load_vae(name_or_path):
     return vae.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
 
+def timm_model(name, file, remedy, **options):
+    """A timm model without its classifier in eval mode, its weights from a local file or, of None, the hub.
+
+    Raises InputError with the remedy when the name is unknown or the weights cannot be had.
+    """
+    import timm
+    overlay = dict(file=str(file)) if file else None
+    with reading(file or f"the weights of {name}", remedy):
+        model = timm.create_model(name, pretrained=True, num_classes=0, pretrained_cfg_overlay=overlay,
+                                  **options)
+    return model.eval()
+
+
 # ------------------------------------------------------------------------------------------------
 # Encoders. An encoder has name, sha256, factor (pixels a latent), channels and scale.
 

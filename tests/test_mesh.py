@@ -4,15 +4,17 @@ import pytest
 from PIL import Image
 
 import mesh
-import sample
 import toy_scenes
 from distributed import InputError
+from weights import DEMO
 
 SIZE = 96
 
 
 def sphere(focal):
-    """Normals, mask and exact depth of a unit sphere (perspective: at distance 3; orthographic: radius 0.4 of the picture)."""
+    """Normals, mask and exact depth of a unit sphere (perspective: at distance 3; orthographic: radius 0.4 of
+    the picture).
+    """
     centre = (SIZE - 1) / 2
     v, u = np.mgrid[:SIZE, :SIZE]
     if focal is None:
@@ -46,8 +48,12 @@ def test_a_known_surface_comes_back(scene, focal, figure):
     normal, mask, truth, size = scene(focal)
     depth = mesh.integrate(normal, mask, focal)
     assert np.isnan(depth[~mask]).all()
-    fit = depth[mask] * (truth[mask] @ depth[mask] / (depth[mask] @ depth[mask])) if focal else depth[mask] - (depth[mask] - truth[mask]).mean()
-    error = np.sqrt(np.mean((fit - truth[mask]) ** 2)) / size
+    found, true = depth[mask], truth[mask]
+    if focal:
+        found = found * (true @ found / (found @ found))
+    else:
+        found = found - (found - true).mean()
+    error = np.sqrt(np.mean((found - true) ** 2)) / size
     figure(f"mesh of an exact {scene.__name__}, focal {focal}, RMS error over size", float(error))
     assert error < 0.002
 
@@ -57,10 +63,12 @@ def test_the_ply_is_what_its_header_says(tmp_path):
     colours = np.random.default_rng(0).integers(0, 256, (SIZE, SIZE, 3)).astype(np.uint8)
     count, faces = mesh.write_mesh(tmp_path / "s.ply", normal, mask, colours, 1.2)
     head, body = (tmp_path / "s.ply").read_bytes().split(b"end_header\n", 1)
-    assert f"element vertex {count}\n".encode() in head and f"element face {faces}\n".encode() in head and len(body) == 15 * count + 13 * faces
+    assert f"element vertex {count}\n".encode() in head and f"element face {faces}\n".encode() in head
+    assert len(body) == 15 * count + 13 * faces
     points = np.frombuffer(body[:15 * count], [("xyz", "<f4", 3), ("rgb", "u1", 3)])
     triangles = np.frombuffer(body[15 * count:], [("n", "u1"), ("corners", "<i4", 3)])
-    assert (points["rgb"] == colours[mask]).all() and (triangles["n"] == 3).all() and triangles["corners"].max() == count - 1
+    assert (points["rgb"] == colours[mask]).all()
+    assert (triangles["n"] == 3).all() and triangles["corners"].max() == count - 1
     a, b, c = (points["xyz"][triangles["corners"][:, i]] for i in range(3))
     facing = np.cross(b - a, c - a)
     centre = points["xyz"].mean(0) - [0, 0, 1]
@@ -78,10 +86,11 @@ def test_which_segment(tmp_path):
 
 
 def test_the_chain_from_one_depth_map(command, tmp_path):
-    picture = sample.DEMO / "scenes/depth"
+    picture = DEMO / "scenes/depth"
     first = sorted(picture.rglob("*.png"))[0]
-    command("sample", "--task", "condition", "--given", "depth", "--image", first, "--mesh", "--ckpt", sample.DEMO / "mmgen.pt",
-            "--sampler", "euler", "--steps", 6, "--focal", 1.2, "--out", tmp_path)
+    command("sample", "--task", "condition", "--given", "depth", "--image", first, "--mesh",
+            "--ckpt", DEMO / "mmgen.pt", "--sampler", "euler", "--steps", 6, "--focal", 1.2,
+            "--out", tmp_path)
     assert (tmp_path / "mesh" / f"{first.stem}.ply").read_bytes().startswith(b"ply\n")
 
 
@@ -89,10 +98,11 @@ def test_mesh_command_and_its_errors(command, tmp_path):
     normal, mask, _, _ = sphere(None)
     np.save(tmp_path / "n.npy", normal)
     Image.new("RGB", (SIZE, SIZE), "teal").save(tmp_path / "c.png")
-    assert f"{mask.sum()} vertices" in command("mesh", "--normal", tmp_path / "n.npy", "--rgb", tmp_path / "c.png", "--out", tmp_path / "o.ply")
+    flags = ("--normal", tmp_path / "n.npy", "--rgb", tmp_path / "c.png")
+    assert f"{mask.sum()} vertices" in command("mesh", *flags, "--out", tmp_path / "o.ply")
     Image.new("RGB", (5, 5)).save(tmp_path / "c.png")
     with pytest.raises(InputError, match="must be of one size"):
-        command("mesh", "--normal", tmp_path / "n.npy", "--rgb", tmp_path / "c.png", "--out", tmp_path / "p.ply")
+        command("mesh", *flags, "--out", tmp_path / "p.ply")
     assert not (tmp_path / "p.ply").exists()
 
 
@@ -107,8 +117,11 @@ def test_a_rendered_object_comes_back(kind, figure):
             continue
         parts = mesh.pick_segment(scene.seg == label)
         depth = mesh.integrate(scene.normal, parts, scene.focal)
-        vertices, truth = mesh.surface(depth, scene.focal)[0], mesh.surface(np.where(parts, scene.depth, np.nan), scene.focal)[0]
+        vertices, _ = mesh.surface(depth, scene.focal)
+        truth, _ = mesh.surface(np.where(parts, scene.depth, np.nan), scene.focal)
         scale = (truth * vertices).sum() / (vertices ** 2).sum()
-        errors.append(np.sqrt(np.mean(((vertices * scale - truth) ** 2).sum(1))) / np.ptp(truth, axis=0).max())
-    figure(f"mesh of a rendered {kind}, RMS error over size", dict(objects=len(errors), median=float(np.median(errors)), worst=float(max(errors))))
+        distance = np.sqrt(np.mean(((vertices * scale - truth) ** 2).sum(1)))
+        errors.append(distance / np.ptp(truth, axis=0).max())
+    figure(f"mesh of a rendered {kind}, RMS error over size",
+           dict(objects=len(errors), median=float(np.median(errors)), worst=float(max(errors))))
     assert len(errors) >= 3 and np.median(errors) < 0.02

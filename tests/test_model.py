@@ -1,12 +1,8 @@
-import os
-import pickle
-
-import numpy as np
+"""model.py: the network."""
 import pytest
 import torch
 
-from distributed import InputError
-from model import MODALITIES, build_model, canny, load_checkpoint, load_model
+from model import build_model, sincos_positions
 
 
 def random_model(**options):
@@ -20,7 +16,8 @@ def random_model(**options):
 
 def inputs(n=3, channels=16, size=(8, 8), M=4):
     g = torch.Generator().manual_seed(1)
-    return torch.randn(n, channels, *size, generator=g), torch.rand(n, M, generator=g), torch.arange(n), torch.zeros(n, M, dtype=torch.bool)
+    x, t = torch.randn(n, channels, *size, generator=g), torch.rand(n, M, generator=g)
+    return x, t, torch.arange(n), torch.zeros(n, M, dtype=torch.bool)
 
 
 def test_parameter_counts_of_the_paper():
@@ -43,7 +40,7 @@ def test_fusions(fusion):
 
 
 def test_blocks_compile_whole():
-    """As --compile does, without the code generator: no graph breaks, nothing changes, forward and backward."""
+    """As --compile does, without the code generator: no graph breaks, nothing changes, both ways."""
     results = []
     for compiled in (False, True):
         model = random_model()
@@ -52,7 +49,8 @@ def test_blocks_compile_whole():
         v, z = model(*inputs())
         (v.square().mean() + z.mean()).backward()
         results.append([v, *(p.grad for p in model.parameters() if p.grad is not None)])
-    assert len(results[0]) == len(results[1]) and all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*results))
+    assert len(results[0]) == len(results[1])
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*results))
 
 
 def test_task_embedding_is_row_0_or_the_sum_of_the_given_rows():
@@ -85,54 +83,19 @@ def test_rectangular_latents_interpolate_positions():
     assert v.shape == (3, 16, 8, 12) and torch.isfinite(v).all()
 
 
-def test_registry_round_trips():
-    import numpy as np
-    rng = np.random.default_rng(0)
-    normal = rng.standard_normal((6, 6, 3)).astype(np.float32)
-    normal /= np.linalg.norm(normal, axis=-1, keepdims=True)
-    disparity = rng.random((6, 6)).astype(np.float32)
-    disparity = (disparity - disparity.min()) / np.ptp(disparity)
-    colours = rng.integers(0, 256, (6, 6, 3)).astype(np.uint8)
-    for m, row in MODALITIES.items():
-        array = {"scalar": disparity, "vector": normal}.get(row.file, colours)
-        assert np.allclose(row.from_pixels(row.to_pixels(array)), array, atol=1e-5), m
-        assert row.picture(array).dtype == np.uint8 and row.picture(array).shape == (6, 6, 3)
+def test_positions_are_dits():
+    """The first half of a row is for the column, the second for the row, each a sine and a cosine part."""
+    table = sincos_positions(16, 3, 5).reshape(3, 5, 16)
+    omega = 1 / 10000 ** (torch.arange(4, dtype=torch.float64) / 4)
+    column = torch.cat([(4 * omega).sin(), (4 * omega).cos()])
+    row = torch.cat([(2 * omega).sin(), (2 * omega).cos()])
+    assert torch.allclose(table[2, 4], torch.cat([column, row])) and table.dtype == torch.float64
 
 
-class Evil:
-    def __reduce__(self):
-        return os.system, ("touch /tmp/mmgen_evil",)
-
-
-def test_bad_checkpoints_are_refused(tmp_path, trained):
-    whole = (trained / "latest.pt").read_bytes()
-    (tmp_path / "cut.pt").write_bytes(whole[:len(whole) // 2])
-    (tmp_path / "empty.pt").write_bytes(b"")
-    torch.save({"ema": Evil()}, tmp_path / "evil.pt")
-    (tmp_path / "plain.pt").write_bytes(pickle.dumps(Evil()))
-    torch.save({"weights": torch.zeros(3)}, tmp_path / "other.pt")
-    for name in ("cut", "empty", "evil", "plain", "other", "missing"):
-        with pytest.raises(InputError, match=f"{name}.pt"):
-            load_checkpoint(tmp_path / f"{name}.pt")
-    assert not os.path.exists("/tmp/mmgen_evil")
-    checkpoint = load_checkpoint(trained / "latest.pt")
-    checkpoint["ema"]["blocks.0.attn.qkv.weight"] = torch.zeros(3, 3)
-    torch.save(checkpoint, tmp_path / "shape.pt")
-    with pytest.raises(InputError, match=r"blocks.0.attn.qkv.weight is \(3, 3\)"):
-        load_model(tmp_path / "shape.pt")
-
-
-def test_export_keeps_the_ema(tmp_path, trained, command):
-    command("model", "--ckpt", trained / "latest.pt", "--export", tmp_path / "small.pt")
-    a, b = load_model(trained / "latest.pt"), load_model(tmp_path / "small.pt")
-    for key, value in a.state_dict().items():
-        assert torch.allclose(value, b.state_dict()[key], atol=1e-3, rtol=1e-2), key
-
-
-def test_canny_finds_a_square():
-    image = np.full((40, 40, 3), 60, np.uint8)
-    image[10:30, 12:28] = 200
-    edges = canny(image)[..., 0] == 255
-    rows, columns = np.nonzero(edges)
-    assert set(np.unique(rows)) <= set(range(9, 31)) and edges[20, 11:13].any() and edges[20, 27:29].any() and edges[9:11, 20].any()
-    assert 60 < edges.sum() < 80 and not canny(np.full((40, 40, 3), 60, np.uint8)).any()  # one pixel wide, nothing on a flat picture
+def test_what_cannot_be_built_is_refused():
+    with pytest.raises(KeyError):
+        build_model("M/2")
+    with pytest.raises(KeyError):
+        build_model("T/2", fusion="sum")
+    with pytest.raises(ValueError, match="latent size 7x8"):
+        build_model("T/2", latent_size=(7, 8))

@@ -23,7 +23,8 @@ def seg(image):
 def wrong(image):
     return np.zeros(3)
 '''
-PY = ("--depth", "py:drawn_teachers:depth", "--normal", "py:drawn_teachers:normal", "--seg", "py:drawn_teachers:seg")
+PY = ("--depth", "py:drawn_teachers:depth", "--normal", "py:drawn_teachers:normal",
+      "--seg", "py:drawn_teachers:seg")
 
 
 @pytest.fixture
@@ -50,9 +51,12 @@ def test_a_tree_that_prep_latents_reads(photos, command, tmp_path):
     depth = np.asarray(Image.open(out / "depth/a/0.png"))
     assert depth.dtype == np.uint16 and depth.shape == (80, 96) and depth.min() == 0 and depth.max() == 65535
     seg = np.asarray(Image.open(out / "seg/a/0.png"))
-    assert len(np.unique(seg.reshape(-1, 3), axis=0)) == 2 and (seg[:10, :10] == seg[0, 0]).all() and (seg[20, 20] != seg[0, 0]).any()
-    assert np.abs(np.asarray(Image.open(out / "normal/b b/2.png"))[0, 0] - np.array([127.5, 204, 229.5])).max() <= 1
-    command("prep_latents", "--data", out, "--out", tmp_path / "cache", "--size", 32, "--vae", "toy", "--no-dino", "--batch-size", 2)
+    assert len(np.unique(seg.reshape(-1, 3), axis=0)) == 2
+    assert (seg[:10, :10] == seg[0, 0]).all() and (seg[20, 20] != seg[0, 0]).any()
+    normal = np.asarray(Image.open(out / "normal/b b/2.png"))
+    assert np.abs(normal[0, 0] - np.array([127.5, 204, 229.5])).max() <= 1
+    command("prep_latents", "--data", out, "--out", tmp_path / "cache", "--size", 32, "--vae", "toy",
+            "--no-dino", "--batch-size", 2)
     assert (np.load(tmp_path / "cache/done.npy") == 1).all()
 
 
@@ -77,20 +81,21 @@ def test_in_place_leaves_the_photos_alone(photos, command, tmp_path):
     (photos / "a/0.jpg").rename(photos / "a/0.JPEG")
     photos.rename(tmp_path / "rgb")
     before = sorted((tmp_path / "rgb").rglob("*"))
-    command("pseudo_label", "--images", tmp_path / "rgb", "--out", tmp_path, "--depth", "py:drawn_teachers:depth")
+    command("pseudo_label", "--images", tmp_path / "rgb", "--out", tmp_path, *PY[:2])
     assert sorted((tmp_path / "rgb").rglob("*")) == before and (tmp_path / "depth/b b/2.png").is_file()
 
 
 def test_broken_photos_are_named(photos, command, tmp_path):
     (photos / "a/1.jpg").write_bytes(b"no picture")
-    with pytest.raises(InputError, match="1.jpg: not a readable picture.*skip-broken"):
+    with pytest.raises(InputError, match="1.jpg: not readable.*skip-broken"):
         command("pseudo_label", "--images", photos, "--out", tmp_path / "o", *PY)
     command("pseudo_label", "--images", photos, "--out", tmp_path / "o", *PY, "--skip-broken")
     assert "a/1\t" in (tmp_path / "o/skipped.txt").read_text() and len(read(tmp_path / "o")) == 8
 
 
 @pytest.mark.parametrize("teacher, words", (
-    ("py:drawn_teachers:nothing", "has no attribute 'nothing'"), ("py:no_such_module:f", "No module named"), ("py:drawn_teachers:wrong", "the depth teacher failed on it"),
+    ("py:drawn_teachers:nothing", "has no attribute 'nothing'"), ("py:no_such_module:f", "No module named"),
+    ("py:drawn_teachers:wrong", "0.jpg: what the depth teacher makes of it.*ValueError"),
     ("magic:x", "a teacher is hf:MODEL"), ("hub:nobody", "OWNER/REPOSITORY:ENTRY")))
 def test_bad_teachers(photos, command, tmp_path, teacher, words):
     with pytest.raises(InputError, match=words):
@@ -100,19 +105,34 @@ def test_bad_teachers(photos, command, tmp_path, teacher, words):
 
 def test_transformers_pipelines(photos, command, tmp_path):
     """Tiny random Depth-Anything and SAM models, saved locally."""
-    transformers = pytest.importorskip("transformers")
+    hf = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    backbone = transformers.Dinov2Config(hidden_size=32, num_hidden_layers=4, num_attention_heads=2, intermediate_size=64, image_size=56, patch_size=14,
-                                         out_features=["stage1", "stage2", "stage3", "stage4"], apply_layernorm=True, reshape_hidden_states=False)
-    config = transformers.DepthAnythingConfig(backbone_config=backbone, reassemble_hidden_size=32, patch_size=14, neck_hidden_sizes=[16, 16, 16, 16],
-                                              fusion_hidden_size=16, head_hidden_size=8)
-    transformers.DepthAnythingForDepthEstimation(config).save_pretrained(tmp_path / "depth_model")
-    transformers.DPTImageProcessor(size={"height": 56, "width": 56}, ensure_multiple_of=14).save_pretrained(tmp_path / "depth_model")
-    vision = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, image_size=64, patch_size=16, output_channels=16, num_pos_feats=8, mlp_dim=64, global_attn_indexes=[0], window_size=2)
-    sam = transformers.SamConfig(vision_config=transformers.SamVisionConfig(**vision).to_dict(),
-                                 prompt_encoder_config=transformers.SamPromptEncoderConfig(hidden_size=16, image_size=64, patch_size=16, mask_input_channels=4).to_dict(),
-                                 mask_decoder_config=transformers.SamMaskDecoderConfig(hidden_size=16, mlp_dim=32, num_attention_heads=2, iou_head_hidden_dim=16, num_hidden_layers=1).to_dict())
-    transformers.SamModel(sam).save_pretrained(tmp_path / "sam_model")
-    transformers.SamProcessor(transformers.SamImageProcessor(size={"longest_edge": 64}, pad_size={"height": 64, "width": 64}, mask_size={"longest_edge": 16}, mask_pad_size={"height": 16, "width": 16})).save_pretrained(tmp_path / "sam_model")
-    command("pseudo_label", "--images", photos, "--out", tmp_path / "o", "--depth", f"hf:{tmp_path / 'depth_model'}", "--seg", f"hf:{tmp_path / 'sam_model'}")
-    assert np.asarray(Image.open(tmp_path / "o/depth/a/1.png")).shape == (100, 70) and np.asarray(Image.open(tmp_path / "o/seg/a/1.png")).shape == (100, 70, 3)
+    backbone = hf.Dinov2Config(
+        hidden_size=32, num_hidden_layers=4, num_attention_heads=2, intermediate_size=64, image_size=56,
+        patch_size=14, out_features=["stage1", "stage2", "stage3", "stage4"], apply_layernorm=True,
+        reshape_hidden_states=False)
+    config = hf.DepthAnythingConfig(
+        backbone_config=backbone, reassemble_hidden_size=32, patch_size=14,
+        neck_hidden_sizes=[16, 16, 16, 16], fusion_hidden_size=16, head_hidden_size=8)
+    depth = tmp_path / "depth_model"
+    hf.DepthAnythingForDepthEstimation(config).save_pretrained(depth)
+    hf.DPTImageProcessor(size={"height": 56, "width": 56}, ensure_multiple_of=14).save_pretrained(depth)
+    vision = hf.SamVisionConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, image_size=64,
+        patch_size=16, output_channels=16, num_pos_feats=8, mlp_dim=64, global_attn_indexes=[0],
+        window_size=2)
+    prompt = hf.SamPromptEncoderConfig(
+        hidden_size=16, image_size=64, patch_size=16, mask_input_channels=4)
+    decoder = hf.SamMaskDecoderConfig(
+        hidden_size=16, mlp_dim=32, num_attention_heads=2, iou_head_hidden_dim=16, num_hidden_layers=1)
+    sam = hf.SamConfig(vision_config=vision.to_dict(), prompt_encoder_config=prompt.to_dict(),
+                       mask_decoder_config=decoder.to_dict())
+    hf.SamModel(sam).save_pretrained(tmp_path / "sam_model")
+    processor = hf.SamImageProcessor(
+        size={"longest_edge": 64}, pad_size={"height": 64, "width": 64}, mask_size={"longest_edge": 16},
+        mask_pad_size={"height": 16, "width": 16})
+    hf.SamProcessor(processor).save_pretrained(tmp_path / "sam_model")
+    command("pseudo_label", "--images", photos, "--out", tmp_path / "o", "--depth", f"hf:{depth}",
+            "--seg", f"hf:{tmp_path / 'sam_model'}")
+    assert np.asarray(Image.open(tmp_path / "o/depth/a/1.png")).shape == (100, 70)
+    assert np.asarray(Image.open(tmp_path / "o/seg/a/1.png")).shape == (100, 70, 3)

@@ -4,9 +4,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import toy_scenes
+import toy_vae
 import vae
 from distributed import InputError
-from model import MODALITIES
+from modalities import MODALITIES
 
 
 def test_sd_configuration_has_the_released_size_and_names():
@@ -17,14 +18,17 @@ def test_sd_configuration_has_the_released_size_and_names():
     assert len(shapes) == 248
     for name, shape in {"encoder.down_blocks.1.resnets.0.conv_shortcut.weight": (256, 128, 1, 1),
                         "encoder.down_blocks.2.downsamplers.0.conv.weight": (512, 512, 3, 3),
-                        "decoder.up_blocks.0.upsamplers.0.conv.bias": (512,), "decoder.up_blocks.3.resnets.2.conv2.weight": (128, 128, 3, 3),
-                        "encoder.mid_block.attentions.0.to_out.0.weight": (512, 512), "decoder.mid_block.attentions.0.group_norm.bias": (512,),
-                        "quant_conv.weight": (8, 8, 1, 1), "post_quant_conv.weight": (4, 4, 1, 1)}.items():
+                        "decoder.up_blocks.0.upsamplers.0.conv.bias": (512,),
+                        "decoder.up_blocks.3.resnets.2.conv2.weight": (128, 128, 3, 3),
+                        "encoder.mid_block.attentions.0.to_out.0.weight": (512, 512),
+                        "decoder.mid_block.attentions.0.group_norm.bias": (512,),
+                        "quant_conv.weight": (8, 8, 1, 1),
+                        "post_quant_conv.weight": (4, 4, 1, 1)}.items():
         assert shapes[name] == shape
 
 
 def test_older_attention_names_load(tmp_path, monkeypatch):
-    """The released sd-vae files name the attention query, key, value, proj_attn and carry no configuration."""
+    """The released files name the attention query, key, value, proj_attn and carry no configuration."""
     small = dict(channels=(8, 16), layers=1, groups=4, latent_channels=4, scale=0.18215)
     monkeypatch.setattr(vae, "SD_CONFIG", small)
     model = vae.AutoencoderKL(**small)
@@ -47,13 +51,36 @@ def test_the_bundled_vae_reconstructs_every_modality():
     scenes = [toy_scenes.maps(toy_scenes.render(toy_scenes.HELD_OUT + 1000 + i)) for i in range(24)]
     for m in ("rgb", "depth", "normal", "seg"):
         pixels = torch.from_numpy(np.stack([MODALITIES[m].to_pixels(s[m]) for s in scenes]))
-        assert vae.psnr(model, pixels) >= 30, m
+        assert toy_vae.psnr(model, pixels) >= 30, m
+
+
+def test_the_training_writes_a_file_that_loads(command, tmp_path):
+    """Two steps of everything, then two of the decoder alone, which keep the encoder and its scale."""
+    flags = ("--steps", 2, "--scenes", 4, "--batch-size", 2)
+    assert "scale" in command("toy_vae", "--out", tmp_path / "a.safetensors", *flags)
+    command("toy_vae", "--init", tmp_path / "a.safetensors", "--out", tmp_path / "b.safetensors", *flags)
+    a, b = (vae.load_vae(tmp_path / f"{name}.safetensors") for name in "ab")
+    before, after = a.state_dict(), b.state_dict()
+    changed = {key.split(".")[0] for key in before if not torch.equal(before[key], after[key])}
+    assert a.scale == b.scale != 1 and changed == {"decoder", "post_quant_conv"}
+
+
+def test_encoders_store_what_latents_reads():
+    """The rows of a cache, drawn with noise, are what the encoder says at once; pixels stay as they are."""
+    pixels = torch.from_numpy(MODALITIES["rgb"].to_pixels(toy_scenes.render(0).rgb))[None]
+    for name, size in (("toy", 16), ("none", 64)):
+        encoder = vae.load_encoder(name, torch.device("cpu"))
+        noise = torch.randn(1, encoder.channels, size, size)
+        meta = dict(scale=encoder.scale)
+        latents = vae.latents(torch.from_numpy(encoder.store(pixels)), noise, meta)
+        assert torch.allclose(latents, encoder.encode(pixels, lambda shape, x=noise: x), atol=1e-2), name
+        assert encoder.decode(latents).shape == pixels.shape
 
 
 def test_bad_flags_are_refused(command, tmp_path):
     for flags in (("--scenes", -1), ("--steps", 0), ("--lr", "nan")):
         with pytest.raises(InputError, match=flags[0]):
-            command("vae", "--out", tmp_path / "v.safetensors", *flags)
+            command("toy_vae", "--out", tmp_path / "v.safetensors", *flags)
 
 
 def test_unreadable_files_are_named(tmp_path):

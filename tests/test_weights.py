@@ -1,5 +1,7 @@
-"""Released checkpoints, --init and export."""
+"""weights.py: our checkpoints, released ones, --init and export."""
 import argparse
+import copy
+import os
 import pickle
 import subprocess
 import sys
@@ -10,11 +12,12 @@ import torch
 import weights
 from conftest import ROOT
 from distributed import InputError
-from model import build_model, load_checkpoint, load_model
+from model import build_model
+from weights import load_checkpoint, load_model
 
 
 def draw(model, std=0.04, seed=0):
-    """Every parameter but the positions from N(0, std): the network's own initialisation would output exactly 0."""
+    """Every parameter but the positions from N(0, std): as initialised the network outputs exactly 0."""
     g = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -26,9 +29,11 @@ def draw(model, std=0.04, seed=0):
 def ours(path, **options):
     """A checkpoint of this project with drawn weights."""
     model = draw(build_model("T/2", **{"num_classes": 12, "latent_size": 16, **options}))
-    meta = dict(vae="sd-mse", vae_sha256=None, scale=weights.SD_SCALE, latent_channels=4, latent_size=[16, 16], resolution=128, palette=None,
-                class_names=[f"c{i}" for i in range(model.num_classes)], depth_space="disparity", seg_mode="instance")
-    torch.save({"ema": model.state_dict(), "step": 7, "config": {"model": model.config, "meta": meta, "train": {}}, "format": "mmgen-1"}, path)
+    meta = dict(vae="sd-mse", vae_sha256=None, scale=weights.SD_SCALE, latent_channels=4,
+                latent_size=[16, 16], resolution=128, palette=None, depth_space="disparity",
+                seg_mode="instance", class_names=[f"c{i}" for i in range(model.num_classes)])
+    config = dict(model=model.config, meta=meta, train={})
+    torch.save(dict(ema=model.state_dict(), step=7, config=config, format=weights.FORMAT), path)
     return model, meta
 
 
@@ -44,7 +49,8 @@ def official(path, **more):
 def inputs(model, seed=0):
     g = torch.Generator().manual_seed(seed)
     M, (H, W) = len(model.modalities), model.latent_size
-    return torch.randn(2, M * 4, H, W, generator=g), torch.rand(2, M, generator=g), torch.tensor([1, 12]), torch.rand(2, M, generator=g) < 0.3
+    x, t = torch.randn(2, M * 4, H, W, generator=g), torch.rand(2, M, generator=g)
+    return x, t, torch.tensor([1, 12]), torch.rand(2, M, generator=g) < 0.3
 
 
 @torch.inference_mode()
@@ -55,31 +61,39 @@ def same(a, b, **k):
 def test_a_released_file_is_recognised_and_runs(tmp_path):
     model = official(tmp_path / "0600000.pt", steps=600000)
     loaded = load_model(tmp_path / "0600000.pt")
-    assert same(model, loaded) and loaded.step == 600000 and loaded.meta["vae"] == "sd-mse" and loaded.modalities == weights.MODALITIES
+    assert same(model, loaded.model) and loaded.step == 600000
+    assert loaded.meta["vae"] == "sd-mse" and loaded.model.modalities == weights.RELEASED
     raw = torch.load(tmp_path / "0600000.pt", weights_only=False)["ema"]
-    named = {"pos_embed", "x_embedder.proj", "t_embedder.mlp.0", "t_embedder.mlp.2", "t_embedder.mlp_fused.0", "t_embedder.mlp_fused.2",
-             "y_embedder.embedding_table", "taskcond_embedder.embedding_table", *(f"projectors.0.{i}" for i in (0, 2, 4)),
-             *(f"lis_final_layer.{m}.{layer}" for m in range(4) for layer in ("linear", "adaLN_modulation.1")),
-             *(f"blocks.{i}.{layer}" for i in range(8) for layer in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2", "adaLN_modulation.1"))}
-    assert {key.removesuffix(".weight").removesuffix(".bias") for key in raw} == named  # the released state dict's names
-    assert torch.equal(raw["lis_final_layer.2.linear.weight"], -model.heads[2].linear.weight) and "taskcond_embedder.embedding_table.weight" in raw
+    block = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2", "adaLN_modulation.1")
+    head = ("linear", "adaLN_modulation.1")
+    named = {"pos_embed", "x_embedder.proj", "y_embedder.embedding_table",
+             "taskcond_embedder.embedding_table",
+             *(f"t_embedder.{part}.{i}" for part in ("mlp", "mlp_fused") for i in (0, 2)),
+             *(f"projectors.0.{i}" for i in (0, 2, 4)),
+             *(f"lis_final_layer.{m}.{layer}" for m in range(4) for layer in head),
+             *(f"blocks.{i}.{layer}" for i in range(8) for layer in block)}
+    assert {key.removesuffix(".weight").removesuffix(".bias") for key in raw} == named  # as released
+    assert torch.equal(raw["lis_final_layer.2.linear.weight"], -model.heads[2].linear.weight)
+    assert "taskcond_embedder.embedding_table.weight" in raw
 
 
 def test_export_and_reload_is_the_identity(tmp_path, command):
     model, _ = ours(tmp_path / "a.pt")
-    command("model", "--ckpt", tmp_path / "a.pt", "--export-official", tmp_path / "b.pt")
+    command("weights", "--ckpt", tmp_path / "a.pt", "--export-official", tmp_path / "b.pt")
     state = load_checkpoint(tmp_path / "b.pt")
     assert state["origin"] == "MMGen" and state["ema"].keys() == model.state_dict().keys()
-    assert all(torch.equal(state["ema"][k], v) for k, v in model.state_dict().items()) and state["step"] == 7
+    assert all(torch.equal(state["ema"][k], v) for k, v in model.state_dict().items())
+    assert state["step"] == 7
     ours(tmp_path / "c.pt", modalities=("rgb", "depth"))
     with pytest.raises(InputError, match="MMGen's format takes"):
-        command("model", "--ckpt", tmp_path / "c.pt", "--export-official", tmp_path / "d.pt")
+        command("weights", "--ckpt", tmp_path / "c.pt", "--export-official", tmp_path / "d.pt")
     assert not (tmp_path / "d.pt").exists()
 
 
 def siblings(kind, model):
     """The RGB part of our weights in REPA's or SiT's format."""
-    state = {k: v.clone() for k, v in model.state_dict().items() if k.startswith("blocks.") or k in ("pos_embed", "x_embedder.proj.bias", "t_embedder.mlp.0.weight")}
+    shared = ("pos_embed", "x_embedder.proj.bias", "t_embedder.mlp.0.weight")
+    state = {k: v.clone() for k, v in model.state_dict().items() if k.startswith("blocks.") or k in shared}
     state["x_embedder.proj.weight"] = model.x_embedder.proj.weight.detach()[:, :4].clone()
     state["y_embedder.embedding_table.weight"] = model.y_embedder.weight.detach().clone()
     state["t_embedder.mlp.2.weight"] = torch.randn(192, 192)
@@ -87,9 +101,11 @@ def siblings(kind, model):
     if kind == "REPA":
         state.update({f"final_layer.{k}": -v if k.startswith("linear") else v for k, v in head.items()})
         state.update({f"projectors.0.{k}": v.clone() for k, v in model.projector.state_dict().items()})
-        return {"ema": state, "model": state, "opt": {}, "args": argparse.Namespace(encoder_depth=4), "steps": 4}
-    for k, v in head.items():  # learned sigma: (p, q, 2C)
-        state[f"final_layer.{k}"] = torch.cat([v.unflatten(0, (4, 4)), torch.randn(4, 4, *v.shape[1:])], 1).flatten(0, 1) if k.startswith("linear") else v
+        return dict(ema=state, model=state, opt={}, args=argparse.Namespace(encoder_depth=4), steps=4)
+    for k, v in head.items():
+        if k.startswith("linear"):  # learned sigma: (p, q, 2C)
+            v = torch.cat([v.unflatten(0, (4, 4)), torch.randn(4, 4, *v.shape[1:])], 1).flatten(0, 1)
+        state[f"final_layer.{k}"] = v
     return state
 
 
@@ -102,14 +118,16 @@ def test_init_from_rgb_models(kind, tmp_path):
     table = weights.fit(target, meta, checkpoint, "s.pt")
     assert checkpoint["origin"] == kind and f"({kind}" in table
     mine, theirs = target.state_dict(), source.state_dict()
-    for key in ("heads.0.linear.weight", "heads.0.linear.bias", "blocks.3.attn.qkv.weight", "y_embedder.weight") + (("projector.2.weight",) if kind == "REPA" else ()):
+    taken = ["heads.0.linear.weight", "heads.0.linear.bias", "blocks.3.attn.qkv.weight", "y_embedder.weight"]
+    for key in taken + ["projector.2.weight"] * (kind == "REPA"):
         assert torch.equal(mine[key], theirs[key]), key
-    assert torch.equal(mine["x_embedder.proj.weight"][:, :4], theirs["x_embedder.proj.weight"][:, :4]) and not mine["x_embedder.proj.weight"][:, 4:].any()
+    patches = mine["x_embedder.proj.weight"]
+    assert torch.equal(patches[:, :4], theirs["x_embedder.proj.weight"][:, :4]) and not patches[:, 4:].any()
     assert not mine["heads.1.linear.weight"].any() and "heads.1" in table.split("new")[1]
 
 
 def test_init_matches_modalities_by_name(tmp_path):
-    """From (rgb, depth, normal, seg) to (rgb, normal): the normals' head and columns come along, not the depth's."""
+    """From (rgb, depth, normal, seg) to (rgb, normal): the normals' head and columns come along."""
     source, meta = ours(tmp_path / "a.pt")
     model = build_model("T/2", ["rgb", "normal"], 12, 4, 16)
     weights.fit(model, meta, load_checkpoint(tmp_path / "a.pt"), "a.pt")
@@ -124,18 +142,63 @@ def test_init_matches_modalities_by_name(tmp_path):
 def test_init_with_other_classes_and_resolution(tmp_path):
     source, meta = ours(tmp_path / "a.pt")
     model = build_model("T/2", num_classes=3, latent_size=24)
-    table = weights.fit(model, {**meta, "class_names": ["c5", "cat", "c0"], "latent_size": [24, 24]}, load_checkpoint(tmp_path / "a.pt"), "a.pt")
+    meta = {**meta, "class_names": ["c5", "cat", "c0"], "latent_size": [24, 24]}
+    table = weights.fit(model, meta, load_checkpoint(tmp_path / "a.pt"), "a.pt")
     y = source.y_embedder.weight
-    assert torch.equal(model.y_embedder.weight, y[[5, 12, 0, 12]])  # an unknown class starts as the null class
+    assert torch.equal(model.y_embedder.weight, y[[5, 12, 0, 12]])  # an unknown class is the null class
     assert "inflated    2  pos_embed, y_embedder" in table
-    assert model.pos_embed.shape == (1, 144, 192) and (model.pos_embed.amax() - source.pos_embed.amax()).abs() < 0.2
+    assert model.pos_embed.shape == (1, 144, 192)
+    assert (model.pos_embed.amax() - source.pos_embed.amax()).abs() < 0.2
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("touch /tmp/mmgen_evil",)
+
+
+def test_bad_checkpoints_are_refused(tmp_path):
+    ours(tmp_path / "whole.pt")
+    whole = (tmp_path / "whole.pt").read_bytes()
+    (tmp_path / "cut.pt").write_bytes(whole[:len(whole) // 2])
+    (tmp_path / "empty.pt").write_bytes(b"")
+    torch.save({"ema": Evil()}, tmp_path / "evil.pt")
+    (tmp_path / "plain.pt").write_bytes(pickle.dumps(Evil()))
+    torch.save({"weights": torch.zeros(3)}, tmp_path / "other.pt")
+    for name in ("cut", "empty", "evil", "plain", "other", "missing"):
+        with pytest.raises(InputError, match=f"{name}.pt"):
+            load_checkpoint(tmp_path / f"{name}.pt")
+    assert not os.path.exists("/tmp/mmgen_evil")
+    checkpoint = load_checkpoint(tmp_path / "whole.pt")
+    checkpoint["ema"]["blocks.0.attn.qkv.weight"] = torch.zeros(3, 3)
+    torch.save(checkpoint, tmp_path / "shape.pt")
+    with pytest.raises(InputError, match=r"blocks.0.attn.qkv.weight is \(3, 3\)"):
+        load_model(tmp_path / "shape.pt")
+
+
+def test_export_keeps_the_ema(tmp_path, command):
+    """Of a run's folder: the EMA, not the model, rounded to bf16, without projector and optimiser."""
+    model, meta = ours(tmp_path / "a.pt")
+    ema = draw(copy.deepcopy(model), seed=1)
+    config = dict(model=model.config, meta=meta, train={})
+    weights.save_checkpoint(tmp_path / "run", model, ema, torch.optim.AdamW(model.parameters()), 3, config)
+    command("weights", "--ckpt", tmp_path / "run", "--export", tmp_path / "small.pt")
+    small = load_model(tmp_path / "small.pt")
+    assert small.step == 3 and load_checkpoint(tmp_path / "small.pt").keys() == {"ema", "step", "config",
+                                                                                "format"}
+    found = small.model.state_dict()
+    assert found.keys() == weights.without_projector(ema.state_dict()).keys()
+    for key, value in load_model(tmp_path / "run").model.state_dict().items():
+        assert torch.equal(value, ema.state_dict()[key]), key
+        assert torch.allclose(value, found[key], atol=1e-3, rtol=1e-2), key
 
 
 def test_a_pickle_in_checkpoint_form_is_refused(tmp_path):
     class Evil:
         def __reduce__(self):
             return (eval, (f"open({str(tmp_path / 'owned')!r}, 'w')",))
-    for name, content in (("dict.pt", {"ema": {"a": torch.zeros(1)}, "args": Evil(), "steps": 1}), ("ns.pt", {"args": argparse.Namespace(x=Evil())})):
+    contents = {"dict.pt": {"ema": {"a": torch.zeros(1)}, "args": Evil(), "steps": 1},
+                "ns.pt": {"args": argparse.Namespace(x=Evil())}}
+    for name, content in contents.items():
         torch.save(content, tmp_path / name)
         with pytest.raises(InputError, match="refused"):
             load_checkpoint(tmp_path / name)
@@ -146,7 +209,9 @@ def test_a_pickle_in_checkpoint_form_is_refused(tmp_path):
     assert not (tmp_path / "owned").exists()
 
 
-@pytest.mark.parametrize("content, words", (({"ema": {"w": torch.zeros(1)}}, "expected a checkpoint"), ([1], "holds a list"), ({"ema": 3}, "expected a checkpoint")))
+@pytest.mark.parametrize("content, words", (
+    ({"ema": {"w": torch.zeros(1)}}, "expected a checkpoint"), ([1], "holds a list"),
+    ({"ema": 3}, "expected a checkpoint")))
 def test_foreign_files_are_named(content, words, tmp_path):
     torch.save(content, tmp_path / "x.pt")
     with pytest.raises(InputError, match=words) as error:
@@ -156,8 +221,9 @@ def test_foreign_files_are_named(content, words, tmp_path):
 
 def test_init_of_another_size_says_so(tmp_path):
     _, meta = ours(tmp_path / "a.pt")
+    model = build_model("S/2", num_classes=3, latent_size=16)
     with pytest.raises(InputError, match="pass --model T/2"):
-        weights.fit(build_model("S/2", num_classes=3, latent_size=16), {**meta, "class_names": ["a", "b", "c"]}, load_checkpoint(tmp_path / "a.pt"), "a.pt")
+        weights.fit(model, {**meta, "class_names": list("abc")}, load_checkpoint(tmp_path / "a.pt"), "a.pt")
     with pytest.raises(InputError, match="the form is hf:OWNER/REPOSITORY/FILE"):
         load_checkpoint("hf:foo")
 
@@ -175,7 +241,12 @@ def test_a_hub_name_that_cannot_be_had(monkeypatch):
 def test_loading_maps_the_file_and_reads_the_ema_alone(tmp_path):
     """Peak memory of loading a file that is mostly optimiser state."""
     official(tmp_path / "big.pt", opt={"state": {i: torch.zeros(25_000_000) for i in range(4)}})  # 400 MB
-    code = "import resource, sys, model; m = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; " \
-           f"model.load_model({str(tmp_path / 'big.pt')!r}); print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - m) // (1024 if sys.platform == 'darwin' else 1))"
-    grown = int(subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout)
-    assert grown * 1024 < 200e6
+    code = "\n".join([
+        "import resource, sys, weights",
+        "def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss",
+        "before = peak()",
+        "weights.load_model(sys.argv[1])",
+        "print((peak() - before) * (1 if sys.platform == 'darwin' else 1024))"])
+    result = subprocess.run([sys.executable, "-c", code, tmp_path / "big.pt"], cwd=ROOT, capture_output=True,
+                            text=True, check=True)
+    assert int(result.stdout) < 200e6

@@ -1,0 +1,97 @@
+"""modalities.py: pictures and arrays of any sort as the registry's, and back."""
+import numpy as np
+import pytest
+from PIL import Image
+
+from distributed import InputError
+from modalities import MODALITIES, Flat, Scalar, Vector, canny, centre_crop
+
+
+def read(path, modality, **options):
+    row = MODALITIES[modality]
+    return row.array(row.open(path), **options)
+
+
+def test_registry_round_trips():
+    rng = np.random.default_rng(0)
+    normal = rng.standard_normal((6, 6, 3)).astype(np.float32)
+    normal /= np.linalg.norm(normal, axis=-1, keepdims=True)
+    disparity = rng.random((6, 6)).astype(np.float32)
+    disparity = (disparity - disparity.min()) / np.ptp(disparity)
+    colours = rng.integers(0, 256, (6, 6, 3)).astype(np.uint8)
+    for m, row in MODALITIES.items():
+        array = colours
+        if isinstance(row, Scalar):
+            array = disparity
+        elif isinstance(row, Vector):
+            array = normal
+        assert np.allclose(row.from_pixels(row.to_pixels(array)), array, atol=1e-5), m
+        assert row.picture(array).dtype == np.uint8 and row.picture(array).shape == (6, 6, 3)
+
+
+def test_canny_finds_a_square():
+    image = np.full((40, 40, 3), 60, np.uint8)
+    image[10:30, 12:28] = 200
+    edges = canny(image)[..., 0] == 255
+    rows, _ = np.nonzero(edges)
+    assert set(np.unique(rows)) <= set(range(9, 31))
+    assert edges[20, 11:13].any() and edges[20, 27:29].any() and edges[9:11, 20].any()
+    assert 60 < edges.sum() < 80  # one pixel wide
+    assert not canny(np.full((40, 40, 3), 60, np.uint8)).any()
+
+
+def test_unusual_pictures_are_read_correctly(tmp_path):
+    rng = np.random.default_rng(0)
+    colours = np.kron(rng.integers(0, 256, (4, 4, 3)), np.ones((16, 16, 1))).astype(np.uint8)
+    image = Image.fromarray(colours)
+    image.save(tmp_path / "plain.png")
+    image.convert("CMYK").save(tmp_path / "cmyk.tif")
+    image.quantize(256).save(tmp_path / "palette.png")
+    alpha = image.copy()
+    alpha.putalpha(255)
+    alpha.save(tmp_path / "alpha.png")
+
+    def fit(image, nearest):
+        return centre_crop(image, 64, nearest)
+    for name in ("plain.png", "cmyk.tif", "palette.png", "alpha.png"):
+        found = read(tmp_path / name, "rgb", fit=fit)
+        assert found.shape == (64, 64, 3) and np.abs(found.astype(int) - colours).mean() < 2, name
+    alpha.putalpha(0)
+    alpha.save(tmp_path / "clear.png")
+    assert (read(tmp_path / "clear.png", "rgb") == 255).all()
+    grey = rng.integers(0, 65536, (64, 64)).astype(np.uint16)
+    Image.fromarray(grey).save(tmp_path / "grey16.png")
+    as_depth = read(tmp_path / "grey16.png", "depth")
+    assert np.allclose(as_depth, grey / 65535, atol=1e-6)  # all 16 bits
+    as_rgb = read(tmp_path / "grey16.png", "rgb")
+    assert as_rgb.shape == (64, 64, 3) and np.abs(as_rgb[..., 0] - grey / 257).max() < 1
+    Image.fromarray(colours[..., 0]).save(tmp_path / "grey.png")
+    assert read(tmp_path / "grey.png", "rgb").shape == (64, 64, 3)
+    np.save(tmp_path / "depth.npy", np.array([[1.0, 2.0], [4.0, 0.0]], np.float32))
+    disparity = read(tmp_path / "depth.npy", "depth", space="depth")
+    assert disparity.tolist() == [[1.0, 0.5], [0.25, 0.0]]
+
+
+def test_adm_centre_crop():
+    values = np.arange(200 * 300 * 3, dtype=np.uint32).reshape(200, 300, 3)
+    assert centre_crop(Image.fromarray(values.astype(np.uint8)), 64).size == (64, 64)
+    square = Image.fromarray(np.zeros((64, 64, 3), np.uint8))
+    assert np.array_equal(np.asarray(centre_crop(square, 64)), np.asarray(square))
+    flat = Image.fromarray(np.kron(np.array([[0, 255]]), np.ones((300, 150))).astype(np.uint8))
+    assert set(np.unique(np.asarray(centre_crop(flat, 64, nearest=True)))) == {0, 255}
+
+
+def test_arrays_are_checked_and_flat_ones_stay_flat(tmp_path):
+    squares = np.kron(np.array([[0, 200], [200, 0]]), np.ones((40, 40)))
+    np.save(tmp_path / "seg.npy", squares[..., None].repeat(3, 2).astype(np.float32))
+    seg = read(tmp_path / "seg.npy", "seg", fit=lambda image, nearest: centre_crop(image, 33, nearest))
+    assert isinstance(MODALITIES["seg"], Flat) and set(np.unique(seg)) == {0, 200} and seg.dtype == np.uint8
+    np.save(tmp_path / "normal.npy", np.full((8, 8, 3), 200.0))
+    np.save(tmp_path / "nan.npy", np.full((8, 8), np.nan))
+    (tmp_path / "zip.npy").write_bytes(b"PK\x03\x04" + bytes(100))
+    header = b"{'descr': '<f4', 'fortran_order': False, 'shape': (8, 8\n"  # never closed: tokenize's error
+    length = len(header).to_bytes(2, "little")
+    (tmp_path / "header.npy").write_bytes(b"\x93NUMPY\x01\x00" + length + header)
+    for name, modality in (("normal", "normal"), ("nan", "depth"), ("zip", "depth"), ("header", "depth")):
+        with pytest.raises(InputError, match=f"{name}.npy"):
+            read(tmp_path / f"{name}.npy", modality)
