@@ -156,9 +156,7 @@ class Cache:
         return order
 
     def order(self, seed, start, count):
-        """Rows of the global samples start .. start + count: a permutation an epoch, seeded by (seed,
-        epoch).
-        """
+        """Rows of the samples start .. start + count: a permutation an epoch, seeded by (seed, epoch)."""
         places = (divmod(k, len(self.rows)) for k in range(start, start + count))
         return np.array([self._permutation(seed, epoch)[at] for epoch, at in places])
 
@@ -166,6 +164,19 @@ class Cache:
         """Rows -> {stem: CPU tensor}."""
         batch = {stem: torch.from_numpy(self.array(stem)[rows]) for stem in stems}
         return {stem: x.pin_memory() for stem, x in batch.items()} if pin else batch
+
+
+def part_of(batch_size, rank, world, group):
+    """This process's rows of the global batch, a slice of whole groups of rows.
+
+    Raises InputError where the batch has fewer groups than processes.
+    """
+    most = 2 ** 16  # every process draws the noise of the whole batch
+    groups = batch_size // group
+    check(batch_size % group == 0 and world <= groups and batch_size <= most,
+          f"--batch-size {batch_size} on {world} processes: must be a multiple of {group} (the task mix), "
+          f"with at least {group} rows for each process, at most {most}")
+    return slice(groups * rank // world * group, groups * (rank + 1) // world * group)
 
 
 def batches(cache, stems, seed, steps, batch_size, part, device):

@@ -143,9 +143,7 @@ def prefetch(function, jobs, threads=2, ahead=2):
 
 @functools.cache
 def _leftovers(folder):
-    """{file name: temporaries of it that killed processes left}, listed once: a folder may hold 50,000
-    pictures.
-    """
+    """{file name: temporaries that killed processes left of it}, listed once for 50,000 pictures."""
     found = collections.defaultdict(list)
     for path in folder.glob(".*.tmp"):
         found[path.name[1:].rsplit(".", 2)[0]].append(path)

@@ -29,16 +29,12 @@ def as_it_is(image, nearest=False):
 # Files.
 
 def stem_of(path, base):
-    """The name by which files of several modalities belong together: below base, with /, without its
-    ending.
-    """
+    """The name by which files of several modalities belong together: below base, without ending."""
     return path.relative_to(base).with_suffix("").as_posix()
 
 
 def find_pictures(folder, arrays=False):
-    """All pictures below a folder, with arrays also .npy files, sorted. Raises InputError where there is
-    none.
-    """
+    """The pictures below a folder, with arrays also .npy files, sorted. InputError where there is none."""
     folder = pathlib.Path(folder)
     check(folder.is_dir(), f"{folder}: no such folder")
     endings = (*PICTURES, ".npy") if arrays else PICTURES
@@ -84,9 +80,7 @@ def read_picture(path):
 
 
 def _deep(path, image):
-    """A channel of 16 bits over 65535; one of more, or of floats, over its own maximum: info["scale"]
-    says which.
-    """
+    """A channel of 16 bits over 65535, another over its own maximum: info["scale"] says which."""
     values = np.asarray(image, np.float32)
     check(np.isfinite(values).all(), f"{path}: holds values that are not finite; replace them")
     sixteen = image.mode.startswith("I") and values.max() <= 65535
@@ -276,9 +270,7 @@ class Scalar(Kind):
 
 
 class Disparity(Scalar):
-    """Relative disparity, near is bright: of any scale in the user's array, the network's is stretched
-    to its range.
-    """
+    """Relative disparity, near is bright: files of any scale; the network's is stretched to its range."""
 
     any_scale = True
 

@@ -127,9 +127,7 @@ class MlpFusion(LinearFusion):
 
 
 class SequenceFusion(nn.Module):
-    """Every modality keeps tokens of its own, M*T in all: the cost comparison of the supplement's Fig.
-    1(b).
-    """
+    """Every modality keeps tokens of its own, M*T in all: the supplement's Fig. 1(b), for its cost."""
 
     def __init__(self, num_modalities, channels, patch, width):
         super().__init__()
@@ -283,9 +281,7 @@ def build_model(name, modalities=("rgb", "depth", "normal", "seg"), num_classes=
 
 
 def training_flops(config):
-    """Operations of one sample's forward and backward pass, counted without a device; config as
-    build_model's.
-    """
+    """Operations of a sample's forward and backward pass, counted without a device."""
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         model = build_model(**config)
         M, C = len(model.modalities), model.latent_channels

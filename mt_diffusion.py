@@ -42,9 +42,7 @@ def make_betas(schedule):
 
 
 def aggregate(a, w):
-    """Eq. 4: the factor of E(X) in the marginal, at_k = sqrt(a_k) (w_k + at_{k-1}); a (T,), w (..., T)
-    -> (..., T).
-    """
+    """Eq. 4: at_k = sqrt(a_k) (w_k + at_{k-1}), the factor of E(X); a (T,), w (..., T) -> (..., T)."""
     shift, last = np.empty_like(w), 0.0
     for k in range(len(a)):
         last = shift[..., k] = np.sqrt(a[k]) * (w[..., k] + last)
@@ -146,9 +144,7 @@ class MTSchedule:
         return (z - self.carried("shift", e, k) - self.at("noise", k, z) * eps) / self.at("signal", k, z)
 
     def mean(self, z, z0, e, k):
-        """The posterior's mean, Eq. 5 in z0: DDPM's for z - shift e, which carries no X, and X's share a
-        step earlier.
-        """
+        """The posterior's mean, Eq. 5 in z0: DDPM's for z without X's share, and that of a step earlier."""
         plain = self.at("from_y", k, z) * (z - self.carried("shift", e, k)) + self.at("from_z0", k, z) * z0
         return plain + self.carried("before", e, k)
 
@@ -197,9 +193,7 @@ def visible(corners, count, size, patch):
 # The network.
 
 class OutputClassifier(nn.Module):
-    """MT-Diffusion-E: a small transformer on the denoised latents (N, C, H, W) -> (N, K); c (N, D) as
-    the backbone's.
-    """
+    """MT-Diffusion-E: a small transformer on the denoised latents (N, C, H, W) -> (N, K)."""
 
     def __init__(self, channels, patch, width, heads, outputs, depth=4):
         super().__init__()
@@ -294,9 +288,7 @@ class MTDiffusion(nn.Module):
 
     @torch.no_grad()
     def encode(self, x):
-        """E(X) like z: an image is its own code; of a class or vector what the backbone makes of it at z
-        = 0, k = 0.
-        """
+        """E(X) like z: an image itself; of a class or vector what the backbone makes of it at z, k = 0."""
         if self.images:
             return x
         if not self.schedule.shift.any():
@@ -310,9 +302,7 @@ class MTDiffusion(nn.Module):
         return self(z, k, kinds, k == 0)[0].float()[at]
 
     def look(self, schedule, z, e, k, seen):
-        """What the network is fed: z without X's share where it sees X (the same, and small), else at
-        unit scale.
-        """
+        """What the network is fed: z without X's share where it sees X, else z at unit scale."""
         without = z - schedule.carried("shift", [e], k)
         return torch.where(seen[:, None, None, None], without, schedule.at("scale", k, z) * z)
 
@@ -323,9 +313,7 @@ class MTDiffusion(nn.Module):
         return (predicted.float() - x).square().flatten(1).mean(1)
 
     def follow(self, predicted, rule, noise):
-        """Algorithm 1, line 10: a new X from its head's output: "mean", "argmax", or "sample" from its
-        distribution.
-        """
+        """Algorithm 1, line 10: X from its head: "mean", "argmax", or "sample" from its distribution."""
         if self.pair != "label":
             return predicted.float()
         if rule == "argmax":
@@ -474,9 +462,7 @@ OPTIONS = {
 # Training: an objective for train.py's loop.
 
 class Objective:
-    """Eq. 6: the noise's mean square, plus x_weight times X's error on the rows that carry X. As
-    train.MMGen.
-    """
+    """Eq. 6: the noise's mean square, plus x_weight times X's error; for the contract see train.MMGen."""
 
     method = "mt-diffusion"
     shaping = ("model", "fusion", "pair", "agg", "head", "patch_size")
@@ -637,9 +623,7 @@ class Objective:
 
 
 def draw_images(model, y, noise, chain, source=None, size=None):
-    """All of model.modalities, as scaled latents (N, M*C, H, W), from classes y (N,) or source latents
-    (N, C, H, W).
-    """
+    """All modalities, scaled latents (N, M*C, H, W), from classes y (N,) or source latents (N, C, H, W)."""
     size = size or (model.latent_size if source is None else source.shape[2:])
     known = torch.full_like(y, source is not None, dtype=torch.bool)
     if model.pair == "pair":

@@ -11,7 +11,6 @@ best five), OUT/feature/<stem>.npy, OUT/grid.png and OUT/meta.json, as sample.py
 per sample, continued.
 """
 import functools
-import itertools
 import json
 import pathlib
 from typing import NamedTuple
@@ -26,9 +25,9 @@ import mt_diffusion
 import sample
 import samplers
 from dataset import to_unit
-from distributed import check, command_parser, prefetch, run, setup, sha256, whole_file
+from distributed import check, command_parser, run, setup, sha256, whole_file
 from modalities import MODALITIES, as_it_is, read_array, read_picture
-from mt_diffusion import Chain
+from mt_diffusion import Chain, draw_images
 from produce import produce, sample_list, write_grid, write_meta
 from vae import encoder_of
 from weights import load_model, newest_checkpoint
@@ -39,44 +38,19 @@ GIVEN = {"translate": "pair", "restore": "masked", "classify": "label"}  # task:
 # ------------------------------------------------------------------------------------------------
 # Images: from noise, or from their source.
 
-class Images:
-    """Draws the modalities of a pair from noise or from the source, or images alone."""
-
-    def __init__(self, model, encoder, chain, seed, wanted, read):
-        self.model, self.encoder, self.chain, self.seed, self.read = model, encoder, chain, seed, read
-        self.wanted = wanted  # indices of model.modalities
-        self.device = next(model.parameters()).device
-
-    def __call__(self, batches):
-        inputs = prefetch(self.read, itertools.chain(*batches), threads=8, ahead=32)
-        for batch in batches:
-            mine = list(itertools.islice(inputs, len(batch)))
-            noise = samplers.Noise(self.seed, [request.index for request in batch], self.device)
-            yield from self.sample(batch, mine, noise)
-
-    def encoded(self, inputs, modality, noise):
-        """The latents (N, C, H, W) of the requests' pictures."""
-        pixels = torch.from_numpy(np.stack([one.pixels[modality] for one in inputs]))
-        return self.encoder.encode(pixels.to(self.device), noise)
-
-    def decoded(self, latents):
-        """Pixels (N, 3, fH, fW) of latents (N, C, H, W)."""
-        return self.encoder.decode(latents, self.chain.precision).cpu().numpy()
-
-    def labels(self, batch):
-        return torch.tensor([request.label for request in batch], device=self.device)
+class Images(sample.Drawing):
+    """Draws the modalities of a pair from noise or from the source, or images alone; sampling is a Chain."""
 
     def sample(self, batch, inputs, noise):
-        given = list(batch[0].files)
-        source = self.encoded(inputs, given[0], noise) if given else None
-        x = mt_diffusion.draw_images(self.model, self.labels(batch), noise, self.chain, source)
-        names = [self.model.modalities[i] for i in self.wanted]
-        images = [{} for _ in batch]
-        if names:
-            pixels = samplers.decode(self.encoder, x, self.wanted, self.chain.precision).cpu().numpy()
-            images = [dict(zip(names, one)) for one in pixels]
-        for request, one, maps in zip(batch, inputs, images):
-            yield request, {**maps, **one.whole}, one.shape
+        source = self.encoded(inputs, self.given[0], noise) if self.given else None
+        x = draw_images(self.model, self.labels(batch), noise, self.sampling, source)
+        images = self.decoded(x, self.wanted) if self.wanted else [()] * len(batch)
+        for request, one, pixels in zip(batch, inputs, images):
+            yield request, {**dict(zip(self.wanted, pixels)), **one.whole}, one.shape
+
+    def images(self, latents):
+        """Pixels (N, 3, fH, fW) of latents (N, C, H, W)."""
+        return self.encoder.decode(latents, self.sampling.precision).cpu().numpy()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -99,9 +73,7 @@ def white(path):
 
 
 def read_hidden(request, fit, full, patches, seed):
-    """A photo and its mask, or so many random squares. Raises InputError for a mask of another size, or
-    of nothing.
-    """
+    """A photo and its mask, or so many random squares. InputError for a mask that does not fit."""
     row, path = MODALITIES["rgb"], request.files["rgb"]
     raster = row.open(path)
     pixels = row.pixels(raster, fit)
@@ -149,8 +121,8 @@ class Restoration(Images):
             masked = torch.where(hidden, 0.0, pixels).to(self.device)
             begin, x = (self.encoder.encode(masked, noise), self.sdedit), torch.zeros_like(x)
         known = torch.ones(len(batch), dtype=torch.bool, device=self.device)
-        z, _ = self.model.sample(noise, known, x, self.chain, begin, x.shape[2:])
-        for request, one, image in zip(batch, inputs, self.decoded(z)):
+        z, _ = self.model.sample(noise, known, x, self.sampling, begin, x.shape[2:])
+        for request, one, image in zip(batch, inputs, self.images(z)):
             if image.shape != one.whole.shape:
                 image = F.interpolate(torch.from_numpy(image)[None], one.whole.shape[1:], mode="bilinear",
                                       align_corners=False)[0].numpy()
@@ -167,8 +139,8 @@ class WithLabels(Images):
 
     def sample(self, batch, inputs, noise):
         labels, classes = self.labels(batch), self.model.num_classes
-        z, x = self.model.sample(noise, labels < classes, labels, self.chain)
-        for request, image, chance in zip(batch, self.decoded(z), F.one_hot(x.cpu(), classes).float()):
+        z, x = self.model.sample(noise, labels < classes, labels, self.sampling)
+        for request, image, chance in zip(batch, self.images(z), F.one_hot(x.cpu(), classes).float()):
             yield request, {"rgb": image, "classes": chance}, None
 
 
@@ -177,7 +149,7 @@ class Classes(Images):
 
     def sample(self, batch, inputs, noise):
         z = self.encoded(inputs, "rgb", noise)
-        chances = self.model.recognise(z, noise, precision=self.chain.precision).softmax(1).cpu()
+        chances = self.model.recognise(z, noise, precision=self.sampling.precision).softmax(1).cpu()
         for request, chance in zip(batch, chances):
             yield request, {"classes": chance}, None
 
@@ -192,8 +164,8 @@ class WithVectors(Images):
         if self.vectors is not None:
             rows = [request.index % len(self.vectors) for request in batch]
             x, known = torch.from_numpy(self.vectors[rows]).to(self.device), ~known
-        z, x = self.model.sample(noise, known, x, self.chain)
-        for request, image, vector in zip(batch, self.decoded(z), x.cpu().numpy()):
+        z, x = self.model.sample(noise, known, x, self.sampling)
+        for request, image, vector in zip(batch, self.images(z), x.cpu().numpy()):
             yield request, {"rgb": image, "feature": vector}, None
 
 
@@ -340,12 +312,11 @@ def drawing(args, model, encoder, chain, wanted, meta):
     fit = sample.fit_of(args.fit, meta["resolution"], model.patch_size * encoder.factor)
     kind = {"restore": Restoration, "classify": Classes}.get(args.task)
     kind = kind or {"label": WithLabels, "feature": WithVectors}.get(model.pair, Images)
-    given = list(model.modalities[1:]) if args.task == "translate" else []
-    indices = [i for i, m in enumerate(model.modalities) if m in wanted and m not in given]
+    given = model.modalities[1:] if args.task == "translate" else ()
     read = functools.partial(sample.read_input, fit=fit, full=full, space=meta["depth_space"])
     if args.task == "restore":
         read = functools.partial(read_hidden, fit=fit, full=full, patches=args.patches, seed=args.seed)
-    draw = kind(model, encoder, chain, args.seed, indices, read)
+    draw = kind(model, encoder, chain, args.seed, wanted, read, given)
     if args.task == "restore":
         draw.sdedit = args.sdedit
     if args.features:
@@ -354,9 +325,7 @@ def drawing(args, model, encoder, chain, wanted, meta):
 
 
 def main():
-    """Draw what the flags ask for, in batches shared out over the processes; what is there already is
-    kept.
-    """
+    """Draw what the flags ask for, shared out over the processes; what is there already is kept."""
     args = arguments()
     rank, _, device = setup()
     loaded = load_model(args.ckpt or newest_checkpoint(), device, method=mt_diffusion.Objective.method,

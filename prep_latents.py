@@ -299,7 +299,7 @@ def verify(out, meta, pipeline):
         block = pipeline.load(range(start, min(start + size, count)), skip_broken=True)
         rows = np.intersect1d(cache.rows, block.rows)
         for stem, fresh in pipeline.encode(block).items():
-            stored, fresh = cache.arrays[stem][rows], fresh[rows - start]
+            stored, fresh = cache.array(stem)[rows], fresh[rows - start]
             tolerance = 2 if stem == "dino" else 0
             if stored.dtype == np.float16:
                 tolerance = np.spacing(np.maximum(np.abs(stored), np.abs(fresh)))

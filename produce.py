@@ -111,9 +111,7 @@ def read_rgb_file(out, folder, request):
 
 
 def write_grid(out, requests, drawn, folders, truth=None):
-    """OUT/grid.png: a row for each of the first requests. folders {name: label}; truth(request) ->
-    {modality: picture}.
-    """
+    """OUT/grid.png, a row a request; folders {name: label}, truth(request) -> {modality: picture}."""
     rows, labels = [], []
     for request in requests[:SHOWN]:
         pictures = drawn.get(request.index) or {name: read_rgb_file(out, name, request) for name in folders}

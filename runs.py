@@ -7,6 +7,7 @@ and resuming it.
 """
 import json
 import os
+import pathlib
 import time
 
 import torch
@@ -16,6 +17,12 @@ from weights import FORMAT, load_checkpoint, load_weights
 
 FREE = ("data", "run", "steps", "lr", "micro_batch", "log_every", "ckpt_every", "preview_every", "compile",
         "checkpointing", "init")  # flags that another command of the same run may change
+
+
+def flags_of(args, objective):
+    """What a checkpoint keeps of the command: all flags, and what the objective has made of them."""
+    flags = {**vars(args), **objective.settings, "method": objective.method}
+    return {name: str(value) if isinstance(value, pathlib.Path) else value for name, value in flags.items()}
 
 
 def checkpoint_of(path, new, defaults, shaping):
@@ -39,9 +46,7 @@ def checkpoint_of(path, new, defaults, shaping):
 
 
 def latest(folder):
-    """The checkpoint that a run continues from, or None. Raises InputError where latest.pt has lost its
-    target.
-    """
+    """The checkpoint that a run continues from, or None. InputError where latest.pt has lost its target."""
     path = folder / "latest.pt"
     if path.exists():
         return path
@@ -104,9 +109,7 @@ class Meter:
         self.steps, self.clock = 0, time.perf_counter()
 
     def add(self, sums, counts, norm, bad):
-        """A step's (K,) sums of this process and counts of all; bad is 1.0 where it was skipped: it does
-        not count.
-        """
+        """A step's (K,) sums of this process and counts of all; bad is 1.0 where it was skipped."""
         self.sums += torch.where(bad > 0, 0.0, sums)
         self.counts += (1 - bad) * counts
         self.norms += torch.where(bad > 0, 0.0, norm)

@@ -97,9 +97,7 @@ def of_pictures(given, locations, label, num, meta):
 
 
 def fit_of(mode, resolution, unit):
-    """What brings a PIL image to the network's size: ADM's centre crop, or the whole picture in
-    multiples of unit.
-    """
+    """The fit to the network's size: ADM's centre crop, or the whole picture in multiples of unit."""
     def crop(image, nearest=False):
         return centre_crop(image, resolution, nearest)
 
@@ -121,9 +119,7 @@ class Input(NamedTuple):
 
 
 def read_input(request, fit, full, space):
-    """Read a request's files; full: outputs are of the files' size. Raises InputError where maps do not
-    align.
-    """
+    """Read a request's files; full: outputs are of their size. InputError where maps do not align."""
     pixels, whole, shape = {}, {}, None
     for m, path in request.files.items():
         row = MODALITIES[m]
@@ -138,49 +134,57 @@ def read_input(request, fit, full, space):
 
 
 # ------------------------------------------------------------------------------------------------
-# Drawing: batches of requests -> (request, its maps, the shape of its outputs), one after the other.
+# Drawing.
 
 class Drawing:
-    """MMGen's: all modalities of a request from what is given of it; again: a new RGB from each of them,
-    too.
+    """Draws all modalities of a request from what is given of it; again: a new RGB from each of them, too.
+
+    read(request) -> Input. Others override sample.
     """
 
-    def __init__(self, model, encoder, sampling, seed, given, wanted, read, again=False):
-        self.model, self.encoder, self.sampling, self.seed = model, encoder, sampling, seed
-        self.given, self.read, self.again = given, read, again
-        self.wanted = [i for i, m in enumerate(model.modalities) if m in wanted and m not in given]
+    def __init__(self, model, encoder, sampling, seed, wanted, read, given=(), again=False):
+        self.model, self.encoder, self.sampling, self.seed, self.read = model, encoder, sampling, seed, read
+        self.given, self.again = given, again
+        self.wanted = [m for m in model.modalities if m in wanted and m not in given]
+        self.device = next(model.parameters()).device
 
     def __call__(self, batches):
+        """Yield (request, maps {folder: pixels}, the shape of its outputs or None) of all requests."""
         inputs = prefetch(self.read, itertools.chain(*batches), threads=8, ahead=32)
         for batch in batches:
             mine = list(itertools.islice(inputs, len(batch)))
-            for request, one, maps in zip(batch, mine, self.sample(batch, mine)):
-                yield request, {**maps, **one.whole}, one.shape
+            noise = samplers.Noise(self.seed, [request.index for request in batch], self.device)
+            yield from self.sample(batch, mine, noise)
 
-    def sample(self, batch, inputs):
-        """Maps {folder: pixels (3, fH, fW)} of each request of a batch."""
-        model, encoder, device = self.model, self.encoder, next(self.model.parameters()).device
-        noise = samplers.Noise(self.seed, [request.index for request in batch], device)
-        y = torch.tensor([request.label for request in batch], device=device)
-        given = {}
-        for m in self.given:
-            pixels = torch.from_numpy(np.stack([one.pixels[m] for one in inputs])).to(device)
-            given[m] = encoder.encode(pixels, noise)
-        x = samplers.sample_latents(model, y, given, noise, self.sampling)
-        maps = [{} for _ in batch]
-        if self.wanted:
-            self._decode(x, self.wanted, [model.modalities[i] for i in self.wanted], maps)
+    def labels(self, batch):
+        return torch.tensor([request.label for request in batch], device=self.device)
+
+    def encoded(self, inputs, modality, noise):
+        """The latents (N, C, H, W) of the requests' files of a modality."""
+        pixels = torch.from_numpy(np.stack([one.pixels[modality] for one in inputs]))
+        return self.encoder.encode(pixels.to(self.device), noise)
+
+    def decoded(self, latents, modalities):
+        """Pixels (N, len(modalities), 3, fH, fW) of latents (N, M*C, H, W)."""
+        wanted = [self.model.modalities.index(m) for m in modalities]
+        return samplers.decode(self.encoder, latents, wanted, self.sampling.precision).cpu().numpy()
+
+    def sample(self, batch, inputs, noise):
+        """Yield as __call__ does, for one batch."""
+        y = self.labels(batch)
+        given = {m: self.encoded(inputs, m, noise) for m in self.given}
+        x = samplers.sample_latents(self.model, y, given, noise, self.sampling)
+        drawn = [(self.wanted, x, self.wanted)] if self.wanted else []
         if self.again:
-            parts = x.split(encoder.channels, 1)
-            for m, part in zip(model.modalities[1:], parts[1:]):
-                new = samplers.sample_latents(model, y, {m: part}, noise, self.sampling)
-                self._decode(new, [0], [f"{m}_to_rgb"], maps)
-        return maps
-
-    def _decode(self, x, wanted, folders, maps):
-        pixels = samplers.decode(self.encoder, x, wanted, self.sampling.precision).cpu().numpy()
-        for one, sample in zip(maps, pixels):
-            one.update(zip(folders, sample))
+            for m, part in list(zip(self.model.modalities, x.split(self.encoder.channels, 1)))[1:]:
+                new = samplers.sample_latents(self.model, y, {m: part}, noise, self.sampling)
+                drawn.append(([f"{m}_to_rgb"], new, ["rgb"]))
+        maps = [dict(one.whole) for one in inputs]
+        for folders, latents, modalities in drawn:
+            for one, pixels in zip(maps, self.decoded(latents, modalities)):
+                one.update(zip(folders, pixels))
+        for request, one, found in zip(batch, inputs, maps):
+            yield request, found, one.shape
 
 
 class Maps:
@@ -251,9 +255,7 @@ def truth_pictures(files, modalities, resolution, space):
 
 
 def write_object(request, arrays, out, palette, segment, focal):
-    """OUT/mesh/<stem>.ply: the normals of one segment, integrated to a surface in the colours of the RGB
-    (Fig. 6).
-    """
+    """OUT/mesh/<stem>.ply: a segment's normals, integrated, in the colours of the RGB (Fig. 6)."""
     index = nearest_colour(arrays["seg"], np.array(palette)) if palette else segments(arrays["seg"])
     path = out / "mesh" / f"{request.stem}.ply"
     try:
@@ -350,9 +352,7 @@ def locations_of(images, given, task):
 
 
 def main():
-    """Sample what the flags ask for, in batches shared out over the processes; what is there already is
-    kept.
-    """
+    """Sample what the flags ask for, shared out over the processes; what is there already is kept."""
     args = arguments()
     sampling = samplers.from_flags(args, args.task)
     rank, world, device = setup()
@@ -382,7 +382,7 @@ def main():
     full = args.fit == "full"
     fit = fit_of(args.fit, meta["resolution"], model.patch_size * encoder.factor)
     read = functools.partial(read_input, fit=fit, full=full, space=meta["depth_space"])
-    draw = Drawing(model, encoder, sampling, args.seed, given, wanted, read, again)
+    draw = Drawing(model, encoder, sampling, args.seed, wanted, read, given, again)
     folders = {m: MODALITIES[m] for m in wanted}
     if again:
         folders.update({f"{m}_to_rgb": MODALITIES["rgb"] for m in model.modalities[1:]})

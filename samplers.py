@@ -172,9 +172,7 @@ def sample_latents(model, y, given, noise, sampling):
 
 
 def decode(encoder, x, wanted=None, precision="fp32"):
-    """Scaled latents (N, M*C, H, W) -> pixels (N, M, 3, fH, fW); of the wanted modalities (indices),
-    default all.
-    """
+    """Scaled latents (N, M*C, H, W) -> pixels (N, M, 3, fH, fW), of all modalities or the wanted ones."""
     z = x.unflatten(1, (-1, encoder.channels))                                          # (N, M, C, H, W)
     z = z if wanted is None else z[:, wanted]
     return encoder.decode(z.flatten(0, 1), precision).unflatten(0, z.shape[:2])
@@ -242,9 +240,7 @@ def from_flags(args, task="understand"):
 
 
 def prepare(network, precision="fp32", compile=False):
-    """Make the blocks of a network for sampling fast: rounded once (autocast would at every call),
-    compiled.
-    """
+    """Make a network's blocks fast: rounded once (autocast would at every call), compiled."""
     for block in network.blocks:
         if precision == "bf16":
             block.bfloat16()

@@ -21,7 +21,8 @@ from tqdm import tqdm
 
 import dataset
 import runs
-from distributed import all_reduce, autocast, barrier, check, command_parser, run, setup, whole_file
+from distributed import (InputError, all_reduce, autocast, barrier, check, command_parser, run, setup,
+                         whole_file)
 from modalities import MODALITIES, draw_samples, draw_sheet
 from model import FUSIONS, SIZES, MMDiT, build_model, training_flops
 from optimisers import update, update_ema
@@ -127,25 +128,19 @@ def draw(seed, step, mix, modalities, present, shape, device):
 # The objective.
 
 def interpolate(x0, noise, t, channels):
-    """The linear path (Eq. 1): x_t = t x0 + (1 - t) eps and its velocity x0 - eps; t (N, M), C channels
-    each.
-    """
+    """The linear path (Eq. 1): x_t = t x0 + (1 - t) eps, and its velocity x0 - eps; t (N, M)."""
     t = t.repeat_interleave(channels, 1)[:, :, None, None]  # (N, M*C, 1, 1)
     return t * x0 + (1 - t) * noise, x0 - noise
 
 
 def velocity_error(v, target, supervised):
-    """v, target (N, M*C, H, W) -> each row's mean square over (C, H, W), 0 where not supervised: (N, M)
-    fp32.
-    """
+    """v, target (N, M*C, H, W) -> a row's mean square, 0 where not supervised: (N, M) fp32."""
     error = (v.float() - target).square().unflatten(1, (supervised.shape[1], -1))
     return torch.where(supervised, error.mean((2, 3, 4)), 0.0)
 
 
 def alignment_error(z, dino):
-    """REPA: the negative cosine of projected hidden states and targets (N, T, 768), mean over tokens:
-    (N,) fp32.
-    """
+    """REPA: the negative cosine of hidden states and targets (N, T, 768), mean over tokens: (N,) fp32."""
     cosine = (F.normalize(z.float(), dim=-1) * F.normalize(dino.float(), dim=-1)).sum(-1)  # (N, T)
     return -cosine.mean(1)
 
@@ -158,15 +153,15 @@ def total_loss(sums, counts, weights):
 class MMGen:
     """The objective of the paper: velocities and REPA. What an objective brings to the loop of `train`:
 
-    method      its name in checkpoints; shaping, the flags that its model's config tells; settings, what it
-    has
-                made of flags; options, the defaults of its model's configuration
+    method      its name in checkpoints
+    shaping     the flags that its model's configuration tells; options, the defaults of that configuration
+    settings    what it has made of flags, for the checkpoint
     add_flags   (parser): its own flags
-    model       the network; backbone, what of it has the transformer's blocks; summary() for the first line
-    terms       names of its K terms in log.jsonl; weights (K,) of them in the loss; reads, the cache's arrays
+    model       the network; backbone, what of it has the transformer's blocks; summary(), for the first line
+    terms       names of its K terms in log.jsonl; weights (K,) of them in the loss
+    reads       the cache's arrays that it needs
     prepare     (step, a batch on the device, this process's slice of the global batch) -> {tensors of its
-    rows},
-                counts (K,) of the global batch, known before the forward pass
+                rows}, counts (K,) of the global batch, known before the forward pass
     loss        (network, {tensors of some rows}) -> (K,) sums over them; the network may wrap the model
     initialise  (checkpoint, path) -> --init's table
     preview     (network, path): a picture of what it has learnt
@@ -198,8 +193,8 @@ class MMGen:
             self.meta["latent_size"], fusion=args.fusion, task_embedding=not args.no_task_embedding,
             projector=repa_weight > 0)
         self.terms = [f"loss_{m}" for m in (*self.modalities, "repa")]
-        aligned = ["dino"] if repa_weight > 0 else []
-        self.reads = ["labels", *aligned, *(m for m in self.modalities if m in cache.modalities)]
+        self.reads = [stem for stem in ("labels", *self.modalities) if stem in cache.stems]
+        self.reads += ["dino"] * (repa_weight > 0)
         weights = [1.0 if args.equal_weights else MODALITIES[m].loss_weight for m in self.modalities]
         self.weights = torch.tensor([*weights, repa_weight], device=device)
 
@@ -214,15 +209,9 @@ class MMGen:
 
     def summary(self):
         flops = training_flops(self.model.config)
-        parts = [", ".join(self.modalities)]
-        if not self.settings["repa_weight"]:
-            why = " (the cache has no alignment targets)" if self.unaligned else ""
-            parts.append(f"training without REPA{why}")
-        parts.append(f"{flops / 1e9:.1f} GFLOPs a sample and step")
-        if self.args.fusion != "linear":
-            ratio = flops / training_flops({**self.model.config, "fusion": "linear"})
-            parts.append(f"{ratio:.2f} times linear fusion's")
-        return "; ".join(parts)
+        aligned = "" if self.settings["repa_weight"] else "; training without REPA"
+        why = " (the cache has no alignment targets)" if self.unaligned else ""
+        return f"{', '.join(self.modalities)}{aligned}{why}; {flops / 1e9:.1f} GFLOPs a sample and step"
 
     def initialise(self, checkpoint, path):
         return fit(self.model, self.meta, checkpoint, path)
@@ -274,30 +263,17 @@ class MMGen:
 # ------------------------------------------------------------------------------------------------
 # The loop.
 
-def split(batch_size, micro_batch, rank, world):
-    """This process's rows of the global batch, a slice.
-
-    Raises InputError where the batch has fewer groups of four roles than processes.
-    """
-    most = 2 ** 16  # every process draws the noise of the whole batch
-    check(batch_size <= most, f"--batch-size {batch_size}: at most {most}")
-    groups = batch_size // 4
-    check(batch_size % 4 == 0 and groups >= world and micro_batch >= 4 and micro_batch % 4 == 0,
-          f"--batch-size {batch_size} on {world} processes with --micro-batch {micro_batch}: both must be "
-          "multiples of 4 (the task mix), with at least 4 rows for each process")
-    return slice(groups * rank // world * 4, groups * (rank + 1) // world * 4)
-
-
 def train(args, cache, objective, world, defaults):
     """Train, or continue an interrupted run: weights, then the loop with log, previews and checkpoints.
 
     world: (rank, number of processes, device); defaults: the values of flags that an older checkpoint lacks.
     """
     rank, size, device = world
-    part = split(args.batch_size, args.micro_batch, rank, size)
+    part = dataset.part_of(args.batch_size, rank, size, 4)  # groups of four roles
     rows, micro, terms = part.stop - part.start, args.micro_batch, objective.terms
+    check(micro >= 4 and micro % 4 == 0, f"--micro-batch {micro}: a multiple of 4 (the task mix)")
     model, backbone = objective.model, objective.backbone
-    config = {"model": model.config, "meta": cache.meta, "train": flags_of(args, objective)}
+    config = {"model": model.config, "meta": cache.meta, "train": runs.flags_of(args, objective)}
     file, first = runs.latest(args.run), 0
     if args.init and not file:
         table = objective.initialise(load_checkpoint(args.init), args.init)
@@ -355,7 +331,10 @@ def train(args, cache, objective, world, defaults):
         if saving and rank == 0:
             runs.save_checkpoint(args.run, model, ema, optimiser, done, config)
         if done % args.preview_every == 0 and rank == 0:
-            objective.preview(ema, args.run / "previews" / f"{done:07d}.png")
+            try:
+                objective.preview(ema, args.run / "previews" / f"{done:07d}.png")
+            except InputError as error:  # the autoencoder is not here: training does not need it
+                print(f"no preview: {error}")
         bar.update()
     bar.close()
     barrier()
@@ -366,9 +345,7 @@ def train(args, cache, objective, world, defaults):
 # ------------------------------------------------------------------------------------------------
 
 def add_flags(parser):
-    """The flags of every training command. A flag is one line: checkpoints keep it, older runs have its
-    default.
-    """
+    """The flags of all training commands. One line each: checkpoints keep it, older runs have its default."""
     parser.add_argument("--data", type=pathlib.Path, default=dataset.DEFAULT, help="cache of prep_latents.py")
     parser.add_argument("--run", type=pathlib.Path, default="runs/mmgen", help="an unfinished run continues")
     parser.add_argument("--model", default="XL/2", choices=list(SIZES))
@@ -385,12 +362,6 @@ def add_flags(parser):
     parser.add_argument("--preview-every", type=int, default=10_000)
     parser.add_argument("--log-every", type=int, default=100)
     parser.add_argument("--init", type=pathlib.Path, help="start from the EMA of this checkpoint")
-
-
-def flags_of(args, objective):
-    """What a checkpoint keeps of the command: all flags, and what the objective has made of them."""
-    flags = {**vars(args), **objective.settings, "method": objective.method}
-    return {name: str(value) if isinstance(value, pathlib.Path) else value for name, value in flags.items()}
 
 
 def command(objective, doc):

@@ -266,17 +266,13 @@ class KL:
 
     @torch.inference_mode()
     def store(self, pixels):
-        """Pixels (N, 3, fH, fW) in [-1, 1] -> the posterior's mean and log-std, float16 (N, 2, C, H, W),
-        numpy.
-        """
+        """Pixels (N, 3, fH, fW) -> the posterior's mean and log-std, float16 (N, 2, C, H, W), numpy."""
         mean, logvar = self.vae.encode(pixels.to(self.device))
         return torch.stack([mean, logvar / 2], 1).half().cpu().numpy()
 
     @torch.inference_mode()
     def encode(self, pixels, noise=None):
-        """Pixels (N, 3, fH, fW) -> scaled latents (N, C, H, W): the posterior's mean, with noise(shape)
-        a sample.
-        """
+        """Pixels (N, 3, fH, fW) -> scaled latents (N, C, H, W): the mean, with noise(shape) a sample."""
         mean, logvar = self.vae.encode(pixels.to(self.device))
         if noise is not None:
             mean = mean + (logvar / 2).exp() * noise(mean.shape[1:])
@@ -291,9 +287,7 @@ class KL:
 
 
 def load_encoder(name, device):
-    """The encoder "toy", "sd-mse", "sd-ema", "none" or of a safetensors file. Raises InputError as
-    load_vae.
-    """
+    """The encoder "toy", "sd-mse", "sd-ema", "none" or of a file. InputError as of load_vae."""
     return Pixels() if name == "none" else KL(name, device)
 
 

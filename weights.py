@@ -108,9 +108,7 @@ def _lost(checkpoint):
 
 
 class Loaded:
-    """A model for sampling and what its checkpoint says: meta, the cache's meta.json (VAE, classes,
-    ...); step; train.
-    """
+    """A model for sampling, and of its checkpoint: meta, the cache's meta.json; step; train, the flags."""
 
     def __init__(self, model, checkpoint, path):
         self.model, self.path, self.step = model, path, checkpoint["step"]
@@ -151,9 +149,7 @@ def without_projector(state):
 
 
 def load_weights(model, state, path, assign=False):
-    """model.load_state_dict with every mismatch in one readable error; the projector may be missing or
-    too much.
-    """
+    """load_state_dict with every mismatch in one readable error; the projector may be there or not."""
     mine = model.state_dict()
     for key in sorted(mine.keys() | state.keys()):
         ours, theirs = (tuple(part[key].shape) if key in part else None for part in (mine, state))
@@ -202,9 +198,7 @@ def translate(checkpoint, path):
 
 
 def _released_config(ema, args, modalities, channels, path):
-    """The config of a released checkpoint: its model from the weights' shapes, its cache as the papers
-    have it.
-    """
+    """A released checkpoint's config: the model by the weights' shapes, the cache as the papers have it."""
     args = vars(args) if isinstance(args, argparse.Namespace) else args
     encoder_depth = args.get("encoder_depth", 8) if isinstance(args, dict) else 8
     _, tokens, width = ema["pos_embed"].shape
@@ -306,9 +300,7 @@ def fit(model, meta, checkpoint, path, method="mmgen", names=None):
 
 
 def _unwrapped(state):
-    """The network's weights in a state dict, without what a wrapper of the network has put before their
-    names.
-    """
+    """The network's weights in a state dict, without what a wrapper puts before their names."""
     wrapper = "backbone."
     inner = {key.removeprefix(wrapper): value for key, value in state.items() if key.startswith(wrapper)}
     return inner or state

@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 
+import runs
 import weights
 from conftest import ROOT
 from distributed import InputError
@@ -180,7 +181,7 @@ def test_export_keeps_the_ema(tmp_path, command):
     model, meta = ours(tmp_path / "a.pt")
     ema = draw(copy.deepcopy(model), seed=1)
     config = dict(model=model.config, meta=meta, train={})
-    weights.save_checkpoint(tmp_path / "run", model, ema, torch.optim.AdamW(model.parameters()), 3, config)
+    runs.save_checkpoint(tmp_path / "run", model, ema, torch.optim.AdamW(model.parameters()), 3, config)
     command("weights", "--ckpt", tmp_path / "run", "--export", tmp_path / "small.pt")
     small = load_model(tmp_path / "small.pt")
     assert small.step == 3 and load_checkpoint(tmp_path / "small.pt").keys() == {"ema", "step", "config",
