@@ -260,11 +260,11 @@ def test_an_interrupted_set_continues_to_the_same_file(command, monkeypatch, tmp
     cut, calls, one = tmp_path / "cut", [], sample.Drawing.sample
     command("sample", *flags(10), "--out", tmp_path / "whole")
 
-    def failing(self, batch, inputs):
+    def failing(self, batch, inputs, noise):
         if len(calls) == 2:
             raise KeyboardInterrupt
         calls.append(batch)
-        return one(self, batch, inputs)
+        return one(self, batch, inputs, noise)
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(sample.Drawing, "sample", failing)
