@@ -1,5 +1,6 @@
 """Fixtures: a tiny toy cache and a short run, made once; and a way to call a command as its user does."""
 import importlib
+import json
 import os
 import pathlib
 import socket
@@ -11,7 +12,8 @@ import torch
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-TRAIN = ("--model", "T/2", "--steps", "6", "--batch-size", "8", "--ckpt-every", "3", "--log-every", "2", "--preview-every", "1000")
+TRAIN = ("--model", "T/2", "--steps", "6", "--batch-size", "8", "--ckpt-every", "3", "--log-every", "2",
+         "--preview-every", "1000")
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -22,7 +24,7 @@ def two_threads():
 
 @pytest.fixture(scope="session")
 def figure():
-    """figure("what", value) prints a measured figure; with FIGURES=FILE in the environment they are all written there."""
+    """figure("what", value) prints a measured figure; FIGURES=FILE in the environment takes them all."""
     found = {}
 
     def record(what, value):
@@ -30,8 +32,8 @@ def figure():
         print(what, value)
     yield record
     if os.environ.get("FIGURES") and found:
-        import json
-        pathlib.Path(os.environ["FIGURES"]).write_text(json.dumps({"torch": torch.__version__, **found}, indent=1) + "\n")
+        text = json.dumps({"torch": torch.__version__, **found}, indent=1)
+        pathlib.Path(os.environ["FIGURES"]).write_text(text + "\n")
 
 
 def start(module, *argv):
@@ -53,24 +55,62 @@ def command(capsys):
     return call
 
 
+@pytest.fixture
+def unknown(capsys):
+    """unknown("train", "--pair", "label"): the command's parser does not know the flag or its value."""
+    def call(module, *argv):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            start(module, *argv)
+        said = capsys.readouterr().err
+        return stopped.value.code == 2 and ("unrecognized arguments" in said or "invalid choice" in said)
+    return call
+
+
 def shell(*argv, processes=1, torchrun=False, timeout=150, threads=None):
-    """The command as a user starts it -> CompletedProcess; of several processes, started as torchrun would, the worst one's."""
-    argv, threads = list(map(str, argv)), threads or 2 // processes
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    if torchrun or processes == 1:
-        python = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "--"] if torchrun else [sys.executable]
-        return subprocess.run([*python, *argv], cwd=ROOT, capture_output=True, text=True, timeout=timeout, env=environment)
+    """The command as a user starts it -> CompletedProcess.
+
+    Of several processes, started as torchrun would, the worst one's.
+    """
+    argv = list(map(str, argv))
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads or 2 // processes)}
+    if processes > 1 and not torchrun:
+        return _processes(argv, processes, timeout, environment)
+    python = [sys.executable]
+    if torchrun:
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "--"]
+        python += launcher
+    return subprocess.run([*python, *argv], cwd=ROOT, capture_output=True, text=True, timeout=timeout,
+                          env=environment)
+
+
+def _processes(argv, world, timeout, environment):
+    """The command in `world` processes that find each other -> the worst one's CompletedProcess."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        environment.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]), WORLD_SIZE=str(processes), LOCAL_WORLD_SIZE=str(processes))
-    started = [subprocess.Popen([sys.executable, *argv], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                                env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(processes)]
+        port = str(free.getsockname()[1])
+    environment = {**environment, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+                   "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
+    started = []
+    for rank in map(str, range(world)):
+        started.append(subprocess.Popen(
+            [sys.executable, *argv], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env={**environment, "RANK": rank, "LOCAL_RANK": rank}))
     try:
         done = [(*process.communicate(timeout=timeout), process.returncode) for process in started]
     finally:
-        [process.kill() for process in started]
+        for process in started:
+            process.kill()
     out, err, code = max(done, key=lambda result: result[2] != 0)
     return subprocess.CompletedProcess(argv, code, out, err)
+
+
+def gap(a, b, parts=("model", "ema")):
+    """Largest difference of the weights of two checkpoints."""
+    from weights import load_checkpoint
+    a, b = load_checkpoint(a), load_checkpoint(b)
+    differences = [a[part][key].float() - b[part][key].float() for part in parts for key in a[part]]
+    return max(x.abs().max().item() for x in differences)
 
 
 @pytest.fixture(scope="session")

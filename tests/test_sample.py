@@ -1,5 +1,6 @@
+"""sample.py's tasks, and the folder of samples: shared out, continued, refused."""
+import builtins
 import json
-import math
 import os
 
 import numpy as np
@@ -7,274 +8,308 @@ import pytest
 import torch
 from PIL import Image
 
+import produce
 import sample
+import samplers
 from conftest import shell
-from distributed import InputError
-from model import load_model
+from distributed import InputError, whole_file
+from modalities import MODALITIES
+from sample import Request
+from weights import DEMO, load_checkpoint
 
-STD, MEAN = 0.8, 0.3
-
-
-def gaussian_velocity(x, t):
-    """The exact velocity for data N(MEAN, STD^2): E[x0 - eps | x_t = x]."""
-    gain = (t * STD ** 2 - (1 - t)) / (t ** 2 * STD ** 2 + (1 - t) ** 2)
-    return MEAN + gain * (x - t * MEAN)
+SCENES, CKPT = DEMO / "scenes", DEMO / "mmgen.pt"
+ONE_STEP = ("--ckpt", CKPT, "--sampler", "euler", "--steps", 1)
 
 
-def exact_flow(x):
-    """The ODE's solution at t = 1 from x at t = 0: it keeps the standardised value."""
-    return MEAN + STD * x
-
-
-@pytest.mark.parametrize("name, order", [("euler", 1), ("heun", 2), ("ab2", 2), ("ab4", 3.7)])
-def test_ode_orders(name, order):
-    x = torch.linspace(-2, 2, 9, dtype=torch.float64)
-    error = [(sample.SAMPLERS[name](gaussian_velocity, x, n, None) - exact_flow(x)).abs().max().item() for n in (256, 512)]
-    measured = math.log2(error[0] / error[1])
-    assert abs(measured - order) < 0.1 if name != "ab4" else measured >= order, (measured, error)
-
-
-@pytest.mark.parametrize("name, steps, evaluations", [("euler", 10, 10), ("heun", 10, 20), ("ab2", 10, 13), ("ab4", 10, 19), ("sde", 10, 10)])
-def test_evaluations_are_counted(name, steps, evaluations):
-    calls = []
-    sample.SAMPLERS[name](lambda x, t: calls.append(t) or x * 0, torch.zeros(3), steps, lambda: torch.zeros(3))
-    assert len(calls) == evaluations and all(0 <= t <= 1 for t in calls)
-
-
-def test_sde_follows_its_recursion_and_reaches_the_data():
-    """x' = a x + b + c n with the coefficients of one step: mean and variance against samples, then against the data."""
-    steps, n = 250, 200_000
-    mean, variance = 0.0, 1.0
-    levels = [*np.linspace(1, 0.04, steps), 0.0]
-    for s, s_next in zip(levels, levels[1:]):
-        t, h = 1 - s, s - s_next
-        gain = (t * STD ** 2 - s) / (t ** 2 * STD ** 2 + s ** 2)
-        a = 1 + h * (gain - 1 + t * gain)                   # drift v - (x - t v) = (1 + t) v - x
-        b = h * (1 + t) * (MEAN - gain * t * MEAN)
-        mean, variance = a * mean + b, a * a * variance + (2 * s * h if s_next > 0 else 0)
-    g = torch.Generator().manual_seed(0)
-    normal = lambda: torch.randn(n, generator=g, dtype=torch.float64)
-    x = sample.sde(gaussian_velocity, normal(), steps, normal)
-    assert abs(x.mean().item() - mean) < 3 * (variance / n) ** 0.5
-    assert abs(x.var().item() - variance) < 3 * variance * (2 / n) ** 0.5
-    assert abs(variance / STD ** 2 - 1) < 0.02 and abs(mean - MEAN) < 0.01
-
-
-def test_guidance_acts_on_all_channels_inside_its_interval():
-    model = load_model(sample.DEMO / "mmgen.pt")
-    calls = []
-    original = model.forward
-    model.forward = lambda x, t, y, given: calls.append((len(x), round(1 - t[0, -1].item(), 3))) or original(x, t, y, given)
-    y, held = torch.tensor([1, 2]), torch.zeros(2, 16, 16, 16)
-    run = lambda **k: sample.draw_latents(model, y, held, torch.zeros(4, dtype=torch.bool), sample.Noise(0, [0, 1], "cpu"), "euler", 4, **k)
-    plain, guided = run(), run(cfg=2.0)
-    assert ((plain - guided).abs().amax((0, 2, 3)) > 1e-3).all()
-    calls.clear()
-    run(cfg=2.0, cfg_interval=(0.4, 0.8))
-    assert calls == [(2, 1.0), (4, 0.75), (4, 0.5), (2, 0.25)]
-    null = torch.full_like(y, model.num_classes)
-    swap = lambda y_, **k: sample.draw_latents(model, y_, held, torch.zeros(4, dtype=torch.bool), sample.Noise(0, [0, 1], "cpu"), "euler", 1, **k)
-    assert torch.allclose(swap(y, cfg=3.0), swap(null) + 3 * (swap(y) - swap(null)), atol=1e-4)
-
-
-def test_given_modalities_come_back_as_they_were():
-    model = load_model(sample.DEMO / "mmgen.pt")
-    held = torch.randn(2, 16, 16, 16, generator=torch.Generator().manual_seed(0))
-    given = torch.tensor([True, False, True, False])
-    x = sample.draw_latents(model, torch.tensor([0, 1]), held, given, sample.Noise(0, [0, 1], "cpu"), "sde", 3)
-    assert torch.equal(x[:, :4], held[:, :4]) and torch.equal(x[:, 8:12], held[:, 8:12]) and not torch.equal(x[:, 4:8], held[:, 4:8])
+def pixels(path):
+    """A picture's values, signed."""
+    return np.asarray(Image.open(path)).astype(int)
 
 
 def read(folder):
-    return {p.relative_to(folder): np.asarray(Image.open(p)).astype(int) for p in sorted(folder.rglob("*.png")) if p.name != "grid.png"}
+    """{path: values} of all the pictures of a folder of samples but its grid."""
+    found = [path for path in sorted(folder.rglob("*.png")) if path.name != "grid.png"]
+    return {path.relative_to(folder): pixels(path) for path in found}
 
+
+# ------------------------------------------------------------------------------------------------
+# Requests.
+
+def test_requests_of_classes():
+    def labels(*options):
+        return [request.label for request in sample.of_classes(*options, num_classes=12, seed=0)]
+
+    assert labels([3, 12], "random", 2) == [3, 3, 12, 12] and labels([5], "random", None) == [5]
+    assert labels(None, "balanced", 14) == [*range(12), 0, 1]
+    drawn = labels(None, "random", None)
+    assert len(drawn) == 8 and set(drawn) <= set(range(12)) and labels(None, "random", 20)[:8] == drawn
+    assert sample.of_classes([3], "random", 2, 12, 0)[1] == Request(1, "000001", 3, {})
+    with pytest.raises(InputError, match=r"--class-id 13: .* classes 0 to 11 \(12 is the null class\)"):
+        labels([13], "random", 1)
+
+
+def test_requests_of_pictures(tmp_path):
+    """Classes by folders, files of several modalities by stems or, single ones, in order."""
+    meta = dict(class_names=["red box", "green box"], num_classes=2)
+    for m in ("rgb", "depth"):
+        for name in ("green_box/a", "elsewhere/b"):
+            path = tmp_path / m / f"{name}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (8, 8)).save(path)
+    tree = [tmp_path] * 2
+    requests = sample.of_pictures(["rgb", "depth"], tree, None, 2, meta)
+    assert [(r.index, r.stem, r.label) for r in requests] == [
+        (0, "elsewhere_b_0", 2), (1, "elsewhere_b_1", 2), (2, "green_box_a_0", 1), (3, "green_box_a_1", 1)]
+    assert requests[2].files == {m: tmp_path / m / "green_box/a.png" for m in ("rgb", "depth")}
+    assert {r.label for r in sample.of_pictures(["rgb"], tree[:1], 0, 1, meta)} == {0}
+    files = [tmp_path / "rgb/green_box/a.png", tmp_path / "depth/elsewhere/b.png"]
+    (single,) = sample.of_pictures(["rgb", "depth"], files, None, 1, meta)
+    assert single == Request(0, "a", 1, dict(zip(("rgb", "depth"), files)))
+    (tmp_path / "depth/elsewhere/b.png").unlink()
+    with pytest.raises(InputError, match="b.png: no file with this stem in .* for --given depth"):
+        sample.of_pictures(["rgb", "depth"], tree, None, 1, meta)
+    Image.new("RGB", (8, 8)).save(tmp_path / "rgb/green_box_a.png")
+    with pytest.raises(InputError, match="two pictures share the stem green_box_a; rename one"):
+        sample.of_pictures(["rgb"], tree[:1], None, 1, meta)
+
+
+def test_maps_that_do_not_align_are_refused(tmp_path):
+    Image.new("RGB", (40, 60)).save(tmp_path / "a.png")
+    np.save(tmp_path / "d.npy", np.random.default_rng(0).random((60, 50)))
+    request = Request(0, "a", 0, {"rgb": tmp_path / "a.png", "depth": tmp_path / "d.npy"})
+    crop, full = (sample.fit_of(mode, 32, 8) for mode in ("crop", "full"))
+    one = sample.read_input(request, crop, False, "disparity")
+    assert one.pixels["depth"].shape == (3, 32, 32) and one.shape is None and one.whole == one.pixels
+    with pytest.raises(InputError, match="d.npy: its size does not match that of rgb"):
+        sample.read_input(request, full, True, "disparity")
+    one = sample.read_input(request._replace(files={"rgb": tmp_path / "a.png"}), full, True, "disparity")
+    assert one.pixels["rgb"].shape == (3, 48, 32) and one.whole["rgb"].shape == (3, 60, 40)
+    assert one.shape == (60, 40)
+
+
+# ------------------------------------------------------------------------------------------------
+# Tasks.
 
 def test_samples_do_not_depend_on_batch_or_processes(command, tmp_path):
-    arguments = ("--task", "generate", "--num", 5, "--steps", 6, "--ckpt", "demo/mmgen.pt")
-    for name, batch, world in (("a", 1, 1), ("b", 3, 1), ("c", 16, 2)):
-        arguments = (*arguments[:7], "demo/mmgen.pt", "--batch-size", batch, "--out", tmp_path / name)
+    flags = ("--task", "generate", "--num", 5, "--steps", 6, "--ckpt", CKPT)
+    for name, batch, world in (("a", 1, 1), ("b", 3, 1), ("c", 16, 2), ("d", 2, 2)):
+        more = ("--batch-size", batch, "--out", tmp_path / name)
         if world == 1:
-            command("sample", *arguments)
+            command("sample", *flags, *more)
         else:
-            result = shell("sample.py", *arguments, processes=world)
+            result = shell("sample.py", *flags, *more, processes=world)
             assert result.returncode == 0, result.stderr
     a = read(tmp_path / "a")
     assert len(a) == 20
-    for other in (read(tmp_path / "b"), read(tmp_path / "c")):
-        gaps = np.concatenate([np.abs(a[k] - other[k]).ravel() for k in a])
+    for other in "bcd":
+        other = read(tmp_path / other)
+        gaps = np.concatenate([np.abs(a[path] - other[path]).ravel() for path in a])
         assert gaps.max() <= 1 and (gaps > 0).mean() < 1e-3
 
 
 def test_understand_shows_the_bundled_scenes_beside_the_truth(tmp_path, command):
-    out = command("sample", "--task", "understand", "--ckpt", "demo/mmgen.pt", "--sampler", "euler", "--steps", 4, "--out", tmp_path)
+    out = command("sample", "--task", "understand", "--ckpt", CKPT, "--sampler", "euler", "--steps", 4,
+                  "--out", tmp_path)
     assert out.strip().splitlines()[-1] == str(tmp_path / "grid.png")
     meta = json.loads((tmp_path / "meta.json").read_text())
-    assert meta["evaluations"] == 4 and len(meta["checkpoint_sha256"]) == 64 and "disparity" in meta["outputs"]["depth"]
+    assert meta["evaluations"] == 4 and len(meta["checkpoint_sha256"]) == 64
+    assert "disparity" in meta["outputs"]["depth"] and meta["complete"] is True
     stem = meta["samples"][0]["stem"]
-    depth, normal = np.load(tmp_path / "depth" / f"{stem}.npy"), np.load(tmp_path / "normal" / f"{stem}.npy")
+    depth, normal = (np.load(tmp_path / m / f"{stem}.npy") for m in ("depth", "normal"))
     assert depth.shape == (64, 64) and np.allclose(np.linalg.norm(normal, axis=-1), 1, atol=1e-4)
     given = meta["samples"][0]["given"]["rgb"]
-    assert np.array_equal(np.asarray(Image.open(tmp_path / "rgb" / f"{stem}.png")), np.asarray(Image.open(given)))
+    assert np.array_equal(pixels(tmp_path / "rgb" / f"{stem}.png"), pixels(given))
     truth = np.asarray(Image.open(given.replace("/rgb/", "/depth/")).convert("L")) / 255.0
     assert np.corrcoef(truth.ravel(), depth.ravel())[0, 1] > 0.8  # the demo weights do understand
+    truths = sample.truth_pictures({"rgb": SCENES / "rgb" / f"{stem}.png"}, MODALITIES, 64, "disparity")
+    assert {"depth", "normal", "seg"} <= truths.keys() and "rgb" not in truths
+    labels = 4 + 3  # all modalities, and the truth of three of them
+    assert Image.open(tmp_path / "grid.png").width == labels * 132 + 4
 
 
-@pytest.mark.parametrize("arguments, folders", [
-    (("--task", "condition", "--given", "depth", "--image", "demo/scenes"), ("rgb", "depth", "normal", "seg")),
-    (("--task", "condition", "--given", "depth", "normal", "--image", "demo/scenes", "demo/scenes"), ("rgb", "seg")),
-    (("--task", "translate", "--image", "demo/scenes"), ("depth_to_rgb", "normal_to_rgb", "seg_to_rgb")),
-    (("--task", "generate", "--class-id", "3", "4", "--num", "2", "--npz"), ("rgb", "depth", "normal", "seg")),
+@pytest.mark.parametrize("flags, folders", [
+    (("--task", "condition", "--given", "depth", "--image", SCENES), ("rgb", "depth", "normal", "seg")),
+    (("--task", "condition", "--given", "depth", "normal", "--image", SCENES, SCENES), ("rgb", "seg")),
+    (("--task", "translate", "--image", SCENES), ("depth_to_rgb", "normal_to_rgb", "seg_to_rgb")),
+    (("--task", "generate", "--class-id", 3, 4, "--num", 2, "--npz"), ("rgb", "depth", "normal", "seg")),
 ])
-def test_tasks(arguments, folders, tmp_path, command):
-    command("sample", *arguments, "--ckpt", "demo/mmgen.pt", "--sampler", "euler", "--steps", 2, "--out", tmp_path)
+def test_tasks(flags, folders, tmp_path, command):
+    command("sample", *flags, "--ckpt", CKPT, "--sampler", "euler", "--steps", 2, "--out", tmp_path)
     for folder in folders:
         assert len(list((tmp_path / folder).glob("*.png"))) == 4
-    if "--npz" in arguments:
+    if "--npz" in flags:
         stored = np.load(tmp_path / "samples.npz")["arr_0"]
         assert stored.shape == (4, 64, 64, 3) and stored.dtype == np.uint8
-        assert np.array_equal(stored[0], np.asarray(Image.open(tmp_path / "rgb" / "000000.png")))
+        assert np.array_equal(stored[0], pixels(tmp_path / "rgb" / "000000.png"))
+
+
+def test_condition_on_a_folder_tree(command, tmp_path):
+    """One tree serves several given modalities."""
+    flags = ("--task", "condition", "--given", "depth", "seg", "--image", SCENES)
+    command("sample", *flags, "--npz", *ONE_STEP, "--out", tmp_path)
+    meta = json.loads((tmp_path / "meta.json").read_text())
+    assert np.load(tmp_path / "samples.npz")["arr_0"].shape == (4, 64, 64, 3)
+    for one in meta["samples"]:
+        assert "/depth/" in one["given"]["depth"] and "/seg/" in one["given"]["seg"]
 
 
 def test_any_size_full(tmp_path, command):
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (90, 150, 3)).astype(np.uint8)).save(tmp_path / "wide.jpg")
-    command("sample", "--task", "understand", "--image", tmp_path / "wide.jpg", "--fit", "full", "--ckpt", "demo/mmgen.pt",
-            "--sampler", "euler", "--steps", 1, "--out", tmp_path / "out")
+    noise = np.random.default_rng(0).integers(0, 255, (90, 150, 3)).astype(np.uint8)
+    Image.fromarray(noise).save(tmp_path / "wide.jpg")
+    flags = ("--task", "understand", "--fit", "full", *ONE_STEP)
+    command("sample", *flags, "--image", tmp_path / "wide.jpg", "--out", tmp_path / "out")
     assert np.load(tmp_path / "out" / "depth" / "wide.npy").shape == (90, 150)
     assert Image.open(tmp_path / "out" / "seg" / "wide.png").size == (150, 90)
     Image.new("RGB", (2, 600)).save(tmp_path / "thread.png")
     with pytest.raises(InputError, match="2x600: 19200 tokens, at most 16384"):
-        command("sample", "--task", "understand", "--image", tmp_path / "thread.png", "--fit", "full", "--ckpt", "demo/mmgen.pt", "--out", tmp_path / "thread")
+        command("sample", *flags, "--image", tmp_path / "thread.png", "--out", tmp_path / "thread")
 
 
-@pytest.mark.parametrize("arguments, message", [
+def test_fast_is_the_few_steps_of_the_table(command, tmp_path):
+    flags = ("--task", "understand", "--ckpt", CKPT)
+    few = [word for name, value in samplers.FAST["understand"].items() for word in (f"--{name}", value)]
+    command("sample", *flags, "--fast", "--out", tmp_path / "fast")
+    command("sample", *flags, *few, "--out", tmp_path / "said")
+    assert (tmp_path / "fast/meta.json").read_text() == (tmp_path / "said/meta.json").read_text()
+    for path in (tmp_path / "fast/depth").iterdir():
+        assert path.read_bytes() == (tmp_path / "said/depth" / path.name).read_bytes()
+    with pytest.raises(InputError, match="--fast with --sampler heun"):
+        command("sample", *flags, "--fast", "--sampler", "heun", "--out", tmp_path / "both")
+
+
+def test_truncated_pixels_are_at_most_one_level_lower(command, tmp_path):
+    flags = ("--task", "generate", "--num", 2, *ONE_STEP)
+    command("sample", *flags, "--out", tmp_path / "round")
+    command("sample", *flags, "--truncate", "--out", tmp_path / "cut")
+    lower = pixels(tmp_path / "round/rgb/000001.png") - pixels(tmp_path / "cut/rgb/000001.png")
+    assert set(np.unique(lower)) == {0, 1} and 0.3 < lower.mean() < 0.7
+
+
+# ------------------------------------------------------------------------------------------------
+# What is refused.
+
+@pytest.mark.parametrize("flags, message", [
     (("--task", "condition"), "needs --given"),
-    (("--task", "condition", "--given", "depth"), "or --image with 1"),
+    (("--task", "condition", "--given", "depth"), "--given depth needs --image with 1 file"),
+    (("--task", "condition", "--given", "depth", "seg", "--image", CKPT), "needs --image with 2 file"),
     (("--task", "condition", "--given", "depth", "--image", "nowhere.png"), "nowhere.png: no such file"),
     (("--task", "generate", "--class-id", "999"), "--class-id 999: this checkpoint has classes 0 to 11"),
     (("--task", "generate", "--given", "rgb"), "--given belongs to --task condition"),
+    (("--task", "generate", "--image", SCENES), "--image with --task generate"),
     (("--task", "generate", "--steps", "0"), "at least 1"),
-    (("--task", "generate", "--num", "2147483648"), "at most a million"),
+    (("--task", "generate", "--num", "2147483648"), "from 1 to a million"),
     (("--task", "generate", "--ckpt", "nowhere.pt"), "nowhere.pt: no such checkpoint"),
     (("--task", "generate", "--vae", "nowhere.safetensors"), "nowhere.safetensors: no such file"),
+    (("--task", "generate", "--outputs", "depth", "--npz"), "--npz needs rgb: rgb is not among --outputs"),
 ])
-def test_bad_arguments(arguments, message, tmp_path, command):
+def test_bad_arguments(flags, message, tmp_path, command):
     with pytest.raises(InputError, match=message):
-        command("sample", "--ckpt", "demo/mmgen.pt", *arguments, "--out", tmp_path / "out")
+        command("sample", "--ckpt", CKPT, *flags, "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_an_error_is_one_line_and_exit_code_2(tmp_path):
-    result = shell("sample.py", "--task", "generate", "--class-id", 999, "--ckpt", "demo/mmgen.pt", "--out", tmp_path)
-    assert result.returncode == 2 and "Traceback" not in result.stderr
-    assert result.stderr.strip().startswith("sample.py: error: --class-id 999") and len(result.stderr.strip().splitlines()) == 1
+def test_a_checkpoint_of_another_method_is_refused(tmp_path, command):
+    checkpoint = load_checkpoint(CKPT)
+    for method, remedy in (("mt-diffusion", "use mt_sample.py"), ("later", "use a newer version")):
+        checkpoint["config"]["train"]["method"] = method
+        torch.save(checkpoint, tmp_path / "other.pt")
+        with pytest.raises(InputError, match=f"other.pt: is a checkpoint of {method}; {remedy}"):
+            command("sample", "--task", "generate", "--ckpt", tmp_path / "other.pt", "--out", tmp_path / "o")
+    assert not (tmp_path / "o").exists()
 
+
+def test_an_error_is_one_line_and_exit_code_2(tmp_path):
+    result = shell("sample.py", "--task", "generate", "--class-id", 999, "--ckpt", CKPT, "--out", tmp_path)
+    said = result.stderr.strip()
+    assert result.returncode == 2 and "Traceback" not in said
+    assert said.startswith("sample.py: error: --class-id 999") and len(said.splitlines()) == 1
+
+
+# ------------------------------------------------------------------------------------------------
+# The folder of samples.
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 def test_a_full_disk_leaves_no_file_under_the_final_name(tmp_path, monkeypatch):
-    from distributed import whole_file
-    import builtins
     real = builtins.open
-    monkeypatch.setattr(builtins, "open", lambda path, mode="r", *a, **k: real("/dev/full", mode) if "w" in mode else real(path, mode, *a, **k))
+
+    def full(path, mode="r", *more, **named):
+        return real("/dev/full", mode) if "w" in mode else real(path, mode, *more, **named)
+
+    monkeypatch.setattr(builtins, "open", full)
     with pytest.raises(OSError):
         with whole_file(tmp_path / "ckpt.pt") as file:
             torch.save({"x": torch.zeros(100_000)}, file)
     assert not (tmp_path / "ckpt.pt").exists()
 
 
-def test_an_interrupted_set_continues_to_the_same_file(command, monkeypatch, tmp_path):
-    argv = ("--task", "generate", "--num", 10, "--classes", "balanced", "--npz", "--outputs", "rgb", "--ckpt", sample.DEMO / "mmgen.pt",
-            "--sampler", "euler", "--steps", 1, "--batch-size", 3)
-    command("sample", *argv, "--out", tmp_path / "whole")
-    calls, one = [], sample.sample_batch
-
-    def failing(*args):
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        calls.append(one(*args))
-    monkeypatch.setattr(sample, "sample_batch", failing)
-    with pytest.raises(KeyboardInterrupt):
-        command("sample", *argv, "--out", tmp_path / "cut")
-    assert json.loads((tmp_path / "cut/meta.json").read_text())["complete"] is False
-    monkeypatch.setattr(sample, "sample_batch", one)
-    assert "6 of 10 samples are there" in command("sample", *argv, "--out", tmp_path / "cut")
-    for name in ("samples.npz", "meta.json"):
-        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes()
-    array = np.load(tmp_path / "cut/samples.npz")["arr_0"]
-    assert array.dtype == np.uint8 and array.shape == (10, 64, 64, 3) and not (tmp_path / "cut/depth").exists()
-    assert (array[4] == np.asarray(Image.open(tmp_path / "cut/rgb/000004.png"))).all()
-    stamp = (tmp_path / "cut/rgb/000004.png").stat().st_mtime_ns
-    assert "10 of 10 samples are there" in command("sample", *argv, "--out", tmp_path / "cut")
-    assert (tmp_path / "cut/rgb/000004.png").stat().st_mtime_ns == stamp
-    again = command("sample", *argv[:2], "--num", 6, *argv[4:], "--seed", 1, "--out", tmp_path / "cut")  # another recipe starts afresh
-    assert "replaces 10 samples" in again and len(list((tmp_path / "cut/rgb").iterdir())) == 6 and not (np.load(tmp_path / "cut/samples.npz")["arr_0"] == array[:6]).all()
-
-
-def test_an_error_of_a_writing_thread_is_raised(tmp_path):
-    (tmp_path / "rgb").write_text("in the way")
-    with pytest.raises(OSError), sample.Writer(tmp_path, ["rgb"], "crop", False) as writer:
-        writer(sample.Item(0, "a", 0, {}), {"rgb": np.zeros((3, 8, 8), np.float32)})
-
-
 def test_what_a_killed_process_left_is_removed(tmp_path):
-    from distributed import whole_file
     for name in (".a.png.123.tmp", ".b.png.123.tmp"):
         (tmp_path / name).write_bytes(b"half")
     for _ in range(2):
         with whole_file(tmp_path / "a.png") as file:
             file.write(b"whole")
-    assert sorted(p.name for p in tmp_path.iterdir()) == [".b.png.123.tmp", "a.png"] and (tmp_path / "a.png").read_bytes() == b"whole"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".b.png.123.tmp", "a.png"]
+    assert (tmp_path / "a.png").read_bytes() == b"whole"
 
 
-def test_fast_is_the_few_steps_of_the_table(command, tmp_path):
-    argv = ("--task", "understand", "--ckpt", sample.DEMO / "mmgen.pt")
-    command("sample", *argv, "--fast", "--out", tmp_path / "fast")
-    command("sample", *argv, "--sampler", sample.FAST["understand"]["sampler"], "--steps", sample.FAST["understand"]["steps"], "--out", tmp_path / "spelled")
-    assert (tmp_path / "fast/meta.json").read_text() == (tmp_path / "spelled/meta.json").read_text()
-    for path in (tmp_path / "fast/depth").iterdir():
-        assert path.read_bytes() == (tmp_path / "spelled/depth" / path.name).read_bytes()
-    with pytest.raises(InputError, match="--fast with --sampler heun"):
-        command("sample", *argv, "--fast", "--sampler", "heun", "--out", tmp_path / "both")
+def test_an_interrupted_set_continues_to_the_same_file(command, monkeypatch, tmp_path):
+    def flags(num):
+        return ("--task", "generate", "--num", num, "--classes", "balanced", "--npz", "--outputs", "rgb",
+                *ONE_STEP, "--batch-size", 3)
+
+    cut, calls, one = tmp_path / "cut", [], sample.Drawing.sample
+    command("sample", *flags(10), "--out", tmp_path / "whole")
+
+    def failing(self, batch, inputs):
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        calls.append(batch)
+        return one(self, batch, inputs)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(sample.Drawing, "sample", failing)
+        command("sample", *flags(10), "--out", cut)
+    assert json.loads((cut / "meta.json").read_text())["complete"] is False
+    assert "6 of 10 samples are there" in command("sample", *flags(10), "--out", cut)
+    for name in ("samples.npz", "meta.json", "grid.png"):
+        assert (tmp_path / "whole" / name).read_bytes() == (cut / name).read_bytes()
+    array = np.load(cut / "samples.npz")["arr_0"]
+    assert array.dtype == np.uint8 and array.shape == (10, 64, 64, 3) and not (cut / "depth").exists()
+    picture = cut / "rgb/000004.png"
+    assert (array[4] == pixels(picture)).all()
+    stamp = picture.stat().st_mtime_ns
+    assert "10 of 10 samples are there" in command("sample", *flags(10), "--out", cut)
+    assert picture.stat().st_mtime_ns == stamp
+    again = command("sample", *flags(6), "--seed", 1, "--out", cut)  # another recipe starts afresh
+    assert "replaces 10 samples" in again and len(list((cut / "rgb").iterdir())) == 6
+    assert not (np.load(cut / "samples.npz")["arr_0"] == array[:6]).all()
 
 
-def test_weights_rounded_once_are_what_autocast_makes_of_them():
-    cpu, g = torch.device("cpu"), torch.Generator().manual_seed(0)
-    held = torch.randn(3, 16, 16, 16, generator=g)
-    draws = [sample.draw_latents(model, torch.tensor([1, 5, 12]), held, torch.tensor([True, False, False, False]), sample.Noise(0, range(3), cpu), "euler", 2, 2.0, precision="bf16")
-             for model in (sample.open_model(sample.DEMO / "mmgen.pt", cpu, "bf16"), sample.open_model(sample.DEMO / "mmgen.pt", cpu))]
-    assert torch.equal(*draws)
+def test_an_error_of_a_writing_thread_is_raised(tmp_path):
+    (tmp_path / "rgb").write_text("in the way")
+    outputs, requests = sample.Maps({"rgb": MODALITIES["rgb"]}), [Request(0, "a", 0, {})]
 
+    def draw(batches):
+        for batch in batches:
+            for request in batch:
+                yield request, {"rgb": np.zeros((3, 8, 8), np.float32)}, None
 
-def test_bf16_decodes_to_nearly_the_same_pixels():
-    vae = sample.load_vae("toy")
-    x = torch.randn(3, 16, 16, 16, generator=torch.Generator().manual_seed(0))
-    whole, rough = sample.decode_latents(vae, x, 4), sample.decode_latents(vae, x, 4, "bf16")
-    gap = (whole - rough).abs() * 127.5  # levels of 8 bits
-    assert 0 < gap.mean() < 0.5 and gap.max() < 8 and len(rough[0, 1].unique()) > 2000  # the last layer is not rounded
-    assert torch.equal(sample.decode_latents(vae, x, 4, wanted=[3, 1]), whole[:, [3, 1]])
-
-
-def test_condition_on_a_folder_tree(command, tmp_path):
-    command("sample", "--task", "condition", "--given", "depth", "--data", sample.DEMO / "scenes", "--npz", "--ckpt", sample.DEMO / "mmgen.pt",
-            "--sampler", "euler", "--steps", 1, "--out", tmp_path)
-    meta = json.loads((tmp_path / "meta.json").read_text())
-    assert np.load(tmp_path / "samples.npz")["arr_0"].shape == (4, 64, 64, 3) and all("/depth/" in s["given"]["depth"] for s in meta["samples"])
-
-
-def test_truncated_pixels_are_at_most_one_level_lower(command, tmp_path):
-    argv = ("--task", "generate", "--num", 2, "--ckpt", sample.DEMO / "mmgen.pt", "--sampler", "euler", "--steps", 1)
-    command("sample", *argv, "--out", tmp_path / "round")
-    command("sample", *argv, "--truncate", "--out", tmp_path / "cut")
-    a, b = (np.asarray(Image.open(tmp_path / name / "rgb/000001.png")).astype(int) for name in ("round", "cut"))
-    assert set(np.unique(a - b)) == {0, 1} and 0.3 < (a - b).mean() < 0.7
+    with pytest.raises(OSError):
+        produce.produce(tmp_path, requests, draw, outputs, {"seed": 0}, 1)
+    assert json.loads((tmp_path / "meta.json").read_text()) == {"seed": 0, "complete": False}
+    (tmp_path / "rgb").unlink()
+    drawn = produce.produce(tmp_path, requests, draw, outputs, {"seed": 0}, 1)
+    assert (drawn[0]["rgb"] == 128).all() and (pixels(tmp_path / "rgb/a.png") == 128).all()
 
 
 def test_a_changed_picture_is_sampled_again(command, tmp_path):
-    picture = tmp_path / "p.png"
-    run = lambda: command("sample", "--task", "understand", "--image", picture, "--ckpt", sample.DEMO / "mmgen.pt", "--sampler", "euler", "--steps", 1, "--out", tmp_path / "o")
+    picture, depth = tmp_path / "p.png", tmp_path / "o/depth/p.npy"
+    flags = ("--task", "understand", "--image", picture, *ONE_STEP, "--out", tmp_path / "o")
     Image.new("RGB", (64, 64), "red").save(picture)
-    run()
-    before = (tmp_path / "o/depth/p.npy").read_bytes()
+    command("sample", *flags)
+    before = depth.read_bytes()
+    assert "1 of 1 samples are there" in command("sample", *flags)
     Image.new("RGB", (64, 64), "blue").save(picture)
     os.utime(picture, (2e9, 2e9))
-    run()
-    assert (tmp_path / "o/depth/p.npy").read_bytes() != before
+    command("sample", *flags)
+    assert depth.read_bytes() != before

@@ -1,29 +1,26 @@
+"""The objective against the released one, the task mix, the data, and one process against two."""
 import json
 import pathlib
 import shutil
-import signal
-import subprocess
-import sys
-import time
 
 import numpy as np
 import pytest
 import torch
 
-import sample
+import dataset
 import train
-from conftest import ROOT, TRAIN, shell, start
+from conftest import TRAIN, gap, shell
 from distributed import InputError
-from model import build_model, load_checkpoint
+from model import build_model
+from samplers import Sampling
+from weights import load_checkpoint
 
 RECORDED = json.loads((pathlib.Path(__file__).parent / "released_objective.json").read_text())
+FOUR = ("rgb", "depth", "normal", "seg")
 
 
-def same_weights(a, b):
-    """Largest difference of model and EMA between two checkpoints."""
-    a, b = load_checkpoint(a), load_checkpoint(b)
-    return max((a[part][k].float() - b[part][k].float()).abs().max().item() for part in ("model", "ema") for k in a[part])
-
+# ------------------------------------------------------------------------------------------------
+# The objective.
 
 def drawn_model():
     """T/2 on 16x16 latents with every parameter but the positions drawn from N(0, 0.04^2), in name order."""
@@ -40,133 +37,167 @@ def test_objective_equals_the_released_one():
     model, g = drawn_model(), torch.Generator().manual_seed(1)
     x0, eps = (torch.randn(8, 16, 16, 16, generator=g) for _ in range(2))
     y, dino = torch.randint(12, (8,), generator=g), torch.randn(8, 64, 768, generator=g)
-    t, given, supervised = torch.tensor(RECORDED["t"]), torch.tensor(RECORDED["given"]).bool(), torch.tensor(RECORDED["sup"]).bool()
+    t = torch.tensor(RECORDED["t"])
+    given, supervised = (torch.tensor(RECORDED[name]).bool() for name in ("given", "sup"))
     x, target = train.interpolate(x0, eps, t, 4)
     v, z = model(x, t, y, given)
-    velocity, repa = train.losses(v, target, z, dino, supervised)
+    velocity = train.velocity_error(v, target, supervised).sum(0)
+    repa = train.alignment_error(z, dino).sum(0, keepdim=True)
     counts = supervised.sum(0)
-    total = train.total_loss(torch.cat([velocity, repa[None]]), torch.cat([counts, torch.tensor([8])]), torch.tensor([1.0, 0.2, 0.1, 0.1, 0.5]))
+    total = train.total_loss(torch.cat([velocity, repa]), torch.cat([counts, torch.tensor([8])]),
+                             torch.tensor([1.0, 0.2, 0.1, 0.1, 0.5]))
     total.backward()
     assert total.item() == pytest.approx(RECORDED["total"], rel=1e-5)
     assert (velocity / counts).tolist() == pytest.approx(RECORDED["per"], rel=1e-5)
-    assert repa.item() / 8 == pytest.approx(RECORDED["repa"], rel=1e-4)  # itself nearly 0 for random features
+    assert repa.item() / 8 == pytest.approx(RECORDED["repa"], rel=1e-4)  # nearly 0 for random features
     grads = {k: p.grad for k, p in model.named_parameters() if p.grad is not None}
-    assert torch.cat([x.flatten() for x in grads.values()]).double().norm().item() == pytest.approx(RECORDED["grad_norm"], rel=1e-5)
+    norm = torch.cat([x.flatten() for x in grads.values()]).double().norm()
+    assert norm.item() == pytest.approx(RECORDED["grad_norm"], rel=1e-5)
     for name, norm in RECORDED["grads"].items():
         assert grads[name].double().norm().item() == pytest.approx(norm, rel=1e-5), name
 
 
+def gradient(checkpointing):
+    """The gradient of a drawn T/2, and how often its fourth block was run."""
+    torch.manual_seed(0)
+    model, passes = build_model("T/2", num_classes=12, latent_size=8), []
+    for p in model.parameters():
+        if p.requires_grad:
+            torch.nn.init.normal_(p, std=0.02)
+    model.train().checkpointing = checkpointing
+    model.blocks[3].mlp.register_forward_hook(lambda *_: passes.append(1))
+    v, z = model(torch.randn(2, 16, 8, 8), torch.rand(2, 4), torch.tensor([0, 1]),
+                 torch.zeros(2, 4, dtype=torch.bool))
+    (v.square().mean() + z.mean()).backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]), len(passes)
+
+
+def test_checkpointing_changes_no_gradient():
+    (plain, once), (again, twice) = gradient(False), gradient(True)
+    assert torch.equal(plain, again) and (once, twice) == (1, 2)
+
+
+# ------------------------------------------------------------------------------------------------
+# The task mix.
+
+def draws(mix, rows, seed=0, step=0, modalities=FOUR, present=None):
+    """The Draws of a step, four channels a modality, of one pixel."""
+    present = present or (True,) * len(modalities)
+    return train.draw(seed, step, mix, modalities, present, (rows, 4 * len(modalities), 1, 1), "cpu")
+
+
 def test_draws_follow_the_mix():
-    modalities, present = ["rgb", "depth", "normal", "seg"], (True,) * 4
-    d = train.draw(0, 5, "mmgen", modalities, present, (4000, 16, 1, 1), "cpu")
+    d = draws("mmgen", 4000, step=5)
     role = torch.arange(4000) % 4
     assert not d.given[role < 3].any() and (d.given[role == 3].sum(1) == 1).all()
     assert (d.supervised[role < 2] == torch.tensor([1, 0, 0, 0]).bool()).all()
-    assert d.supervised[role == 2][:, 0].all() and d.supervised[role == 2][:, 1:].float().mean().item() == pytest.approx(0.5, abs=0.03)
+    joint = d.supervised[role == 2]
+    assert joint[:, 0].all() and joint[:, 1:].float().mean().item() == pytest.approx(0.5, abs=0.03)
     assert not (d.supervised & d.given).any()
-    assert (d.t[d.given] >= 0.99).all() and d.given[role == 3].float().mean(0).tolist() == pytest.approx([0.25] * 4, abs=0.05)
+    assert (d.t[d.given] >= 0.99).all()
+    assert d.given[role == 3].float().mean(0).tolist() == pytest.approx([0.25] * 4, abs=0.05)
     shared = d.t[role < 3]
     assert (shared == shared[:, :1]).all() and 0.45 < shared.mean() < 0.55
     assert d.null.float().mean().item() == pytest.approx(0.1, abs=0.02)
-    again, other = (train.draw(0, s, "mmgen", modalities, present, (8, 16, 1, 1), "cpu") for s in (5, 6))
+    again, other = (draws("mmgen", 8, step=step) for step in (5, 6))
     assert not torch.equal(again.noise, other.noise)
-    rgb2x = train.draw(0, 0, "rgb2x", modalities, present, (8, 16, 1, 1), "cpu")
-    assert (rgb2x.t[:, 0] == 1).all() and (rgb2x.supervised == torch.tensor([0, 1, 1, 1]).bool()).all()
-    free = train.draw(0, 0, "independent-t", modalities, present, (8, 16, 1, 1), "cpu")
+    rgb2x = draws("rgb2x", 8)
+    assert (rgb2x.t[:, 0] == 1).all()
+    assert (rgb2x.supervised == torch.tensor([0, 1, 1, 1]).bool()).all()
+    free = draws("independent-t", 8)
     assert (free.t[3] != free.t[3, 0])[1:].all()
 
 
 def test_absent_modalities_are_neither_supervised_nor_given():
-    present = (True, False, True, False)
-    d = train.draw(0, 0, "no-aug", ["rgb", "depth", "normal", "seg"], present, (400, 16, 1, 1), "cpu")
+    d = draws("no-aug", 400, present=(True, False, True, False))
     assert not d.supervised[:, [1, 3]].any() and not d.given[:, [1, 3]].any() and d.supervised[:, 2].any()
 
 
+def test_seeds_and_steps_give_different_draws():
+    noise = [draws("mmgen", 8, seed, step, ("rgb",)).noise for seed, step in ((0, 5), (1, 5), (0, 6))]
+    assert not torch.equal(noise[0], noise[1]) and not torch.equal(noise[0], noise[2])
+
+
+def test_any_subset_is_given_and_never_all():
+    steps = [draws("subset", 64, step=step, present=(True, True, True, False)) for step in range(20)]
+    given = torch.cat([d.given[3::4] for d in steps])
+    assert set(given.sum(1).tolist()) == {1, 2} and not given[:, 3].any()  # of three present, one or two
+    assert all(0.4 < given[:, m].float().mean() < 0.6 for m in range(3))
+    assert not any((d.supervised & d.given).any() for d in steps)
+    assert draws("mmgen", 8, step=3, modalities=("rgb", "depth")).given.sum() <= 2
+
+
+# ------------------------------------------------------------------------------------------------
+# The data, and its sharing.
+
 def test_every_epoch_is_a_permutation(cache):
-    data = train.Cache(cache, need_dino=False)
+    data = dataset.Cache(cache)
     order = data.order(0, 0, 72).reshape(3, 24)
     assert all(sorted(epoch) == list(range(24)) for epoch in order) and (order[0] != order[1]).any()
-    assert (train.Cache(cache, False).order(0, 30, 10) == data.order(0, 30, 10)).all()
+    assert (dataset.Cache(cache).order(0, 30, 10) == data.order(0, 30, 10)).all()
+    assert (order[1, 6:16] == data.order(0, 30, 10)).all()
 
 
-def test_resume_is_bit_exact(cache, trained, tmp_path, command):
-    """6 steps = 3 steps + resume, weights, EMA, optimiser and log."""
-    folder = tmp_path / "half"
-    shutil.copytree(trained, folder, symlinks=True)
-    (folder / "ckpt" / "0000006.pt").unlink()
-    (folder / "latest.pt").unlink()
-    (folder / "latest.pt").symlink_to("ckpt/0000003.pt")  # as if killed after step 3, with a longer log
-    command("train", "--data", cache, "--run", folder, *TRAIN)
-    assert same_weights(trained / "latest.pt", folder / "latest.pt") == 0
-    strip = lambda f: [{k: v for k, v in json.loads(l).items() if k != "img_per_s"} for l in (f / "log.jsonl").read_text().splitlines()]
-    assert strip(trained) == strip(folder)
+def test_a_process_reads_its_rows_of_the_global_batches(cache):
+    data, cpu = dataset.Cache(cache), torch.device("cpu")
+    read = list(dataset.batches(data, ["rgb", "labels"], 0, range(2, 5), 8, slice(4, 8), cpu))
+    assert len(read) == 3
+    for step, batch in zip(range(2, 5), read):
+        rows = data.order(0, 8 * step, 8)[4:]
+        assert (batch["labels"].numpy() == data.array("labels")[rows]).all()
+        assert (batch["rgb"].numpy() == data.array("rgb")[rows]).all()
 
 
-def test_a_killed_run_continues_to_the_same_weights(cache, trained, tmp_path, command):
-    folder = tmp_path / "killed"
-    for _ in range(6):
-        process = subprocess.Popen([sys.executable, "train.py", "--data", str(cache), "--run", str(folder), *TRAIN], cwd=ROOT,
-                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while process.poll() is None and not (folder / "latest.pt").exists():
-            time.sleep(0.02)
-        if process.poll() is None:
-            process.send_signal(signal.SIGKILL)  # just after the first checkpoint
-            process.wait()
-            break
-    command("train", "--data", cache, "--run", folder, *TRAIN)
-    assert same_weights(trained / "latest.pt", folder / "latest.pt") == 0
-    assert not list(folder.rglob("*.tmp"))
+def test_any_number_of_processes_shares_the_batch():
+    for world in (1, 3, 6, 8, 64):
+        parts = [train.split(256, 64, rank, world) for rank in range(world)]
+        assert parts[0].start == 0 and parts[-1].stop == 256
+        assert all(a.stop == b.start for a, b in zip(parts, parts[1:]))
+        assert all((p.stop - p.start) % 4 == 0 and p.stop > p.start for p in parts)
+    with pytest.raises(InputError, match="--batch-size 256 on 65 processes"):
+        train.split(256, 64, 0, 65)
 
+
+def test_a_damaged_cache_is_refused(cache, tmp_path, command):
+    for stem, message in (("depth", "depth.npy: not readable"), ("done", "not encoded yet")):
+        folder = tmp_path / stem
+        shutil.copytree(cache, folder)
+        if stem == "depth":
+            data = (folder / "depth.npy").read_bytes()
+            (folder / "depth.npy").write_bytes(data[:len(data) // 2])
+        else:
+            np.save(folder / "done.npy", np.zeros(24, np.uint8))
+        with pytest.raises(InputError, match=message):
+            command("train", "--data", folder, "--run", tmp_path / "run", *TRAIN)
+    (tmp_path / "done/depth.npy").unlink()
+    np.save(tmp_path / "done/done.npy", np.ones(24, np.uint8))
+    with pytest.raises(InputError, match="depth.npy: no such file"):
+        command("train", "--data", tmp_path / "done", "--run", tmp_path / "run", *TRAIN)
+
+
+# ------------------------------------------------------------------------------------------------
+# The command.
 
 def test_two_processes_train_as_one(cache, tmp_path, command):
-    for world in (1, 2):
-        arguments = ("--data", cache, "--run", tmp_path / str(world), "--model", "T/2", "--steps", 4, "--batch-size", 8,
-                     "--micro-batch", 4, "--precision", "fp32", "--preview-every", 1000)
-        if world == 1:
-            command("train", *arguments)
-        else:
-            result = shell("train.py", *arguments, processes=world, torchrun=True)
-            assert result.returncode == 0, result.stderr
-    assert same_weights(tmp_path / "1" / "latest.pt", tmp_path / "2" / "latest.pt") < 1e-6
-
-
-def test_a_non_finite_gradient_changes_nothing_and_ten_stop_the_run(cache, tmp_path, command, monkeypatch):
-    true_losses, calls = train.losses, []
-
-    def poisoned(v, *rest):
-        calls.append(1)
-        velocity, repa = true_losses(v, *rest)
-        return (velocity * float("nan") if len(calls) == 2 else velocity), repa
-
-    monkeypatch.setattr(train, "losses", poisoned)
-    arguments = ("--data", cache, "--model", "T/2", "--batch-size", 8, "--preview-every", 1000)
-    command("train", *arguments, "--run", tmp_path / "a", "--steps", 1)
-    calls.clear()
-    command("train", *arguments, "--run", tmp_path / "b", "--steps", 2, "--log-every", 1)
-    assert load_checkpoint(tmp_path / "b" / "latest.pt")["step"] == 2
-    a, b = (load_checkpoint(tmp_path / f / "latest.pt") for f in "ab")
-    assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
-    assert json.loads((tmp_path / "b" / "log.jsonl").read_text().splitlines()[-1])["skipped"] == 1
-    monkeypatch.setattr(train, "losses", lambda *a: tuple(x * float("nan") for x in true_losses(*a)))
-    with pytest.raises(InputError, match="non-finite gradients in a row"):
-        command("train", *arguments, "--run", tmp_path / "c", "--steps", 12, "--log-every", 12)
+    flags = ("--data", cache, "--model", "T/2", "--steps", 4, "--batch-size", 8, "--micro-batch", 4,
+             "--precision", "fp32", "--preview-every", 1000)
+    command("train", *flags, "--run", tmp_path / "1")
+    result = shell("train.py", *flags, "--run", tmp_path / "2", processes=2, torchrun=True)
+    assert result.returncode == 0, result.stderr
+    assert gap(tmp_path / "1", tmp_path / "2") < 1e-6
 
 
 def test_training_without_alignment_targets_says_so(cache, tmp_path, command):
-    out = command("train", "--data", cache, "--run", tmp_path, "--model", "T/2", "--steps", 1, "--batch-size", 4, "--repa-weight", 0, "--preview-every", 1000)
+    out = command("train", "--data", cache, "--run", tmp_path, "--model", "T/2", "--steps", 1,
+                  "--batch-size", 4, "--repa-weight", 0, "--preview-every", 1000)
     assert "training without REPA" in out
-    assert not any(k.startswith("projector") for k in load_checkpoint(tmp_path / "latest.pt")["model"])
-
-
-def test_init_takes_what_fits(trained, cache, tmp_path, command):
-    out = command("train", "--data", cache, "--run", tmp_path, "--model", "T/2", "--steps", 1, "--batch-size", 4, "--preview-every", 1000,
-                  "--init", trained / "latest.pt", "--modalities", "rgb", "depth", "normal", "seg")
-    assert "  new         0  " in out and "  inflated    0  " in out and "  left out    0  " in out
+    assert not any(key.startswith("projector") for key in load_checkpoint(tmp_path)["model"])
 
 
 def test_a_preview_is_drawn(cache, tmp_path, command, monkeypatch):
-    monkeypatch.setitem(sample.METHODS, "mmgen", sample.METHODS["mmgen"]._replace(preview=dict(sampler="euler", steps=2)))
-    command("train", "--data", cache, "--run", tmp_path, "--model", "T/2", "--steps", 1, "--batch-size", 4, "--preview-every", 1)
+    monkeypatch.setattr(train, "Sampling", lambda sampler, steps: Sampling(sampler, 2))
+    command("train", "--data", cache, "--run", tmp_path, "--model", "T/2", "--steps", 1, "--batch-size", 4,
+            "--preview-every", 1)
     assert (tmp_path / "previews" / "0000001.png").stat().st_size > 5000
 
 
@@ -177,88 +208,13 @@ def test_a_preview_is_drawn(cache, tmp_path, command, monkeypatch):
     (("--micro-batch", "-4"), "multiples of 4"),
     (("--log-every", "0"), "at least 1"),
     (("--lr", "nan"), "finite"),
+    (("--repa-weight", "nan"), "from 0 to 1000"),
     (("--data", "nowhere"), "prep_latents.py --toy"),
-    (("--seed", "1"), "seed = 0, this command has 1"),
 ])
 def test_bad_arguments(change, message, cache, trained, command):
     with pytest.raises(InputError, match=message):
         command("train", "--data", cache, "--run", trained, *TRAIN, *change)
 
 
-def test_an_older_run_goes_on(cache, trained, tmp_path, command):
-    """A checkpoint of before the recipe named its method."""
-    shutil.copytree(trained, tmp_path / "run", symlinks=True)
-    path = (tmp_path / "run/latest.pt").resolve()
-    assert path.is_relative_to(tmp_path.resolve())
-    checkpoint = torch.load(path, weights_only=True)
-    assert checkpoint["config"]["train"].pop("method") == "mmgen"
-    torch.save(checkpoint, path)
-    assert "6 steps" in command("train", "--data", cache, "--run", tmp_path / "run", *TRAIN)
-
-
-def test_a_damaged_cache_is_refused(cache, tmp_path, command):
-    for stem, message in (("depth", "depth.npy: missing or cut short"), ("done", "not encoded yet")):
-        folder = tmp_path / stem
-        shutil.copytree(cache, folder)
-        if stem == "depth":
-            data = (folder / "depth.npy").read_bytes()
-            (folder / "depth.npy").write_bytes(data[:len(data) // 2])
-        else:
-            np.save(folder / "done.npy", np.zeros(24, np.uint8))
-        with pytest.raises(InputError, match=message):
-            command("train", "--data", folder, "--run", tmp_path / "run", *TRAIN)
-
-
-def test_seeds_and_steps_give_different_draws():
-    d = [train.draw(seed, step, "mmgen", ["rgb"], (True,), (8, 4, 2, 2), "cpu").noise for seed, step in ((0, 5), (1, 5), (0, 6))]
-    assert not torch.equal(d[0], d[1]) and not torch.equal(d[0], d[2])
-
-
-def test_any_number_of_processes_shares_the_batch():
-    args = train.argparse.Namespace(batch_size=256, micro_batch=64, steps=1, log_every=1, ckpt_every=1, preview_every=1, lr=1e-4, repa_weight=0.5, seed=0)
-    for world in (1, 3, 6, 8, 64):
-        parts = [train.split(args, rank, world)[0] for rank in range(world)]
-        assert parts[0].start == 0 and parts[-1].stop == 256 and all(a.stop == b.start for a, b in zip(parts, parts[1:]))
-        assert all((p.stop - p.start) % 4 == 0 and p.stop > p.start for p in parts)
-
-
-def test_a_lost_latest_link_is_not_taken_for_a_new_run(cache, trained, tmp_path, command):
-    folder = tmp_path / "run"
-    shutil.copytree(trained, folder, symlinks=True)
-    (folder / "latest.pt").unlink()
-    with pytest.raises(InputError, match="points to no checkpoint"):
-        command("train", "--data", cache, "--run", folder, *TRAIN)
-
-
-def test_any_subset_is_given_and_never_all():
-    d = [train.draw(0, step, "subset", ["rgb", "depth", "normal", "seg"], (True, True, True, False), (64, 16, 2, 2), "cpu") for step in range(20)]
-    given = torch.cat([x.given[3::4] for x in d])
-    assert set(given.sum(1).tolist()) == {1, 2} and not given[:, 3].any()  # of three modalities present, one or two
-    assert all(0.4 < given[:, m].float().mean() < 0.6 for m in range(3))
-    assert not (torch.cat([x.supervised for x in d]) & torch.cat([x.given for x in d])).any()
-    before = train.draw(0, 3, "mmgen", ["rgb", "depth"], (True, True), (8, 8, 2, 2), "cpu")
-    assert before.given.sum() <= 2
-
-
-def test_checkpointing_changes_no_gradient():
-    gradients, forwards = [], []
-    for checkpointing in (False, True):
-        torch.manual_seed(0)
-        model = build_model("T/2", num_classes=12, latent_size=8)
-        for p in model.parameters():
-            torch.nn.init.normal_(p, std=0.02) if p.requires_grad else None
-        model.train().checkpointing = checkpointing
-        passes = []
-        model.blocks[3].mlp.register_forward_hook(lambda *_: passes.append(1))
-        v, z = model(torch.randn(2, 16, 8, 8), torch.rand(2, 4), torch.tensor([0, 1]), torch.zeros(2, 4, dtype=torch.bool))
-        (v.square().mean() + z.mean()).backward()
-        forwards.append(len(passes))
-        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
-    assert torch.equal(*gradients) and forwards == [1, 2]
-
-
-def test_nodes_that_find_different_checkpoints_stop(cache, trained, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "all_reduce", lambda tensor: tensor + 1)  # another process is further
-    with pytest.raises(InputError, match="must share the file system"):
-        start("train", "--data", cache, "--run", tmp_path / "r", *TRAIN)
-    assert not (tmp_path / "r" / "ckpt").exists()
+def test_flags_of_another_method_are_unknown(cache, tmp_path, unknown):
+    assert unknown("train", "--data", cache, "--run", tmp_path, *TRAIN, "--agg", "revert")

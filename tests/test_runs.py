@@ -1,0 +1,215 @@
+"""A run that was interrupted, and what another command may change of it."""
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import runs
+import train
+from conftest import ROOT, TRAIN, gap, start
+from distributed import InputError
+from weights import load_checkpoint
+
+
+@pytest.fixture
+def half(trained, tmp_path):
+    """The run as if killed after step 3 of 6, with a longer log -> its folder."""
+    folder = tmp_path / "half"
+    shutil.copytree(trained, folder, symlinks=True)
+    (folder / "ckpt" / "0000006.pt").unlink()
+    (folder / "latest.pt").unlink()
+    (folder / "latest.pt").symlink_to("ckpt/0000003.pt")
+    return folder
+
+
+def log_of(folder):
+    """The lines of log.jsonl, without the time they took."""
+    entries = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in entry.items() if key != "img_per_s"} for entry in entries]
+
+
+def without(folder, part, *keys):
+    """Take keys out of config[part] of a run's latest file, as if an older version had written it."""
+    path = (folder / "latest.pt").resolve()
+    assert path.is_relative_to(folder.resolve())
+    checkpoint = torch.load(path, weights_only=True)
+    for key in keys:
+        del checkpoint["config"][part][key]
+    torch.save(checkpoint, path)
+
+
+# ------------------------------------------------------------------------------------------------
+# Going on.
+
+def test_resume_is_bit_exact(cache, trained, half, command):
+    """6 steps = 3 steps + resume, weights, EMA, optimiser and log."""
+    command("train", "--data", cache, "--run", half, *TRAIN)
+    assert gap(trained, half) == 0
+    assert log_of(trained) == log_of(half) and [entry["step"] for entry in log_of(half)] == [2, 3, 4, 6]
+    theirs, ours = (load_checkpoint(folder)["opt"]["state"] for folder in (trained, half))
+    assert theirs.keys() == ours.keys()
+    assert all(torch.equal(theirs[i][key], ours[i][key]) for i in theirs for key in theirs[i])
+
+
+def test_a_killed_run_continues_to_the_same_weights(cache, trained, tmp_path, command):
+    folder = tmp_path / "killed"
+    line = [sys.executable, "train.py", "--data", str(cache), "--run", str(folder), *TRAIN]
+    for _ in range(6):
+        process = subprocess.Popen(line, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while process.poll() is None and not (folder / "latest.pt").exists():
+            time.sleep(0.02)
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)  # just after the first checkpoint
+            process.wait()
+            break
+    command("train", "--data", cache, "--run", folder, *TRAIN)
+    assert gap(trained, folder) == 0
+    assert not list(folder.rglob("*.tmp"))
+
+
+def test_another_learning_rate_is_taken_up_and_said(cache, trained, half, command):
+    out = command("train", "--data", cache, "--run", half, *TRAIN, "--lr", 1e-12)
+    assert "lr 1e-12" in out
+    rates = {entry["step"]: entry["lr"] for entry in log_of(half)}
+    assert rates == {2: 1e-4, 3: 1e-4, 4: 1e-12, 6: 1e-12}
+    assert gap(half, half / "ckpt/0000003.pt", ["model"]) < 1e-9 < gap(trained, half, ["model"])
+    checkpoint = load_checkpoint(half)
+    assert checkpoint["step"] == 6 and checkpoint["config"]["train"]["lr"] == 1e-12
+    assert [group["lr"] for group in checkpoint["opt"]["param_groups"]] == [1e-12]
+
+
+def test_what_is_not_the_runs_own_may_change(cache, trained, half, tmp_path, command):
+    """Every flag of runs.FREE, without a change of the weights."""
+    changes = {"data": tmp_path / "moved", "run": half, "micro_batch": 4, "log_every": 1, "ckpt_every": 2,
+               "preview_every": 999, "init": tmp_path / "gone.pt", "lr": 1e-4, "steps": 6}
+    switches = {"compile": "--no-compile", "checkpointing": "--checkpointing"}
+    assert changes.keys() | switches.keys() == set(runs.FREE)
+    shutil.copytree(cache, tmp_path / "moved")
+    flags = [word for name, value in changes.items() for word in (f"--{name.replace('_', '-')}", value)]
+    command("train", *TRAIN, *flags, *switches.values())
+    assert gap(trained, half) < 1e-6  # in two micro-batches
+    assert [entry["step"] for entry in log_of(half)] == [2, 3, 4, 5, 6]
+    kept = load_checkpoint(half)["config"]["train"]
+    assert kept["micro_batch"] == 4 and kept["checkpointing"] and kept["data"] == str(tmp_path / "moved")
+
+
+@pytest.mark.parametrize("change, message", [
+    (("--mix", "gen-only"), "mix = mmgen, this command has gen-only"),
+    (("--seed", "1"), "seed = 0, this command has 1"),
+    (("--precision", "fp32"), "precision = bf16, this command has fp32"),
+    (("--batch-size", "4"), "batch_size = 8, this command has 4"),
+    (("--repa-weight", "0.25"), "repa_weight = 0.5, this command has 0.25"),
+    (("--equal-weights",), "equal_weights = False, this command has True"),
+    (("--fusion", "mlp"), "fusion = linear, this command has mlp"),
+    (("--no-task-embedding",), "task_embedding = True, this command has False"),
+    (("--modalities", "rgb", "depth"), r"modalities = \['rgb', 'depth', 'normal', 'seg'\], this command has"),
+])
+def test_what_is_the_runs_own_may_not(change, message, cache, trained, command):
+    before = (trained / "log.jsonl").read_bytes()
+    with pytest.raises(InputError, match=f"latest.pt: was trained with {message}"):
+        command("train", "--data", cache, "--run", trained, *TRAIN, *change)
+    assert (trained / "log.jsonl").read_bytes() == before
+
+
+def test_a_run_may_name_its_modalities(cache, trained, half, command):
+    """What shapes the network is compared as the model has it, not as the flags say it."""
+    command("train", "--data", cache, "--run", half, *TRAIN, "--modalities", "seg", "rgb", "normal", "depth")
+    assert gap(trained, half) == 0
+
+
+# ------------------------------------------------------------------------------------------------
+# Older files.
+
+def test_a_run_of_before_a_flag_goes_on_with_its_default(cache, trained, half, command):
+    without(half, "train", "method", "mix", "precision", "equal_weights", "lr")
+    for change, message in ((("--mix", "gen-only"), "mix = mmgen, this command has gen-only"),
+                            (("--precision", "fp32"), "precision = bf16, this command has fp32")):
+        with pytest.raises(InputError, match=f"was trained with {message}"):
+            command("train", "--data", cache, "--run", half, *TRAIN, *change)
+    command("train", "--data", cache, "--run", half, *TRAIN)
+    assert gap(trained, half) == 0
+    assert load_checkpoint(half)["config"]["train"]["precision"] == "bf16"  # the next file says it
+
+
+def test_a_run_of_before_an_option_of_the_model_goes_on_with_its_default(cache, trained, half, command):
+    without(half, "model", "fusion", "task_embedding")
+    with pytest.raises(InputError, match="was trained with fusion = linear, this command has mlp"):
+        command("train", "--data", cache, "--run", half, *TRAIN, "--fusion", "mlp")
+    command("train", "--data", cache, "--run", half, *TRAIN)
+    assert gap(trained, half) == 0
+
+
+def test_a_run_with_what_this_version_has_not_is_refused(cache, half, command):
+    path = (half / "latest.pt").resolve()
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["config"]["train"]["warmup"] = 500
+    torch.save(checkpoint, path)
+    with pytest.raises(InputError, match="was trained with warmup = 500, this command has None"):
+        command("train", "--data", cache, "--run", half, *TRAIN)
+
+
+# ------------------------------------------------------------------------------------------------
+# Starting.
+
+def test_init_takes_what_fits(trained, cache, tmp_path, command):
+    out = command("train", "--data", cache, "--run", tmp_path, "--model", "T/2", "--steps", 1,
+                  "--batch-size", 4, "--preview-every", 1000, "--init", trained / "latest.pt",
+                  "--modalities", "rgb", "depth", "normal", "seg")
+    assert "  new         0  " in out and "  inflated    0  " in out and "  left out    0  " in out
+
+
+def test_a_lost_latest_link_is_not_taken_for_a_new_run(cache, half, command):
+    (half / "latest.pt").unlink()
+    for target in (None, "ckpt/0000009.pt"):
+        if target:
+            (half / "latest.pt").symlink_to(target)
+        with pytest.raises(InputError, match="points to no checkpoint"):
+            command("train", "--data", cache, "--run", half, *TRAIN)
+
+
+def test_an_exported_file_is_no_run(cache, trained, tmp_path, command):
+    command("weights", "--ckpt", trained, "--export", tmp_path / "run/latest.pt")
+    with pytest.raises(InputError, match="no optimiser state.*start a new --run with --init"):
+        command("train", "--data", cache, "--run", tmp_path / "run", *TRAIN)
+
+
+def test_nodes_that_find_different_checkpoints_stop(cache, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "all_reduce", lambda tensor: tensor + 1)  # another process is further
+    with pytest.raises(InputError, match="must share the folder's file system"):
+        start("train", "--data", cache, "--run", tmp_path / "r", *TRAIN)
+    assert not (tmp_path / "r" / "ckpt").exists()
+
+
+# ------------------------------------------------------------------------------------------------
+# Gradients that are not finite.
+
+def test_a_non_finite_gradient_changes_nothing_and_ten_stop_the_run(cache, tmp_path, command, monkeypatch):
+    true_error, calls = train.velocity_error, []
+
+    def poisoned(v, target, supervised):
+        calls.append(1)
+        error = true_error(v, target, supervised)
+        return error * float("nan") if len(calls) == 2 else error
+
+    def always(v, target, supervised):
+        return true_error(v, target, supervised) * float("nan")
+
+    flags = ("--data", cache, "--model", "T/2", "--batch-size", 8, "--preview-every", 1000)
+    monkeypatch.setattr(train, "velocity_error", poisoned)
+    command("train", *flags, "--run", tmp_path / "a", "--steps", 1)
+    calls.clear()
+    command("train", *flags, "--run", tmp_path / "b", "--steps", 2, "--log-every", 1)
+    a, b = (load_checkpoint(tmp_path / name) for name in "ab")
+    assert b["step"] == 2 and len(calls) == 2
+    assert all(torch.equal(a["model"][key], b["model"][key]) for key in a["model"])
+    log = log_of(tmp_path / "b")
+    assert [entry["skipped"] for entry in log] == [0, 1] and log[0]["loss_rgb"] > 0
+    monkeypatch.setattr(train, "velocity_error", always)
+    with pytest.raises(InputError, match="step 12: 12 non-finite gradients in a row"):
+        command("train", *flags, "--run", tmp_path / "c", "--steps", 12, "--log-every", 12)
+    assert not (tmp_path / "c/latest.pt").exists()
