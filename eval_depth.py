@@ -184,6 +184,7 @@ class Metric:
 
     headline = None  # the score by which images are told better from worse
     rising = False   # whether more of it is better
+    note = ""        # behind the names of its scores in the printed table
 
     def __init__(self, modality, rules):
         self.kind, self.rules = MODALITIES[modality], rules
@@ -262,6 +263,10 @@ class Depth(Metric):
     """Truth in metres, NaN or 0 where unknown; predictions up to scale and shift."""
 
     headline = "abs_rel"
+
+    @property
+    def note(self):
+        return f" ({self.rules.alignment})"
 
     @staticmethod
     def read(kind, path):
@@ -839,12 +844,6 @@ def results(metrics):
     return {key: value for metric in metrics.values() for key, value in metric.result().items()}
 
 
-def gap(value, ceiling, guessed):
-    """What remains from the ceiling, of the way down to guessing: 0 is the ceiling, 1 no better than it."""
-    return {key: (value[key] - ceiling[key]) / (guessed[key] - ceiling[key])
-            for key in ("abs_rel", "normal_mean", "miou") if key in guessed}
-
-
 def cases(metric, count=2):
     """Indices of the best, median and worst images by the metric's headline."""
     values = {i: row[metric.headline] for i, row in metric.rows.items()}
@@ -894,7 +893,7 @@ def write_table(path, names, metrics):
             rows[i] |= scores
     text = io.StringIO()
     keys = dict.fromkeys(key for row in rows for key in row)
-    writer = csv.DictWriter(text, list(keys), lineterminator="\n")
+    writer = csv.DictWriter(text, keys, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     with whole_file(path) as file:
@@ -920,15 +919,14 @@ def write_grid(path, source, predict, metrics):
         print(f"{path}: best, median and worst by {metric.headline}: {names}")
 
 
-def print_table(result, alignment):
+def print_table(metrics, result):
     """A line for each score: its value, and what the other predictors of the result have."""
     columns = [c for c in ("ceiling", "mean_map", "gap") if c in result]
     print(f"{'':24s} {'value':>10s} " + " ".join(f"{c.replace('_', ' '):>10s}" for c in columns))
-    for key, value in result.items():
-        if isinstance(value, float):
-            space = f" ({alignment})" if key.startswith(("abs_rel", "rmse", "delta")) else ""
+    for metric in metrics.values():
+        for key, value in metric.result().items():
             cells = [f"{result[c][key]:10.4f}" if key in result[c] else " " * 10 for c in columns]
-            print(f"{key + space:24s} {value:10.4f} " + " ".join(cells))
+            print(f"{key + metric.note:24s} {value:10.4f} " + " ".join(cells))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1049,11 +1047,14 @@ def main():
           f"(depth between {args.depth_range[0]} and {args.depth_range[1]})")
     result |= found
     if args.toy:
-        result["gap"] = gap(result, found["ceiling"], found["mean_map"])
-    known = metrics["depth"].rows if "depth" in asked else range(total)
-    unknown = [name for i, name in enumerate(source.names) if i not in known]
+        ceiling, guessed = found["ceiling"], found["mean_map"]
+        headlines = [metric.headline for metric in metrics.values()]
+        result["gap"] = {key: (result[key] - ceiling[key]) / (guessed[key] - ceiling[key])
+                         for key in headlines if key in guessed}
+    valid = metrics["depth"].rows if "depth" in asked else range(total)
+    unknown = [name for i, name in enumerate(source.names) if i not in valid]
     result |= dict(no_valid_depth=unknown, recipe=recipe)
-    print_table(result, args.alignment)
+    print_table(metrics, result)
     if unknown:
         print(f"{len(unknown)} of {total} frames have no valid depth and are left out of the depth figures: "
               f"{', '.join(unknown[:10])}{' ...' if len(unknown) > 10 else ''}")
