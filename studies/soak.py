@@ -174,10 +174,10 @@ class Soak:
 
 def main():
     args = arguments()
-    begun, found = time.monotonic(), {}
+    found = {}
     recipe = dict(command=command_line(), torch=torch.__version__, device="cpu")
     with tempfile.TemporaryDirectory() as folder, open(pathlib.Path(folder, "log.txt"), "w") as log:
-        soak = Soak(args, pathlib.Path(folder), log)
+        soak, begun = Soak(args, pathlib.Path(folder), log), time.monotonic()
         while time.monotonic() - begun < 60 * args.minutes:
             one = soak.round(f"round{found.get('rounds', 0)}")
             found = {key: found.get(key, 0) + value for key, value in one.items()}

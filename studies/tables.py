@@ -1,20 +1,27 @@
-"""Write the README's tables, and demo/study.png, from the JSON in this folder; --check only compares the tables.
+"""Write results/README.md, and demo/study.png, from the JSON in results/ and the prose in page.md.
 
-    python results/tables.py
+    python studies/tables.py             # --check only compares
+
+A {{name}} of page.md becomes that table. Where the project's README.md has <!-- name --> ... <!-- /name -->,
+what stands between them becomes the same table.
 """
 import json
-import pathlib
 import re
 import sys
 
 from PIL import Image, ImageDraw, ImageFont
+from record import ROOT
 
-HERE = pathlib.Path(__file__).resolve().parent
-README = HERE.parent / "README.md"
+RESULTS, README, PAGE = ROOT / "results", ROOT / "README.md", ROOT / "studies" / "page.md"
+WRITTEN = "<!-- Written by studies/tables.py from studies/page.md and results/*.json: edit those. -->\n\n"
 
 
 def read(name):
-    return json.loads((HERE / f"{name}.json").read_text())
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def without_recipe(found):
+    return {name: row for name, row in found.items() if name != "recipe"}
 
 
 def table(head, rows):
@@ -26,282 +33,461 @@ def number(value, form, unit=""):
     return "" if value is None else f"{value:{form}}{unit}"
 
 
-KEYS = (("abs_rel", ".3f"), ("normal_mean", ".1f"), ("miou", ".3f"))  # of understanding
+def small(value):
+    """A difference, in one digit."""
+    return f"{value:.0e}".replace("0e+00", "0")
 
 
-def ablations():
-    """results/ablations.json: {name: {flags, understand: eval_depth.py's JSON}}."""
-    rows = [[name, f"`{run['flags']}`" if run["flags"] else "", *(number(run["understand"][key], form) for key, form in KEYS)]
-            for name, run in read("ablations").items()]
-    first = read("ablations")["mmgen"]["understand"]
-    rows += [[name, "", *(number(first[part][key], form) for key, form in KEYS)]
-             for name, part in (("the training set's mean map", "mean_map"), ("the autoencoder", "ceiling"))]
-    return table(["", "flags", "AbsRel", "normals (degrees)", "mIoU"], rows)
+KEYS = {"abs_rel": ".3f", "normal_mean": ".1f", "miou": ".3f"}  # of understanding
+NAMES = ["AbsRel", "normals (degrees)", "mIoU"]
 
 
-STUDIED = {  # column: how it is read from a run's JSON, its form, whether more is better
-    "AbsRel": (lambda u, g: u.get("abs_rel"), ".3f", False),
-    "normals (degrees)": (lambda u, g: u.get("normal_mean"), ".1f", False),
-    "mIoU": (lambda u, g: u.get("miou"), ".3f", True),
-    "class": (lambda u, g: g and g["class_in_segmentation"], ".2f", True),
-    "latent FD": (lambda u, g: g and g["latent_fd"], ".2f", False),
-    "joint: AbsRel": (lambda u, g: g and g["rgb_understood_against_generated"]["abs_rel"], ".3f", False),
-    "joint: mIoU": (lambda u, g: g and g["rgb_understood_against_generated"]["miou"], ".3f", True),
-    "depth given: AbsRel": (lambda u, g: g and g["given_map_recovered"]["depth"]["abs_rel"], ".3f", False),
-    "normals given": (lambda u, g: g and g["given_map_recovered"]["normal"]["normal_mean"], ".1f", False),
-    "seg. given: mIoU": (lambda u, g: g and g["given_map_recovered"]["seg"]["miou"], ".3f", True),
-}
+def understanding(found, forms=KEYS):
+    """The cells of NAMES."""
+    return [number(found.get(key), form) for key, form in forms.items()]
 
 
-def studied():
-    """results/study/<row>_<seed>_{understand,generate}.json -> {row: {column: values of its seeds}}, rows as results/run_study.sh has them."""
-    order = re.findall(r"^ +row ([\w$-]+) ", (HERE / "run_study.sh").read_text(), re.M)
-    found = {}
-    for path in sorted((HERE / "study").glob("*_understand.json")):
-        name, seed = path.stem.split("_")[:2]
-        generated = HERE / "study" / f"{name}_{seed}_generate.json"
-        runs = json.loads(path.read_text()), json.loads(generated.read_text()) if generated.exists() else None
-        row = found.setdefault("rgb-to-$m" if name.startswith("rgb-to-") else name, {})
-        for column, (get, _, _) in STUDIED.items():
-            value = get(*runs)
-            row.setdefault(column, []).extend([] if value is None else [value])
-    place = {name: i for i, name in enumerate(order)}
-    return {name.replace("rgb-to-$m", "one task each"): found[name] for name in sorted(found, key=place.get)}
-
-
-def study():
-    """Mean over the seeds, and half of the range between the lowest and the highest (of one seed the value alone)."""
-    def cell(values, form):
-        return f"{sum(values) / len(values):{form}}" + (f" ± {(max(values) - min(values)) / 2:{form}}" if len(values) > 1 else "") if values else ""
-    rows = [[name, str(max(map(len, row.values()))), *(cell(row[column], form) for column, (_, form, _) in STUDIED.items())] for name, row in studied().items()]
-    known, real = read("study/mmgen_0_understand"), read("study/mmgen_0_generate")["latent_fd_of_as_many_scenes"]
-    for name, part in (("the training set's mean map", "mean_map"), ("the autoencoder; real scenes", "ceiling")):
-        cells = dict(zip(STUDIED, (number(known[part][key], form) for key, form in KEYS))) | ({"latent FD": f"{real:.2f}"} if part == "ceiling" else {})
-        rows.append([name, "", *(cells.get(column, "") for column in STUDIED)])
-    return table(["", "seeds", *STUDIED], rows)
-
-
-def study_figure(path, across=5):
-    """A dot a seed, a tick at the mean, a line at MMGen's mean; to the right is better. Two bands of `across` panels."""
-    font, small, rows = ImageFont.load_default(15), ImageFont.load_default(13), studied()
-    left, width, height, top = 150, 150, 22, 46
-    band = top + height * len(rows) + 14
-    sheet = Image.new("RGB", (left + width * across + 10, band * -(-len(STUDIED) // across)), "white")
-    pen = ImageDraw.Draw(sheet)
-    for j, (column, (_, form, more)) in enumerate(STUDIED.items()):
-        x0, y0 = left + width * (j % across), band * (j // across)
-        values = [v for row in rows.values() for v in row[column]] or [0.0]
-        low, high = min(values), max(values)
-        at = lambda v: x0 + width * (0.1 + 0.8 * ((v - low) if more else (high - v)) / max(high - low, 1e-12))
-        pen.text((x0 + width / 2, y0 + 14), column, fill="black", font=small, anchor="mm")
-        for v, anchor in ((low, "lm" if more else "rm"), (high, "rm" if more else "lm")):
-            pen.text((x0 + width * (0.06 if anchor == "lm" else 0.94), y0 + 32), f"{v:{form}}", fill="grey", font=small, anchor=anchor)
-        full = rows.get("mmgen", {}).get(column)
-        if full:
-            pen.line([(at(sum(full) / len(full)), y0 + top), (at(sum(full) / len(full)), y0 + top + height * len(rows))], fill="lightgrey", width=2)
-        for i, (name, row) in enumerate(rows.items()):
-            y = y0 + top + height * (i + 0.5)
-            if j % across == 0:
-                pen.text((8, y), name, fill="black", font=font, anchor="lm")
-            for v in row[column]:
-                pen.ellipse([at(v) - 3, y - 3, at(v) + 3, y + 3], outline="steelblue", width=2)
-            if row[column]:
-                x = at(sum(row[column]) / len(row[column]))
-                pen.line([(x, y - 8), (x, y + 8)], fill="black", width=2)
-    sheet.save(path)
-
-
-def mt_translation():
-    """results/mt_translation.json: {name: {flags, evaluations, result: eval_depth.py's JSON}}."""
-    runs = read("mt_translation")
-    rows = [[name, f"`{run['flags']}`", str(run["result"]["recipe"]["evaluations"]), *(number(run["result"][key], ".3f") for key in ("pixel_accuracy", "class_accuracy", "miou"))]
-            for name, run in runs.items()]
-    first = next(iter(runs.values()))["result"]
-    rows += [[name, "", "", *(number(first[part][key], ".3f") for key in ("pixel_accuracy", "class_accuracy", "miou"))] for name, part in (("mean map", "mean_map"), ("autoencoder", "ceiling"))]
-    return table(["", "flags", "evaluations", "pixel accuracy", "class accuracy", "mIoU"], rows)
-
-
-def mt_restoration():
-    result = read("mt_masked")
-    rows = [[m, number(row["hidden"], ".0%"), *(number(row[key], ".1f") for key in ("left grey", "sdedit", "restored"))] for m, row in result.items() if m.startswith("m = ")]
-    return table(["", "hidden", "left grey", f"SDEdit, {result['recipe']['sdedit']} of the steps", "MT-Diffusion"], rows)
-
-
-def mt_heads_of_x():
-    """results/mt_label.json: {name: tests/measure_mt.py's JSON}; results/mt_feature.json."""
-    labels, vector = read("mt_label"), read("mt_feature")
-    rows = [[name, number(row["top1"], ".1%"), number(row["top5"], ".1%"), ""] for name, row in labels.items()]
-    rows += [["feature: the head's vector", "", "", number(vector["cosine"], ".4f")], ["feature: the training set's mean vector", "", "", number(vector["mean vector"], ".4f")]]
-    return table(["the head of X on held-out scenes", "top-1", "top-5", "cosine to the true vector"], rows)
-
-
-def mt_overhead():
-    """results/mt_heads.json: tests/bench.py --what heads."""
-    result = read("mt_heads")
-    return table(["time of a training step over the single task's", "ms a sample", "ratio"],
-                 [[name, number(row["ms_per_sample"], ".1f"), number(row["ratio"], ".3f")] for name, row in result.items() if name != "recipe"])
-
-
-def speed():
-    """results/bench_{train,sample}[_t2]_cpu.json: tests/bench.py with --peer."""
-    rows = []
-    for size, part in (("S/2", ""), ("T/2", "_t2")):
-        train, sample = read(f"bench_train{part}_cpu"), read(f"bench_sample{part}_cpu")
-        rows += [[size, row.replace("ours", "here").replace("peer", "the authors' code"), number(train[row]["img_per_s"], ".1f"), *(number(train[row].get(key), ".2f", " x") for key in ("ratio", "ratio_at_equal_precision")),
-                  *(number(sample.get(row, {}).get(key), form, unit) for key, form, unit in (("img_per_s", ".2f", ""), ("ratio", ".2f", " x")))] for row in train if row not in ("memory", "recipe")]
-    return table(["", "", "training, img/s", "over the authors' fp32", "over the authors' at equal precision", "sampling, img/s", "over the authors' fp32"], rows)
-
-
-def speed_parts():
-    """results/bench_parts_cpu.json: tests/bench.py --what parts."""
-    return table(["each alone, over the plain version", "ms", "speed-up"],
-                 [[name, number(row["ms"], ",.0f" if row["ms"] > 100 else ".1f"), number(row["ratio"], ".2f", " x")] for name, row in read("bench_parts_cpu").items() if name != "recipe"])
-
-
-def loss_curves():
-    """results/loss_curves.json: tests/bench.py --what curves."""
-    found = read("loss_curves")
-    steps = list(found["plain, seed 0"])
-    mean = lambda kind, step: sum(found[f"{kind}, seed {i}"][step] for i in range(3)) / 3
-    rows = [[kind, *(number(mean(kind, step), ".3f") for step in steps)] for kind in ("plain", "fast")]
-    return table(["loss, mean of three seeds", *steps], rows) + "\n\n" + \
-        table(["distance of two curves, share of the loss", ""], [[name, number(x, ".2%")] for name, x in found["distance"].items()])
-
-
-def few_steps():
-    """results/few_steps.json: tests/measure_steps.py."""
-    rows = sorted(((row["evaluations"], name, row) for name, row in read("few_steps").items() if name != "recipe"), key=lambda row: row[:1])
-    shown = [[str(n), name.replace(" ", ", "), *(number(row["understand"][key], form) for key, form in KEYS), number(row["generate"]["class_from_rgb_alone"], ".0%"),
-              number(row["generate"]["latent_fd"], ".2f"), number(row["generate"]["rgb_understood_against_generated"]["abs_rel"], ".3f"),
-              number(row["depth_given"]["abs_rel"], ".3f")] for n, name, row in rows]
-    floor = rows[0][2]["generate"]["latent_fd_of_as_many_scenes"]
-    shown.append(["", "as many real scenes", "", "", "", "", number(floor, ".2f"), "", ""])
-    return table(["NFE", "sampler, steps", "AbsRel", "normals (degrees)", "mIoU", "class from RGB", "latent Frechet distance", "generated depth against its RGB's (AbsRel)", "given depth against its RGB's (AbsRel)"], shown)
-
+# ------------------------------------------------------------------------------------------------
+# The toy world's demo.
 
 def made_by(recipe):
     """A sentence with a recipe of eval_depth.py."""
-    return f"{recipe['count']} held-out scenes, no class, {recipe['sampler']}, {recipe['steps']} steps, {recipe['precision']}, seed {recipe['seed']}, {recipe['device'].upper()}; " \
-        f"checkpoint sha256 {recipe['checkpoint_sha256'][:12]}. Remaining gap = (value - ceiling) / (mean map - ceiling)."
+    return (f"{recipe['count']} held-out scenes, no class, {recipe['sampler']}, {recipe['steps']} steps, "
+            f"{recipe['precision']}, seed {recipe['seed']}, {recipe['device'].upper()}; checkpoint sha256 "
+            f"{recipe['checkpoint_sha256'][:12]}. Remaining gap = (value - ceiling) / (mean map - ceiling).")
 
 
 def demo_understand():
     """results/demo_understand.json: eval_depth.py --toy."""
-    found = read("demo_understand")
-    names = {"abs_rel": "depth AbsRel (disparity-aligned)", "normal_mean": "normals, mean angle (degrees)", "miou": "segmentation mIoU"}
-    return table(["RGB given", "VAE ceiling", "demo weights", "mean map", "remaining gap"],
-                 [[name, *(number(part[key], form) for part in (found["ceiling"], found, found["mean_map"])), number(found["gap"][key], ".3f")]
-                  for (key, name), form in zip(names.items(), (".4f", ".2f", ".3f"))]) + "\n\n" + made_by(found["recipe"])
+    found, rows = read("demo_understand"), []
+    names = {"abs_rel": ("depth AbsRel (disparity-aligned)", ".4f"),
+             "normal_mean": ("normals, mean angle (degrees)", ".2f"),
+             "miou": ("segmentation mIoU", ".3f")}
+    for key, (name, form) in names.items():
+        values = [part[key] for part in (found["ceiling"], found, found["mean_map"])]
+        gap = number(found["gap"][key], ".3f")
+        rows.append([name, *(number(value, form) for value in values), gap])
+    head = ["RGB given", "VAE ceiling", "demo weights", "mean map", "remaining gap"]
+    return table(head, rows) + "\n\n" + made_by(found["recipe"])
 
 
-def ten_minutes():
-    """results/ten_minutes.json (eval_depth.py's JSON) and ten_minutes_clock.json, by results/ten_minutes.sh."""
-    found, clock = read("ten_minutes"), read("ten_minutes_clock")
-    rows = [[name, *(number(found[part][key] if part else found[key], form) for key, form in KEYS)]
-            for name, part in (("trained from nothing", None), ("the training set's mean map", "mean_map"), ("the autoencoder", "ceiling"))]
-    laps = ", ".join(f"{what} after {seconds} s" for what, seconds in clock["laps"].items())
-    return f"{clock['cores']} cores: {laps}. {made_by(found['recipe'])}\n\n" + table(["", "AbsRel", "normals (degrees)", "mIoU"], rows)
+def three(row):
+    """Scores of depth, normals and segments, and their gaps."""
+    gap = row["gap"]
+    return (f"{row['abs_rel']:.4f} / {row['normal_mean']:.2f} / {row['miou']:.3f}, remaining gaps "
+            f"{gap['abs_rel']:.3f} / {gap['normal_mean']:.3f} / {gap['miou']:.3f}")
 
 
 def demo_generate():
-    """results/demo_generate.json: tests/measure_demo.py."""
+    """results/demo_generate.json: studies/measure_demo.py."""
     found = read("demo_generate")
-    joint, given = found["rgb_understood_against_generated"], found["given_map_recovered"]
-    three = lambda row: f"{row['abs_rel']:.4f} / {row['normal_mean']:.2f} / {row['miou']:.3f}, remaining gaps {row['gap']['abs_rel']:.3f} / {row['gap']['normal_mean']:.3f} / {row['gap']['miou']:.3f}"
-    recovered = {key: given[m][key] for m, key in (("depth", "abs_rel"), ("normal", "normal_mean"), ("seg", "miou"))}
-    recovered["gap"] = {key: given[m]["gap"][key] for m, key in (("depth", "abs_rel"), ("normal", "normal_mean"), ("seg", "miou"))}
-    recipe = found["recipe"]
-    return f"{recipe['generated']} category samples, the classes in turn, guidance {recipe['guidance']:g}; {recipe['held_out']} given maps; " \
-        f"{', '.join(recipe['create'])} steps, {recipe['precision']}, seed {recipe['seed']}; understood in {recipe['steps']} steps. " \
-        "Gaps as above, the mean map scored against the same maps; a generated disparity of 1 and 0 stands for 1.2 and 5.7, the mean range of the scenes.\n\n" + table(["generation", ""], [
-        ["the generated segmentation's main object is of the asked type", number(found["class_in_segmentation"], ".1%")],
-        ["so is the segmentation predicted from the generated RGB alone", number(found["class_from_rgb_alone"], ".1%")],
+    given, recipe, recovered = found["given_map_recovered"], found["recipe"], {"gap": {}}
+    for m, key in (("depth", "abs_rel"), ("normal", "normal_mean"), ("seg", "miou")):
+        recovered[key], recovered["gap"][key] = given[m][key], given[m]["gap"][key]
+    how = (f"{recipe['generated']} category samples, the classes in turn, guidance {recipe['guidance']:g}; "
+           f"{recipe['held_out']} given maps; {', '.join(recipe['create'])} steps, {recipe['precision']}, "
+           f"seed {recipe['seed']}; understood in {recipe['steps']} steps. Gaps as above, the mean map "
+           "scored against the same maps; a generated disparity of 1 and 0 stands for 1.2 and 5.7, the mean "
+           "range of the scenes.")
+    rows = [
+        ["the generated segmentation's main object is of the asked type",
+         number(found["class_in_segmentation"], ".1%")],
+        ["so is the segmentation predicted from the generated RGB alone",
+         number(found["class_from_rgb_alone"], ".1%")],
         ["the generated RGB's main object has the asked hue", number(found["hue_in_rgb"], ".1%")],
-        ["generated depth, normals, segmentation against those predicted from the generated RGB (AbsRel / degrees / mIoU)", three(joint)],
-        ["a given depth, normal, segmentation map against that predicted from the RGB generated for it", three(recovered)],
-        ["latent Frechet distance of the RGB to held-out scenes (of as many real scenes)", f"{found['latent_fd']:.2f} ({found['latent_fd_of_as_many_scenes']:.2f})"]])
+        ["generated depth, normals, segmentation against those predicted from the generated RGB "
+         "(AbsRel / degrees / mIoU)", three(found["rgb_understood_against_generated"])],
+        ["a given depth, normal, segmentation map against that predicted from the RGB generated for it",
+         three(recovered)],
+        ["latent Frechet distance of the RGB to held-out scenes (of as many real scenes)",
+         f"{found['latent_fd']:.2f} ({found['latent_fd_of_as_many_scenes']:.2f})"]]
+    return how + "\n\n" + table(["generation", ""], rows)
+
+
+def ten_minutes():
+    """results/ten_minutes.json (eval_depth.py's JSON) and ten_minutes_clock.json: studies/ten_minutes.sh."""
+    found, clock = read("ten_minutes"), read("ten_minutes_clock")
+    laps = ", ".join(f"{what} after {seconds} s" for what, seconds in clock["laps"].items())
+    rows = [["trained from nothing", *understanding(found)],
+            ["the training set's mean map", *understanding(found["mean_map"])],
+            ["the autoencoder", *understanding(found["ceiling"])]]
+    return f"{clock['cores']} cores: {laps}. {made_by(found['recipe'])}\n\n" + table(["", *NAMES], rows)
+
+
+def few_steps():
+    """results/few_steps.json: studies/measure_steps.py."""
+    found = without_recipe(read("few_steps"))
+    order = sorted(found, key=lambda name: found[name]["evaluations"])
+    rows = []
+    for name in order:
+        run = found[name]
+        made = run["generate"]
+        joint, given = made["rgb_understood_against_generated"], run["depth_given"]
+        rows.append([str(run["evaluations"]), name.replace(" ", ", "), *understanding(run["understand"]),
+                     number(made["class_from_rgb_alone"], ".0%"), number(made["latent_fd"], ".2f"),
+                     number(joint["abs_rel"], ".3f"), number(given["abs_rel"], ".3f")])
+    real = found[order[0]]["generate"]["latent_fd_of_as_many_scenes"]
+    rows.append(["", "as many real scenes", "", "", "", "", number(real, ".2f"), "", ""])
+    head = ["NFE", "sampler, steps", *NAMES, "class from RGB", "latent Frechet distance",
+            "generated depth against its RGB's (AbsRel)", "given depth against its RGB's (AbsRel)"]
+    return table(head, rows)
+
+
+def canny():
+    """results/canny_*.json: eval_depth.py's JSON."""
+    names = {"before": "before",
+             "for_seg": "canny in the place of seg (`--modalities rgb depth normal canny`)",
+             "fifth": "canny as the fifth"}
+    forms, rows = {"abs_rel": ".4f", "normal_mean": ".2f", "miou": ".3f", "edge_f": ".3f"}, []
+    for part, name in names.items():
+        found = read(f"canny_{part}")
+        steps = 0 if part == "before" else found["recipe"]["step"]
+        rows.append([name, str(steps), *understanding(found, forms)])
+    return table(["from the demo weights", "steps", *NAMES, "edge F"], rows)
+
+
+# ------------------------------------------------------------------------------------------------
+# Ablations.
+
+def ablations():
+    """results/ablations.json: {name: {flags, understand: eval_depth.py's JSON}}."""
+    runs, rows = read("ablations"), []
+    for name, run in runs.items():
+        flags = f"`{run['flags']}`" if run["flags"] else ""
+        rows.append([name, flags, *understanding(run["understand"])])
+    first = runs["mmgen"]["understand"]
+    rows.append(["the training set's mean map", "", *understanding(first["mean_map"])])
+    rows.append(["the autoencoder", "", *understanding(first["ceiling"])])
+    return table(["", "flags", *NAMES], rows)
+
+
+STUDIED = {  # column: the run's JSON and the keys of its value there, its form, whether more is better
+    "AbsRel": ("understand abs_rel", ".3f", False),
+    "normals (degrees)": ("understand normal_mean", ".1f", False),
+    "mIoU": ("understand miou", ".3f", True),
+    "class": ("generate class_in_segmentation", ".2f", True),
+    "latent FD": ("generate latent_fd", ".2f", False),
+    "joint: AbsRel": ("generate rgb_understood_against_generated abs_rel", ".3f", False),
+    "joint: mIoU": ("generate rgb_understood_against_generated miou", ".3f", True),
+    "depth given: AbsRel": ("generate given_map_recovered depth abs_rel", ".3f", False),
+    "normals given": ("generate given_map_recovered normal normal_mean", ".1f", False),
+    "seg. given: mIoU": ("generate given_map_recovered seg miou", ".3f", True),
+}
+SINGLE = "rgb-to-$m"  # a row of run_study.sh that stands for three runs
+
+
+def studied():
+    """results/study/<row>_<seed>_{understand,generate}.json -> {row: {column: values of its seeds}}, rows as
+    run_study.sh has them.
+    """
+    script = (ROOT / "studies" / "run_study.sh").read_text()
+    order = list(dict.fromkeys(re.findall(r"^ +row ([\w$-]+) ", script, re.M)))
+    found = {}
+    for path in sorted((RESULTS / "study").glob("*.json")):
+        name, _, part = path.stem.split("_")
+        row = found.setdefault(SINGLE if name.startswith("rgb-to-") else name, {c: [] for c in STUDIED})
+        run = json.loads(path.read_text())
+        for column, (keys, _, _) in STUDIED.items():
+            file, *keys = keys.split()
+            value = run if file == part else {}
+            for key in keys:
+                value = value.get(key, {})
+            if value != {}:
+                row[column].append(value)
+    return {name.replace(SINGLE, "one task each"): found[name] for name in order if name in found}
+
+
+def spread(values, form):
+    """The mean, and half of the range between the lowest and the highest; of one value it alone."""
+    if not values:
+        return ""
+    mean = f"{sum(values) / len(values):{form}}"
+    return mean if len(values) == 1 else f"{mean} ± {(max(values) - min(values)) / 2:{form}}"
+
+
+def study():
+    rows = []
+    for name, row in studied().items():
+        cells = [spread(row[column], form) for column, (_, form, _) in STUDIED.items()]
+        rows.append([name, str(max(map(len, row.values()))), *cells])
+    known = read("study/mmgen_0_understand")
+    real = read("study/mmgen_0_generate")["latent_fd_of_as_many_scenes"]
+    blank = [""] * (len(STUDIED) - 5)
+    rows.append(["the training set's mean map", "", *understanding(known["mean_map"]), "", "", *blank])
+    ceiling = understanding(known["ceiling"])
+    rows.append(["the autoencoder; real scenes", "", *ceiling, "", f"{real:.2f}", *blank])
+    return table(["", "seeds", *STUDIED], rows)
+
+
+class Panel:
+    """One column of the study's figure; to the right is better."""
+
+    width = 150
+
+    def __init__(self, x, y, column, values):
+        self.x, self.y, self.column = x, y, column
+        _, self.form, self.more = STUDIED[column]
+        self.low, self.high = min(values), max(values)
+
+    def at(self, value):
+        """The place of a value."""
+        share = (value - self.low if self.more else self.high - value) / max(self.high - self.low, 1e-12)
+        return self.x + self.width * (0.1 + 0.8 * share)
+
+    def head(self, pen, font):
+        pen.text((self.x + self.width / 2, self.y + 14), self.column, fill="black", font=font, anchor="mm")
+        left, right = (self.low, self.high) if self.more else (self.high, self.low)
+        for value, place, anchor in ((left, 0.06, "lm"), (right, 0.94, "rm")):
+            pen.text((self.x + self.width * place, self.y + 32), f"{value:{self.form}}", fill="grey",
+                     font=font, anchor=anchor)
+
+    def row(self, pen, y, values):
+        for value in values:
+            pen.ellipse([self.at(value) - 3, y - 3, self.at(value) + 3, y + 3], outline="steelblue", width=2)
+        if values:
+            x = self.at(sum(values) / len(values))
+            pen.line([(x, y - 8), (x, y + 8)], fill="black", width=2)
+
+
+def study_figure(path, across=5):
+    """A dot a seed, a tick at the mean, a line at MMGen's mean. Two bands of `across` panels."""
+    font, little, rows = ImageFont.load_default(15), ImageFont.load_default(13), studied()
+    left, height, top = 150, 22, 46
+    inside = height * len(rows)
+    band = top + inside + 14
+    size = left + Panel.width * across + 10, band * -(-len(STUDIED) // across)
+    sheet = Image.new("RGB", size, "white")
+    pen = ImageDraw.Draw(sheet)
+    for j, column in enumerate(STUDIED):
+        values = [value for row in rows.values() for value in row[column]] or [0.0]
+        panel = Panel(left + Panel.width * (j % across), band * (j // across), column, values)
+        panel.head(pen, little)
+        full, first = rows.get("mmgen", {}).get(column), panel.y + top
+        if full:
+            x = panel.at(sum(full) / len(full))
+            pen.line([(x, first), (x, first + inside)], fill="lightgrey", width=2)
+        for i, (name, row) in enumerate(rows.items()):
+            y = first + height * (i + 0.5)
+            if j % across == 0:
+                pen.text((8, y), name, fill="black", font=font, anchor="lm")
+            panel.row(pen, y, row[column])
+    sheet.save(path)
+
+
+# ------------------------------------------------------------------------------------------------
+# Speed.
+
+def speed():
+    """results/bench_{train,sample}[_t2]_cpu.json: studies/bench.py with --peer."""
+    rows = []
+    for size, part in (("S/2", ""), ("T/2", "_t2")):
+        train, sample = read(f"bench_train{part}_cpu"), read(f"bench_sample{part}_cpu")
+        for name, row in without_recipe(train).items():
+            if name == "memory":
+                continue
+            drawn = sample.get(name, {})
+            rows.append([size, name.replace("ours", "here").replace("peer", "the authors' code"),
+                         number(row["img_per_s"], ".1f"), number(row.get("ratio"), ".2f", " x"),
+                         number(row.get("ratio_at_equal_precision"), ".2f", " x"),
+                         number(drawn.get("img_per_s"), ".2f"), number(drawn.get("ratio"), ".2f", " x")])
+    head = ["", "", "training, img/s", "over the authors' fp32", "over the authors' at equal precision",
+            "sampling, img/s", "over the authors' fp32"]
+    return table(head, rows)
 
 
 def data_speed():
     """results/bench_load_cpu.json and bench_prep_cpu.json."""
     load, prep = read("bench_load_cpu"), read("bench_prep_cpu")["prep"]
-    return table(["loader, warm, with DINO", "without", "`prep_latents.py`, toy scenes", "its time in the encoder"],
-                 [[number(load["with DINO"]["samples_per_s"], ",.0f", " samples/s"), number(load["without"]["samples_per_s"], ",.0f", " samples/s"),
-                   number(prep["img_per_s"], ".0f", " scenes/s"), number(prep["encoder_share"], ".0%")]])
+    rates = [load[name]["samples_per_s"] for name in ("with DINO", "without")]
+    rows = [[*(number(rate, ",.0f", " samples/s") for rate in rates),
+             number(prep["img_per_s"], ".0f", " scenes/s"), number(prep["encoder_share"], ".0%")]]
+    head = ["loader, warm, with DINO", "without", "`prep_latents.py`, toy scenes", "its time in the encoder"]
+    return table(head, rows)
 
+
+def speed_parts():
+    """results/bench_parts_cpu.json: studies/bench.py --what parts."""
+    rows = []
+    for name, row in without_recipe(read("bench_parts_cpu")).items():
+        time = number(row["ms"], ",.0f" if row["ms"] > 100 else ".1f")
+        rows.append([name, time, number(row["ratio"], ".2f", " x")])
+    return table(["each alone, over the plain version", "ms", "speed-up"], rows)
+
+
+def loss_curves():
+    """results/loss_curves.json: studies/bench.py --what curves."""
+    found = read("loss_curves")
+    steps, rows = list(found["plain, seed 0"]), []
+    for kind in ("plain", "fast"):
+        seeds = [found[f"{kind}, seed {i}"] for i in range(3)]
+        rows.append([kind, *(number(sum(seed[step] for seed in seeds) / 3, ".3f") for step in steps)])
+    gaps = [[name, number(value, ".2%")] for name, value in found["distance"].items()]
+    curves = table(["loss, mean of three seeds", *steps], rows)
+    return curves + "\n\n" + table(["distance of two curves, share of the loss", ""], gaps)
+
+
+def fusion():
+    """results/fusion_*.json: studies/bench.py --what fusion."""
+    rows = []
+    for name, key, unit in (("xl2", "gflops", "GFLOPs"), ("s2", "ms_per_sample", "ms"),
+                            ("t2", "ms_per_sample", "ms")):
+        run = read(f"fusion_{name}")
+        recipe, last = run["recipe"], run["sequence"]
+        size = f"{recipe['latent_size']}x{recipe['latent_size']}"
+        cells = [number(run[part][key], ".1f") for part in ("rgb only", "linear", "mlp")]
+        rows.append([f"{recipe['model']}, {size} latents, {unit}", *cells,
+                     f"{last[key]:.1f} ({last[key + '_ratio']:.2f} x)"])
+    return table(["per sample", "RGB alone", "fused, linear", "fused, MLP", "sequence"], rows)
+
+
+# ------------------------------------------------------------------------------------------------
+# Equality and robustness.
 
 def released():
-    """results/equal_{s2,xl2}.json: tests/bench.py --what equal."""
+    """results/equal_{s2,xl2}.json: studies/bench.py --what equal."""
     rows = []
     for size, name in (("S/2", "s2"), ("XL/2", "xl2")):
         run = read(f"equal_{name}")
         paths = [f"{row['difference']:.1e}" for key, row in run.items() if key.startswith("trajectory")]
-        rows.append([size, f"{run['velocities']['difference']:.0e} ({run['velocities']['std']:.2f})".replace("0e+00", "0"), ", ".join(paths)])
-    return table(["size", "velocities, largest difference (output std)", "trajectories: category, RGB, depth, normal, seg given"], rows)
+        velocities = run["velocities"]
+        rows.append([size, f"{small(velocities['difference'])} ({velocities['std']:.2f})", ", ".join(paths)])
+    head = ["size", "velocities, largest difference (output std)",
+            "trajectories: category, RGB, depth, normal, seg given"]
+    return table(head, rows)
 
 
-def canny():
-    """results/canny_*.json: eval_depth.py's JSON."""
-    names = (("before", "before"), ("canny in the place of seg (`--modalities rgb depth normal canny`)", "for_seg"), ("canny as the fifth", "fifth"))
-    rows = [[name, "0" if part == "before" else str(read(f"canny_{part}")["recipe"]["step"]), *(number(read(f"canny_{part}").get(key), form) for key, form in (("abs_rel", ".4f"), ("normal_mean", ".2f"), ("miou", ".3f"), ("edge_f", ".3f")))]
-            for name, part in names]
-    return table(["from the demo weights", "steps", "AbsRel", "normals (degrees)", "mIoU", "edge F"], rows)
-
-
-def fusion():
-    """results/fusion_*.json: tests/bench.py --what fusion."""
-    rows = []
-    for name, key, unit, form in (("xl2", "gflops", "GFLOPs", ".1f"), ("s2", "ms_per_sample", "ms", ".1f"), ("t2", "ms_per_sample", "ms", ".1f")):
-        run = read(f"fusion_{name}")
-        recipe = run["recipe"]
-        rows.append([f"{recipe['model']}, {recipe['latent_size']}x{recipe['latent_size']} latents, {unit}", *(number(run[part][key], form) for part in ("rgb only", "linear", "mlp")),
-                     f"{run['sequence'][key]:{form}} ({run['sequence'][key + '_ratio']:.2f} x)"])
-    return table(["per sample", "RGB alone", "fused, linear", "fused, MLP", "sequence"], rows)
+def gap(pair):
+    """The largest difference of two numbers, or of two lists of them."""
+    a, b = (value if isinstance(value, list) else [value] for value in pair)
+    return max(abs(x - y) for x, y in zip(a, b))
 
 
 def evaluators():
-    """results/evaluators.json: written by the tests that compare with other packages, where these are installed."""
+    """results/evaluators.json: written by the tests that compare with other packages, where these are
+    installed.
+    """
     found = read("evaluators")
-    of = lambda key: found[next(k for k in found if k.startswith(key))]
-    gap = lambda pair: max(abs(a - b) for a, b in zip(*(x if isinstance(x, list) else [x] for x in pair)))
-    size = lambda value: f"{value:.0e}".replace("0e+00", "0")
-    pools = [x for px in (64, 256) for x in of(f"torch-fidelity pool_3, logits, Mixed_6d.branch1x1 at {px} px")]
-    marigold = {key: max(of(f"Marigold, 200 random maps with holes, {space}")[key] for space in ("disparity", "depth")) for key in ("abs_rel", "rmse", "delta1")}
-    rows = [["torch-fidelity 0.4.0, Inception pool_3, logits, sFID's features", "random weights, uint8 noise at 64 and 256 px", size(max(pools))],
-            ["pytorch-fid 0.3.0, pool_3 (`--preprocess pytorch_fid`)", "random weights", "{:.0e} of {:.1f}".format(*of("pytorch-fid pool_3"))],
-            ["pytorch-fid 0.3.0, Frechet distance", "500 x 100 features", f"{size(gap(of('pytorch-fid Frechet')))} of {of('pytorch-fid Frechet')[0]:.1f}"],
-            ["torch-fidelity 0.4.0, precision, recall, KID", "1200 and 1100 features of 64", f"{size(gap(of('torch-fidelity precision')))} (its shares are fp32), {size(gap(of('torch-fidelity KID')))}"],
-            ["lpips 0.1.4, VGG", "random trunk, released heads", size(gap(of("lpips VGG")))],
-            ["scikit-learn 1.9, adjusted Rand index", "random labels", size(gap(of("scikit-learn adjusted")))],
-            ["Marigold's metric code: AbsRel, RMSE, delta1, both alignments", "200 random maps with holes", ", ".join(size(v) for v in marigold.values()) + " (its delta is fp32)"]]
+
+    def of(beginning):
+        return found[next(key for key in found if key.startswith(beginning))]
+
+    inception = "torch-fidelity pool_3, logits, Mixed_6d.branch1x1 at {} px"
+    pools = [value for px in (64, 256) for value in of(inception.format(px))]
+    marigold = [of(f"Marigold, 200 random maps with holes, {space}") for space in ("disparity", "depth")]
+    largest = [small(max(run[key] for run in marigold)) for key in ("abs_rel", "rmse", "delta1")]
+    (difference, size), distance = of("pytorch-fid pool_3"), of("pytorch-fid Frechet")
+    shares, kid = of("torch-fidelity precision"), of("torch-fidelity KID")
+    rows = [
+        ["torch-fidelity 0.4.0, Inception pool_3, logits, sFID's features",
+         "random weights, uint8 noise at 64 and 256 px", small(max(pools))],
+        ["pytorch-fid 0.3.0, pool_3 (`--preprocess pytorch_fid`)", "random weights",
+         f"{difference:.0e} of {size:.1f}"],
+        ["pytorch-fid 0.3.0, Frechet distance", "500 x 100 features",
+         f"{small(gap(distance))} of {distance[0]:.1f}"],
+        ["torch-fidelity 0.4.0, precision, recall, KID", "1200 and 1100 features of 64",
+         f"{small(gap(shares))} (its shares are fp32), {small(gap(kid))}"],
+        ["lpips 0.1.4, VGG", "random trunk, released heads", small(gap(of("lpips VGG")))],
+        ["scikit-learn 1.9, adjusted Rand index", "random labels", small(gap(of("scikit-learn adjusted")))],
+        ["Marigold's metric code: AbsRel, RMSE, delta1, both alignments", "200 random maps with holes",
+         ", ".join(largest) + " (its delta is fp32)"]]
     return table(["measured against", "on", "difference"], rows)
 
 
 def robustness():
-    """results/fuzz.json, fuzz_again.json (its failures after mending, --only) and soak.json: tests/fuzz.py and tests/soak.py."""
+    """results/fuzz.json, fuzz_again.json (its failures after mending, --only) and soak.json."""
     fuzz, again, soak = read("fuzz"), read("fuzz_again"), read("soak")
     broken = [case["verdict"] for case in fuzz["failures"]]
-    return table(["", "tried", "outcome"], [
-        ["`tests/fuzz.py`: damaged and odd pictures, caches, checkpoints, folders, flags, one each", f"{fuzz['inputs']:,}",
-         f"{fuzz['refused with a line']} refused with a line, {fuzz['accepted']} accepted, {len(broken)} tracebacks or hangs, {broken.count('half-written')} half-written files; "
-         f"the {again['inputs']} again, mended: {again['refused with a line']} refused with a line, {again['accepted']} accepted, {len(again['failures'])} failures"],
-        ["`tests/soak.py`: train, kill, resume, sample, kill, continue", f"{soak['minutes']:.0f} minutes, {soak['rounds']} rounds, {soak['kills_training']} + {soak['kills_sampling']} kills",
-         f"{soak['steps_done_again']} steps done again, {soak['rounds_that_differ']} rounds differ from runs that nobody killed, {soak['stray_files']} stray files"]])
+    halves = broken.count("half-written")
+    fuzzed = (f"{fuzz['refused with a line']} refused with a line, {fuzz['accepted']} accepted, "
+              f"{len(broken)} tracebacks or hangs, {halves} half-written files; the {again['inputs']} again, "
+              f"mended: {again['refused with a line']} refused with a line, {again['accepted']} accepted, "
+              f"{len(again['failures'])} failures")
+    soaked = (f"{soak['steps_done_again']} steps done again, {soak['rounds_that_differ']} rounds differ from "
+              f"runs that nobody killed, {soak['stray_files']} stray files")
+    what = "damaged and odd pictures, caches, checkpoints, folders, flags, one each"
+    kills = f"{soak['kills_training']} + {soak['kills_sampling']} kills"
+    rows = [[f"`studies/fuzz.py`: {what}", f"{fuzz['inputs']:,}", fuzzed],
+            ["`studies/soak.py`: train, kill, resume, sample, kill, continue",
+             f"{soak['minutes']:.0f} minutes, {soak['rounds']} rounds, {kills}", soaked]]
+    return table(["", "tried", "outcome"], rows)
 
 
-TABLES = {f.__name__: f for f in (demo_understand, demo_generate, ten_minutes, speed, speed_parts, loss_curves, robustness, few_steps, data_speed, study, ablations, released, canny, fusion, evaluators, mt_translation, mt_restoration, mt_heads_of_x, mt_overhead)}
+# ------------------------------------------------------------------------------------------------
+# MT-Diffusion.
+
+def mt_translation():
+    """results/mt_translation.json: {name: {flags, evaluations, result: eval_depth.py's JSON}}."""
+    runs, rows = read("mt_translation"), []
+    forms = dict.fromkeys(("pixel_accuracy", "class_accuracy", "miou"), ".3f")
+    for name, run in runs.items():
+        result = run["result"]
+        command = f"train.py {run['flags']}".replace("train.py --method mt-diffusion", "mt_diffusion.py")
+        evaluations = str(result["recipe"]["evaluations"])
+        rows.append([name, f"`{command}`", evaluations, *understanding(result, forms)])
+    rows.append(["mean map", "", "", *understanding(runs["MT-Diffusion"]["result"]["mean_map"], forms)])
+    rows.append(["autoencoder", "", "", *understanding(runs["MT-Diffusion"]["result"]["ceiling"], forms)])
+    return table(["", "command", "evaluations", "pixel accuracy", "class accuracy", "mIoU"], rows)
+
+
+def mt_restoration():
+    """results/mt_masked.json: studies/measure_mt.py."""
+    found, rows = read("mt_masked"), []
+    for m, row in without_recipe(found).items():
+        cells = [number(row[key], ".1f") for key in ("left grey", "sdedit", "restored")]
+        rows.append([m, number(row["hidden"], ".0%"), *cells])
+    sdedit = f"SDEdit, {found['recipe']['sdedit']} of the steps"
+    return table(["", "hidden", "left grey", sdedit, "MT-Diffusion"], rows)
+
+
+def mt_heads_of_x():
+    """results/mt_label.json: {name: studies/measure_mt.py's JSON}; results/mt_feature.json."""
+    labels, vector = read("mt_label"), read("mt_feature")
+    rows = [[name, number(row["top1"], ".1%"), number(row["top5"], ".1%"), ""]
+            for name, row in labels.items()]
+    rows.append(["feature: the head's vector", "", "", number(vector["cosine"], ".4f")])
+    rows.append(["feature: the training set's mean vector", "", "", number(vector["mean vector"], ".4f")])
+    return table(["the head of X on held-out scenes", "top-1", "top-5", "cosine to the true vector"], rows)
+
+
+def mt_overhead():
+    """results/mt_heads.json: studies/bench.py --what heads."""
+    rows = [[name, number(row["ms_per_sample"], ".1f"), number(row["ratio"], ".3f")]
+            for name, row in without_recipe(read("mt_heads")).items()]
+    return table(["time of a training step over the single task's", "ms a sample", "ratio"], rows)
+
+
+# ------------------------------------------------------------------------------------------------
+
+TABLES = {make.__name__: make for make in (
+    demo_understand, demo_generate, ten_minutes, few_steps, canny, ablations, study, speed, data_speed,
+    speed_parts, loss_curves, fusion, released, evaluators, robustness, mt_translation, mt_restoration,
+    mt_heads_of_x, mt_overhead)}
+
+
+def page():
+    """results/README.md."""
+    return WRITTEN + re.sub(r"\{\{(\w+)\}\}", lambda found: TABLES[found[1]](), PAGE.read_text())
+
+
+def filled(text):
+    """A page with the tables between its markers."""
+    def make(found):
+        begin, name, end = found.groups()
+        return f"{begin}\n{TABLES[name]()}\n{end}"
+    return re.sub(r"(<!-- (\w+) -->)\n.*?(<!-- /\2 -->)", make, text, flags=re.S)
 
 
 def main():
-    text = old = README.read_text()
-    for name, make in TABLES.items():
-        begin, end = f"<!-- {name} -->\n", f"\n<!-- /{name} -->"
-        before, rest = text.split(begin)
-        text = before + begin + make() + end + rest.split(end, 1)[1]
+    pages = {RESULTS / "README.md": page(), README: filled(README.read_text())}
     if "--check" in sys.argv:
-        sys.exit(0 if text == old else "README.md is not what results/*.json say; run python results/tables.py")
-    README.write_text(text)
-    study_figure(HERE.parent / "demo" / "study.png")
+        stale = [path.relative_to(ROOT).as_posix() for path, text in pages.items()
+                 if not path.exists() or path.read_text() != text]
+        if stale:
+            sys.exit(f"{', '.join(stale)}: not what results/*.json say; run python studies/tables.py")
+        return
+    for path, text in pages.items():
+        path.write_text(text)
+    study_figure(ROOT / "demo" / "study.png")
 
 
 if __name__ == "__main__":
