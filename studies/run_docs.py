@@ -1,10 +1,12 @@
-"""Run every command of README.md, RECIPES.md and MT_DIFFUSION.md as written, small: on toy stand-ins, in a copy.
+"""Run every command of README.md, RECIPES.md and MT_DIFFUSION.md as written, small: on toy stand-ins, in
+a copy.
 
     python studies/run_docs.py                       # about ten minutes on two cores
     python studies/run_docs.py --only mt_sample      # those with this text, and all training before them
 
-What the reader is to bring (ImageNet, ScanNet, photos, Inception, VGG) is made of toy scenes and random weights;
-numbers of scenes, steps and rows are cut; what needs the network or a large GPU is listed with the reason.
+What the reader is to bring (ImageNet, ScanNet, photos, Inception, VGG) is made of toy scenes and random
+weights; numbers of scenes, steps and rows are cut; what needs the network or a large GPU is listed with the
+reason.
 """
 import argparse
 import os
@@ -40,8 +42,9 @@ SKIPPED = {  # text of a command: why it is not run
     "ten_minutes.sh": "ten minutes; its commands are run one by one",
     "XL/2": "a GPU",
 }
-SMALL = {"--toy": "8", "--num": "8", "--batch-size": "8", "--micro-batch": "4", "--steps": "2", "--model": "T/2",
-         "--class-id": "3", "--generate": "8", "--minutes": "0.2", "--crop": "64", "--latent-size": "8"}
+SMALL = {"--toy": "8", "--num": "8", "--batch-size": "8", "--micro-batch": "4", "--steps": "2",
+         "--model": "T/2", "--class-id": "3",
+         "--generate": "8", "--minutes": "0.2", "--crop": "64", "--latent-size": "8"}
 MORE = {  # script: flags that it gets where the command does not have them
     "train.py": {"--model": "T/2", "--steps": "2", "--batch-size": "8"},
     "mt_diffusion.py": {"--model": "T/2", "--steps": "2", "--batch-size": "8"},
@@ -127,8 +130,10 @@ def bring(folder):
         scene = save_scene(folder, i)
     hole = np.zeros((64, 64), np.uint8)
     hole[10:30, 20:40] = 255
-    for name, array in {"photo.png": scene.rgb, "photo.jpg": scene.rgb, "hole.png": hole, "depth.png": hole}.items():
-        save(folder / name, array)
+    for name in ("photo.png", "photo.jpg"):
+        save(folder / name, scene.rgb)
+    for name in ("hole.png", "depth.png"):
+        save(folder / name, hole)
     save(folder / "vectors.npy", np.ones((2, 768), np.float32))
     (folder / "palette.json").write_text(str(toy_scenes.PALETTE.tolist()))
     (folder / "scannet_val_sampled_list_800_1.txt").write_text("s/color/0.jpg s/depth/0.png\n")
@@ -197,7 +202,7 @@ def main():
         seen = set()
         for page in DOCS:
             for command in commands((ROOT / page).read_text()):
-                trains = "train.py" in command or "mt_diffusion.py" in command or "prep_latents.py" in command
+                trains = re.search(r"(train|mt_diffusion|prep_latents)\.py", command)
                 if command in seen or not (args.only in command or trains):
                     continue
                 seen.add(command)
