@@ -1,103 +1,111 @@
-"""Stage 5b: dense prediction: depth (Table 3), normals, segmentation, of a checkpoint or of a folder of predictions.
+"""Stage 5b: dense prediction: depth (Table 3), normals, segmentation, of a checkpoint or of predictions.
 
-    python eval_depth.py --toy 256 --sampler euler --steps 2                # held-out toy scenes, with the VAE's ceiling
-    torchrun --nproc_per_node=8 -- eval_depth.py --ckpt 0600000.pt --scannet scans --num 5000 --json scannet.json
-    python eval_depth.py --data DIR --depth-space depth                     # <root>/{rgb,depth,normal,seg}/<class>/<name>
-    python eval_depth.py --pred samples --gt truth --modality depth         # no model: files matched by stem
+    python eval_depth.py --toy 256 --sampler euler --steps 2    # held-out toy scenes, with the VAE's ceiling
+    torchrun --nproc_per_node=8 -- eval_depth.py --ckpt 0600000.pt --scannet scans --num 5000 --json t3.json
+    python eval_depth.py --data DIR --depth-space depth         # <root>/{rgb,depth,normal,seg}/<class>/<name>
+    python eval_depth.py --pred samples --gt truth --modality depth    # no model: files matched by stem
 
-Ground truth is cropped to its centre square and never resampled; predictions are brought to its size. Depth: .npy, or
-16-bit PNG in millimetres; values outside --depth-range are not scored. Writes OUT/per_image.csv and OUT/grid.png (best,
-median and worst cases).
+Ground truth is cropped to its centre square and never resampled; predictions are brought to its size. Depth:
+.npy, or 16-bit PNG in millimetres; values outside --depth-range are not scored. Writes OUT/per_image.csv and
+OUT/grid.png (best, median and worst cases).
+
+A source gives frames with their truth, a predictor maps for frames, a metric scores the maps of one modality;
+evaluate() brings them together and knows nothing else of them.
 """
-import argparse
 import csv
 import functools
 import hashlib
 import io
 import json
 import math
-import pathlib
 import random
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
 from PIL import Image
 from scipy import ndimage
 from scipy.optimize import linear_sum_assignment
 from tqdm import tqdm
 
+import samplers
 import toy_scenes
-from distributed import InputError, barrier, run, setup, whole_file
-from model import MODALITIES, unit
-from prep_latents import EXTENSIONS, centre_crop, nearest_colour, read_array, read_modality, read_picture, segments
-from sample import (Noise, check_sampling_flags, checked_vae, class_of, decode_latents, draw_from, draw_grid, newest_checkpoint, open_model, sampling_flags,
-                    sampling_recipe, settle_flags)
-from weights import locate
+from dataset import class_of
+from distributed import (InputError, barrier, check, command_parser, gather, place, reading, run, setup,
+                         share, whole_file)
+from modalities import (MODALITIES, draw_grid, find_pictures, nearest_colour, pictures_by_stem, read_array,
+                        read_picture, read_rgb, segments, unit)
+from vae import encoder_of
+from weights import load_model, newest_checkpoint
 
 IGNORE = 255                            # segmentation label that is not scored
 ANGLES = (5, 7.5, 11.25, 22.5, 30)      # degrees whose share is reported
 BINS = 1_800_000                        # of the pooled median: 1e-4 degrees each
-EDGES = np.arange(1, 20) / 20           # thresholds of a soft edge map
+THRESHOLDS = np.arange(1, 20) / 20      # of a soft edge map
+SPACES = ("disparity", "depth")
 
 
 # ------------------------------------------------------------------------------------------------
-# Depth.
+# Scores of one image.
 
 def align(prediction, depth, valid, space):
     """Scale and shift by least squares over the valid pixels, float64 -> depth (H, W) in the truth's unit.
 
-    space "disparity": fit s * p + t to 1 / depth, keep it above 1e-3, invert; "depth": fit s * p + t to depth (Marigold's).
-    A constant prediction gets the minimum-norm solution.
+    space "disparity": fit s * p + t to 1 / depth, keep it above 1e-3, invert; "depth": fit s * p + t to depth
+    (Marigold's). A constant prediction gets the minimum-norm solution.
     """
     p, g = prediction.astype(np.float64), depth[valid].astype(np.float64)
     target = 1 / g if space == "disparity" else g
-    scale, shift = np.linalg.lstsq(np.stack([p[valid], np.ones_like(g)], 1), target, rcond=None)[0]
+    columns = np.stack([p[valid], np.ones_like(g)], 1)
+    scale, shift = np.linalg.lstsq(columns, target, rcond=None)[0]
     fit = p * scale + shift
     return 1 / np.maximum(fit, 1e-3) if space == "disparity" else fit
 
 
 def depth_scores(aligned, depth, valid):
-    """AbsRel, RMSE and shares within 1.25^k over the valid pixels of one image."""
+    """AbsRel, RMSE and shares within 1.25^k over the valid pixels."""
     p, g = aligned[valid], depth[valid].astype(np.float64)
     ratio = np.maximum(p / g, g / p)
-    return {"abs_rel": np.mean(np.abs(p - g) / g), "rmse": np.sqrt(np.mean((p - g) ** 2)), **{f"delta{k}": np.mean(ratio < 1.25 ** k) for k in (1, 2, 3)}}
+    scores = {"abs_rel": np.mean(np.abs(p - g) / g), "rmse": np.sqrt(np.mean((p - g) ** 2))}
+    return scores | {f"delta{k}": np.mean(ratio < 1.25 ** k) for k in (1, 2, 3)}
 
-
-# ------------------------------------------------------------------------------------------------
-# Normals.
 
 def angles(prediction, truth):
     """Angles in degrees, float64, where the truth is a direction: (pixels,). Zero predictions count as 90."""
     p, g = prediction.astype(np.float64), truth.astype(np.float64)
-    mask = np.linalg.norm(g, axis=-1) > 0
-    p, g = p[mask], g[mask]
+    known = np.linalg.norm(g, axis=-1) > 0
+    p, g = p[known], g[known]
     length = np.linalg.norm(p, axis=-1) * np.linalg.norm(g, axis=-1)
     return np.degrees(np.arccos(np.clip((p * g).sum(-1) / np.maximum(length, 1e-12), -1, 1)))
 
 
 def normal_scores(angle):
-    """Mean, median and RMS angle and the percentages under ANGLES, of one image or of all pixels."""
-    return {"normal_mean": np.mean(angle), "normal_median": np.median(angle), "normal_rmse": np.sqrt(np.mean(angle ** 2)),
-            **{f"normal_{a}": 100 * np.mean(angle < a) for a in ANGLES}}
+    """Mean, median and RMS angle and the percentages under ANGLES."""
+    scores = {"normal_mean": np.mean(angle), "normal_median": np.median(angle),
+              "normal_rmse": np.sqrt(np.mean(angle ** 2))}
+    return scores | {f"normal_{a}": 100 * np.mean(angle < a) for a in ANGLES}
 
-
-# ------------------------------------------------------------------------------------------------
-# Segmentation.
 
 def semantic_scores(confusion, eps=None):
     """Confusion (K, K), rows truth -> pixel accuracy, class accuracy, mIoU.
 
-    Classes absent from both sides are ignored; eps (1e-12) counts them as 0, as CycleGAN's Cityscapes script does.
+    Classes absent from both sides are ignored; eps (1e-12) counts them as 0, as CycleGAN's Cityscapes script
+    does.
     """
-    hit, rows, columns = np.diag(confusion).astype(np.float64), confusion.sum(1), confusion.sum(0)
+    hit, total = np.diag(confusion).astype(np.float64), confusion.sum()
+    rows, columns = confusion.sum(1), confusion.sum(0)
     union = rows + columns - hit
-    if eps is not None:
-        return {"pixel_accuracy": hit.sum() / (confusion.sum() + eps), "class_accuracy": np.mean(hit / (rows + eps)), "miou": np.mean(hit / (union + eps))}
-    share = lambda parts: np.mean(hit[parts > 0] / parts[parts > 0]) if (parts > 0).any() else math.nan
-    return {"pixel_accuracy": hit.sum() / max(confusion.sum(), 1), "class_accuracy": share(rows), "miou": share(union)}
+
+    def mean_share(parts):
+        if eps is not None:
+            return np.mean(hit / (parts + eps))
+        there = parts > 0
+        return np.mean(hit[there] / parts[there]) if there.any() else math.nan
+
+    pixels = max(total, 1) if eps is None else total + eps
+    return {"pixel_accuracy": hit.sum() / pixels, "class_accuracy": mean_share(rows),
+            "miou": mean_share(union)}
 
 
 def boundary(index):
@@ -109,9 +117,14 @@ def boundary(index):
 
 
 def matches(a, b):
-    """Edge maps (H, W) bool -> pixels of a within ceil(0.008 * diagonal) pixels of b, pixels of a, and the same of b: (4,)."""
+    """Edge maps (H, W) bool -> pixels of a within ceil(0.008 * diagonal) pixels of b, pixels of a, and the
+    same of b: (4,).
+    """
     radius = math.ceil(0.008 * math.hypot(*a.shape))
-    near = lambda one, other: int((ndimage.distance_transform_edt(~other)[one] <= radius).sum()) if other.any() else 0
+
+    def near(one, other):
+        return (ndimage.distance_transform_edt(~other)[one] <= radius).sum() if other.any() else 0
+
     return np.array([near(a, b), a.sum(), near(b, a), b.sum()])
 
 
@@ -119,462 +132,41 @@ def f_score(counts):
     """matches (..., 4) -> F; 1 where both maps are empty."""
     hit_a, all_a, hit_b, all_b = np.moveaxis(np.asarray(counts, np.float64), -1, 0)
     precision, recall = hit_a / np.maximum(all_a, 1), hit_b / np.maximum(all_b, 1)
-    return np.where(all_a + all_b == 0, 1.0, 2 * precision * recall / np.maximum(precision + recall, 1e-12))
+    mean = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
+    return np.where(all_a + all_b == 0, 1.0, mean)
 
 
 def instance_scores(prediction, truth):
-    """Segment indices (H, W) of one image -> Hungarian-matched mIoU over the true segments, mean best overlap, ARI, boundary F."""
+    """Segment indices (H, W) -> Hungarian-matched mIoU over the true segments, mean best overlap, ARI,
+    boundary F.
+    """
     table = np.zeros((truth.max() + 1, prediction.max() + 1), np.int64)
     np.add.at(table, (truth.ravel(), prediction.ravel()), 1)
     rows, columns = table.sum(1), table.sum(0)
     iou = table / (rows[:, None] + columns - table)
     matched = iou[linear_sum_assignment(iou, maximize=True)].sum() / len(rows)
-    pairs = lambda counts: (counts * (counts - 1.0) / 2).sum()
-    both, expected = pairs(table), pairs(rows) * pairs(columns) / max(pairs(np.array([truth.size])), 1)
-    most = (pairs(rows) + pairs(columns)) / 2
-    return {"miou": matched, "best_overlap": iou.max(1).mean(), "ari": (both - expected) / (most - expected) if most != expected else 1.0,
-            "boundary_f": float(f_score(matches(boundary(prediction), boundary(truth))))}
+
+    def pairs(counts):
+        return (counts * (counts - 1.0) / 2).sum()
+
+    both, most = pairs(table), (pairs(rows) + pairs(columns)) / 2
+    expected = pairs(rows) * pairs(columns) / max(pairs(np.array([truth.size])), 1)
+    ari = (both - expected) / (most - expected) if most != expected else 1.0
+    edges = f_score(matches(boundary(prediction), boundary(truth)))
+    return {"miou": matched, "best_overlap": iou.max(1).mean(), "ari": ari, "boundary_f": float(edges)}
 
 
 # ------------------------------------------------------------------------------------------------
-# Files of truth and predictions, in the user's units.
+# Metrics.
+
+class Rules(NamedTuple):
+    """What the metrics have to know beside the maps."""
+    alignment: str = "disparity"        # the space in which depth's scale and shift are fitted
+    depth_range: tuple = (1e-3, 10.0)   # depths that are scored
+    seg_mode: str = "semantic"          # which metric is segmentation's
+    palette: np.ndarray = None          # semantic colours, uint8 (K, 3)
+    eps: float = None                   # of semantic_scores
 
-def _array(path):
-    array = read_array(path)
-    return array if array.dtype.kind == "f" else array.astype(np.float32)
-
-
-def read_depth(path):
-    """.npy floats (H, W), or a 16-bit picture in millimetres, 0 = unknown -> float (H, W), NaN where unknown."""
-    if path.suffix == ".npy":
-        depth = _array(path)
-        if depth.ndim != 2:
-            raise InputError(f"{path}: shape {depth.shape}; depth needs (H, W)")
-        return depth
-    image = read_picture(path)  # [0, 1]
-    with Image.open(path) as raw:
-        if not raw.mode.startswith("I"):
-            raise InputError(f"{path}: pictures of mode {raw.mode} carry no unit; give depth as .npy or as 16-bit PNG in millimetres")
-    depth = np.round(np.asarray(image, np.float64) * 65535) / 1000
-    return np.where(depth > 0, depth, np.nan)
-
-
-def read_normal(path):
-    """.npy (H, W, 3) or (3, H, W), or a picture xyz * 0.5 + 0.5 -> float (H, W, 3), unit length, 0 where unknown (zero, black)."""
-    if path.suffix == ".npy":
-        normal = _array(path)
-        if normal.ndim == 3 and normal.shape[0] == 3 and normal.shape[2] != 3:
-            normal = normal.transpose(1, 2, 0)
-        if normal.ndim != 3 or normal.shape[2] != 3 or not np.isfinite(normal).all():
-            raise InputError(f"{path}: shape {normal.shape}; normals need (H, W, 3) of finite values")
-        known = np.linalg.norm(normal, axis=-1, keepdims=True) > 1e-6
-    else:
-        pixels = np.asarray(read_picture(path).convert("RGB"))
-        normal, known = pixels / 255.0 * 2 - 1, pixels.any(-1, keepdims=True)
-    return np.where(known, unit(normal), 0)
-
-
-def read_seg(path):
-    """Labels (H, W) of a grey or palette picture of 8 or 16 bits, colours uint8 (H, W, 3) of any other."""
-    image = read_picture(path)  # says what is wrong with the file, if anything
-    with Image.open(path) as raw:
-        if raw.mode in ("L", "P", "1") or raw.mode.startswith("I"):
-            return np.asarray(raw).astype(np.int64)
-    return np.asarray(image.convert("RGB"))
-
-
-READERS = {m: functools.partial(read_modality, modality=m, fit=lambda image: image) for m in MODALITIES if m != "rgb"}
-READERS |= {"depth": read_depth, "normal": read_normal, "seg": read_seg}  # their truth has a unit, unknown pixels, labels
-
-
-def stems(base, modality):
-    """Files of a modality below a folder -> {stem, with _ for /: path}; of a picture and an array the array counts."""
-    base, files = base / modality if (base / modality).is_dir() else base, {}
-    for path in sorted(base.rglob("*"), key=lambda p: (p.suffix == ".npy", p)):
-        if path.suffix.lower() in EXTENSIONS and path.is_file():
-            stem = path.relative_to(base).with_suffix("").as_posix().replace("/", "_")
-            if stem in files and (path.suffix != ".npy" or files[stem].suffix == ".npy"):
-                raise InputError(f"{path}: the stem {stem} is there twice ({files[stem]}); keep one")
-            files[stem] = path
-    if not files:
-        raise InputError(f"{base}: no pictures or arrays of {modality} in this folder")
-    return files
-
-
-# ------------------------------------------------------------------------------------------------
-# Sources. source.names; source.frame(i) -> Frame; source.modalities with truth; source.recipe.
-
-class Frame(NamedTuple):
-    name: str
-    rgb: Image.Image        # None in a comparison of folders
-    class_id: int           # None when unknown
-    truth: dict             # {modality: array}
-    prediction: dict        # {modality: array}, None where a model predicts
-
-
-def square(array):
-    """The centre square of (H, W[, 3])."""
-    side = min(array.shape[:2])
-    top, left = (array.shape[0] - side) // 2, (array.shape[1] - side) // 2
-    return array[top:top + side, left:left + side]
-
-
-def square_frame(name, rgb, class_id, truth):
-    """A Frame of one picture and its truth: the RGB at the truth's size, both cut to the centre square."""
-    for m, array in truth.items():
-        height, width = array.shape[:2]
-        if abs(rgb.width / rgb.height / (width / height) - 1) > 0.02:
-            raise InputError(f"{name}: the RGB is {rgb.width}x{rgb.height}, its {m} {width}x{height}; they must show the same view")
-    if rgb.size != (width, height):
-        rgb = rgb.resize((width, height), Image.Resampling.BICUBIC)
-    return Frame(name, Image.fromarray(square(np.asarray(rgb))), class_id, {m: square(a) for m, a in truth.items()}, None)
-
-
-class Toy:
-    """Held-out toy scenes."""
-
-    modalities, palette, seg_mode = tuple(m for m in READERS if m in toy_scenes.MAPS or MODALITIES[m].derive), toy_scenes.PALETTE, "semantic"
-
-    def __init__(self, count):
-        self.names = [str(toy_scenes.HELD_OUT + i) for i in range(count)]
-        self.recipe = dict(source="toy, held out", seeds=[toy_scenes.HELD_OUT, toy_scenes.HELD_OUT + count])
-
-    def frame(self, i):
-        scene = toy_scenes.render(toy_scenes.HELD_OUT + i)
-        derived = {m: MODALITIES[m].derive(scene.rgb) for m in self.modalities if MODALITIES[m].derive}
-        return Frame(self.names[i], Image.fromarray(scene.rgb), None, dict(depth=scene.depth, normal=scene.normal, seg=scene.seg, **derived), None)
-
-
-class ScanNet:
-    """Frames as ScanNet exports them: <scene>/{color,colour}/<k>.jpg and <scene>/depth/<k>.png in millimetres.
-
-    --list names the frames (an RGB and a depth file in each line, Marigold's format); --num of them are drawn with --seed.
-    """
-
-    modalities, palette, seg_mode = ("depth",), None, "instance"
-
-    def __init__(self, args):
-        if args.list:
-            try:
-                lines = [line.split("\t" if "\t" in line else None) for line in args.list.read_text().splitlines() if line.strip()]
-            except (OSError, UnicodeDecodeError) as error:
-                raise InputError(f"--list {args.list}: not readable ({error})")
-            if not lines or any(len(line) < 2 for line in lines):
-                raise InputError(f"--list {args.list}: each line names an RGB file and a depth file below {args.scannet}")
-            pairs = [tuple(self._listed(args, file) for file in line[:2]) for line in lines]
-        else:
-            below = lambda path: path.relative_to(args.scannet).as_posix()
-            colours = {(p.parent.parent, p.stem): p for folder in ("color", "colour") for p in args.scannet.rglob(f"{folder}/*") if p.suffix.lower() in EXTENSIONS}
-            depths = sorted(args.scannet.rglob("depth/*.png"))
-            pairs = [(below(colours[key]), below(p)) for p in depths if (key := (p.parent.parent, p.stem)) in colours]
-            if not pairs:
-                raise InputError(f"--scannet {args.scannet}: no frames; the layout is <scene>/color/<k>.jpg beside <scene>/depth/<k>.png")
-            if len(pairs) < len(depths):
-                print(f"{args.scannet}: {len(depths) - len(pairs)} of {len(depths)} depth frames have no picture in color/ and are not used")
-        count = args.num or (len(pairs) if args.list else 5000)
-        if count < len(pairs):
-            pairs = sorted(random.Random(args.seed).sample(pairs, count))
-        self.root, self.pairs, self.names = args.scannet, pairs, [rgb for rgb, _ in pairs]
-        text = "".join(f"{rgb}\t{depth}\n" for rgb, depth in pairs)
-        if not dist.is_initialized() or dist.get_rank() == 0:
-            with whole_file(args.out / "frames.txt") as file:
-                file.write(text.encode())
-        self.recipe = dict(source="scannet", frames_sha256=hashlib.sha256(text.encode()).hexdigest(), list=args.list and args.list.name)
-
-    @staticmethod
-    def _listed(args, file):
-        """A listed file; Marigold's lists write 000300.jpg where ScanNet's exporter writes 300.jpg."""
-        path = pathlib.PurePosixPath(file)
-        plain = path.with_name(f"{int(path.stem)}{path.suffix}") if path.stem.isdigit() else path
-        for found in (path, plain):
-            if (args.scannet / found).is_file():
-                return found.as_posix()
-        raise InputError(f"--list {args.list}: {args.scannet / file}: no such file; export this frame or leave its line out")
-
-    def frame(self, i):
-        rgb, depth = self.pairs[i]
-        return square_frame(rgb, read_picture(self.root / rgb).convert("RGB"), None, dict(depth=read_depth(self.root / depth)))
-
-
-class Tree:
-    """A folder tree as prep_latents.py reads it, with truth in units."""
-
-    palette = None
-
-    def __init__(self, args, meta):
-        self.files = {m: stems(args.data, m) for m in MODALITIES if (args.data / m).is_dir()}
-        if "rgb" not in self.files or len(self.files) == 1:
-            raise InputError(f"--data {args.data}: needs rgb/ and one of {', '.join(READERS)}; found {', '.join(self.files) or 'none'}")
-        same_stems(self.files["rgb"], {m: files for m, files in self.files.items() if m != "rgb"})
-        self.modalities = tuple(m for m in READERS if m in self.files or MODALITIES[m].derive)
-        self.names, self.meta, self.space = sorted(self.files["rgb"]), meta, args.depth_space
-        self.seg_mode = meta["seg_mode"]
-        self.recipe = dict(source="folder", folder=args.data.name, depth_space=args.depth_space)
-
-    def frame(self, i):
-        name = self.names[i]
-        rgb = self.files["rgb"][name]
-        picture = read_picture(rgb).convert("RGB")
-        truth = {m: READERS[m](self.files[m][name]) if m in self.files else MODALITIES[m].derive(np.asarray(picture)) for m in self.modalities}
-        if "depth" in truth and self.space == "disparity":
-            truth["depth"] = 1 / np.where(truth["depth"] > 0, truth["depth"], np.nan)
-        return square_frame(name, picture, class_of(rgb, self.meta), truth)
-
-
-class Pairs:
-    """Predictions and truth of a folder each, matched by stem; nothing is cropped or resized."""
-
-    palette, seg_mode = None, "semantic"
-
-    def __init__(self, args):
-        for folder in (args.pred, args.gt):
-            if not folder.is_dir():
-                raise InputError(f"{folder}: no such folder")
-        both = [m for m in READERS if (args.pred / m).is_dir() and (args.gt / m).is_dir()]
-        self.modalities = tuple(args.modality or both)
-        if not self.modalities or (len(self.modalities) > 1 and set(self.modalities) - set(both)):
-            raise InputError(f"--pred {args.pred} --gt {args.gt}: no {'/ '.join(READERS)}/ folder in both; name one with --modality when the files lie in the folders themselves")
-        self.pred, self.gt = ({m: stems(folder, m) for m in self.modalities} for folder in (args.pred, args.gt))
-        for m in self.modalities:
-            same_stems(self.gt[m], {f"{args.pred} ({m})": self.pred[m]})
-        same_stems(self.gt[self.modalities[0]], {m: self.gt[m] for m in self.modalities[1:]})
-        picture = next((p for p in self.pred.get("depth", {}).values() if p.suffix != ".npy"), None)
-        if picture and args.alignment == "disparity":
-            raise InputError(f"{picture}: a picture in millimetres holds depth, not disparity; add --alignment depth")
-        self.names = sorted(self.gt[self.modalities[0]])
-        self.recipe = dict(source="predictions", pred=args.pred.name, gt=args.gt.name)
-
-    def frame(self, i):
-        name = self.names[i]
-        truth, prediction = ({m: READERS[m](files[m][name]) for m in self.modalities} for files in (self.gt, self.pred))
-        for m in self.modalities:
-            if truth[m].shape[:2] != prediction[m].shape[:2]:
-                raise InputError(f"{self.pred[m][name]}: size {prediction[m].shape[:2]}, its truth {self.gt[m][name]} has {truth[m].shape[:2]}; "
-                                 "resize the prediction, never the truth")
-        return Frame(name, None, None, truth, prediction)
-
-
-def same_stems(files, others):
-    """Raise InputError naming the first stem that is on one side only."""
-    for where, other in others.items():
-        odd = sorted(files.keys() ^ other.keys())
-        if odd:
-            path = (files if odd[0] in files else other)[odd[0]]
-            raise InputError(f"{path}: no file with this stem on the other side ({where}; {len(odd)} such); names must match")
-
-
-# ------------------------------------------------------------------------------------------------
-# Predictions of a model, and the autoencoder's ceiling.
-
-def to_network(modality, array, size, palette):
-    """Truth of one modality -> pixels (3, S, S) as training would have seen it."""
-    if modality == "depth":
-        known = np.isfinite(array) & (array > 0)
-        if not known.all():  # unknown pixels take the nearest known depth
-            array = array[tuple(ndimage.distance_transform_edt(~known, return_distances=False, return_indices=True))] if known.any() else np.ones_like(array)
-        channels = [1 / array]
-    elif array.dtype.kind == "f":
-        channels = array.transpose(2, 0, 1) if array.ndim == 3 else [array]
-    else:
-        image = Image.fromarray(palette[np.minimum(array, len(palette) - 1)] if array.ndim == 2 else array)
-        image.info["flat"] = MODALITIES[modality].file == "flat"
-        return MODALITIES[modality].to_pixels(np.asarray(centre_crop(image, size)))
-    resized = [np.asarray(centre_crop(Image.fromarray(c.astype(np.float32)), size)) for c in channels]
-    stack = np.stack(resized, -1)
-    if MODALITIES[modality].file == "vector":  # resizing shortens them
-        stack = unit(stack)
-    return MODALITIES[modality].to_pixels(stack if array.ndim == 3 else stack[..., 0])
-
-
-def to_truth(modality, array, shape):
-    """A predicted map at the truth's size (H, W): bilinear, nearest for segmentation."""
-    if array.shape[:2] == tuple(shape):
-        return array
-    x = torch.from_numpy(np.ascontiguousarray(array)).float()
-    x = x[None, None] if array.ndim == 2 else x.permute(2, 0, 1)[None]
-    kind = MODALITIES[modality].file
-    x = F.interpolate(x, tuple(shape), mode="nearest-exact") if kind == "flat" else F.interpolate(x, tuple(shape), mode="bilinear", align_corners=False)
-    x = x[0, 0].numpy() if array.ndim == 2 else x[0].permute(1, 2, 0).numpy()
-    return x.astype(np.uint8) if array.dtype == np.uint8 else unit(x) if kind == "vector" else x
-
-
-def combine(modality, maps, palette):
-    """K samples of one map -> one map and the per-pixel spread: median (depth, normals), vote (semantic colours)."""
-    stack = np.stack(maps)
-    if MODALITIES[modality].file == "flat":
-        if palette is None:
-            return maps[0], None  # colours of segments mean nothing from one sample to the next
-        votes = np.stack([nearest_colour(m, palette) for m in maps])
-        counts = np.stack([(votes == k).sum(0) for k in range(len(palette))])
-        return palette[counts.argmax(0)], 1 - counts.max(0) / len(maps)
-    median = np.median(stack, 0)
-    if MODALITIES[modality].file == "vector":
-        median = unit(median)
-    return median.astype(stack.dtype), stack.std(0) if median.ndim == 2 else np.linalg.norm(stack - median, axis=-1).mean(0)
-
-
-class Predictor:
-    """RGB -> the other modalities, sample i's member k with the noise of index i + k * 2^32."""
-
-    palette = None  # of semantic truth, for the vote of an ensemble and the ceiling
-
-    def __init__(self, args, device):
-        self.args, self.device = args, device
-        self.checkpoint = locate(args.ckpt or newest_checkpoint())
-        self.model = open_model(self.checkpoint, device, args.precision, args.compile)
-        settle_flags(args, self.model)
-        if "rgb" not in [self.model.modalities[i] for i in self.model.conditions]:
-            raise InputError(f"{self.checkpoint}: does not take RGB as a condition ({', '.join(self.model.modalities)})")
-        self.vae = checked_vae(args.vae, self.model.meta)
-        self.vae = self.vae.to(device) if self.vae else None
-
-    def pixels(self, frames):
-        size = self.model.meta["resolution"]
-        return torch.from_numpy(np.stack([MODALITIES["rgb"].to_pixels(np.asarray(centre_crop(f.rgb, size))) for f in frames]))
-
-    @torch.inference_mode()
-    def __call__(self, frames, indices):
-        """-> for each frame {modality: map}, {modality: spread}."""
-        null, modalities = self.model.num_classes, self.model.modalities
-        wanted = [m for m in modalities if any(m in frame.truth for frame in frames)]
-        y = torch.tensor([null if f.class_id is None else f.class_id for f in frames], device=self.device)
-        rgb, members = self.pixels(frames), []
-        for k in range(self.args.ensemble):
-            noise = Noise(self.args.seed, [i + (k << 32) for i in indices], self.device)
-            x = draw_from(self.args, self.model, self.vae, y, {"rgb": rgb}, noise)
-            members.append(decode_latents(self.vae, x, self.model.latent_channels, self.args.precision, [modalities.index(m) for m in wanted]).cpu().numpy())
-        out = []
-        for n, frame in enumerate(frames):
-            maps, spread = {}, {}
-            for m in [m for m in frame.truth if m in modalities]:
-                drawn = [MODALITIES[m].from_pixels(member[n, wanted.index(m)]) for member in members]
-                maps[m], spread[m] = (drawn[0], None) if len(drawn) == 1 else combine(m, drawn, self.palette if self.args.seg_mode == "semantic" else None)
-                shape = frame.truth[m].shape[:2]
-                maps[m], spread[m] = to_truth(m, maps[m], shape), None if spread[m] is None else to_truth("depth", spread[m], shape)
-            out.append((maps, spread))
-        return out
-
-    @torch.inference_mode()
-    def ceiling(self, frames):
-        """The truth encoded and decoded: what a perfect model would score. None without an autoencoder."""
-        out = []
-        for frame in frames:
-            maps = {}
-            for m in [m for m in frame.truth if m in self.model.modalities]:
-                x = torch.from_numpy(to_network(m, frame.truth[m], self.model.meta["resolution"], self.palette))[None].to(self.device)
-                x = self.vae.decode(self.vae.encode(x)[0]).clamp(-1, 1) if self.vae else x
-                maps[m] = to_truth(m, MODALITIES[m].from_pixels(x[0].cpu().numpy()), frame.truth[m].shape[:2])
-            out.append(maps)
-        return out
-
-
-@functools.cache
-def mean_map(count=2000):
-    """The toy training scenes' mean disparity, mean normal and most frequent segment: what guessing scores."""
-    disparity, normal, votes = 0, 0, 0
-    for seed in range(count):
-        scene = toy_scenes.render(seed)
-        row = MODALITIES["depth"]
-        disparity, normal = disparity + row.from_pixels(row.to_pixels(1 / scene.depth)), normal + scene.normal
-        votes = votes + np.eye(len(toy_scenes.PALETTE))[scene.seg]
-    return {"depth": disparity / count, "normal": normal / np.linalg.norm(normal, axis=-1, keepdims=True), "seg": toy_scenes.PALETTE[votes.argmax(-1)]}
-
-
-# ------------------------------------------------------------------------------------------------
-
-class Tally:
-    """Scores of one predictor over the set: per image, and the sums that are pooled over it."""
-
-    def __init__(self, args, palette):
-        self.args, self.palette = args, palette
-        self.rows, self.empty = {}, {}
-        self.histogram, self.sums = np.zeros(BINS + 1, np.int64), np.zeros(3 + len(ANGLES))
-        self.confusion, self.edges = np.zeros((256, 256), np.int64), np.zeros((len(EDGES), 4), np.int64)
-
-    def labels(self, image, name):
-        """Labels of a picture of labels or colours; InputError for labels that the palette does not have."""
-        if image.ndim == 2:
-            top = len(self.palette) if self.palette is not None else IGNORE
-            if ((image >= top) & (image != IGNORE)).any() or image.min() < 0:
-                raise InputError(f"{name}: label {int(image[image != IGNORE].max(initial=0))}, labels go from 0 to {top - 1} ({IGNORE} is not scored); "
-                                 + ("bring the palette of all classes" if self.palette is not None else "use --seg-mode instance"))
-            return image.astype(np.int64)
-        if self.palette is None:
-            raise InputError(f"{name}: a picture of colours without --palette FILE (JSON list of colours, or the meta.json of sample.py); "
-                             "or compare segments with --seg-mode instance")
-        return nearest_colour(image, self.palette)
-
-    def add(self, i, frame, maps):
-        """Score predicted maps {modality: (H, W[, 3])} of image i in the truth's units. InputError for values that are not finite where pixels are scored."""
-        row = {"name": frame.name}
-        if "depth" in maps:
-            depth, (low, high) = frame.truth["depth"], self.args.depth_range
-            valid = np.isfinite(depth) & (depth > low) & (depth < high)
-            if not np.isfinite(maps["depth"][valid]).all():
-                raise InputError(f"{frame.name}: the predicted depth is unknown or not finite at {int((~np.isfinite(maps['depth'][valid])).sum())} scored pixels; mend the prediction")
-            if valid.any():
-                row |= depth_scores(np.clip(align(maps["depth"], depth, valid, self.args.alignment), low, high), depth, valid)
-            else:
-                self.empty[i] = frame.name
-        if "normal" in maps:
-            angle = angles(maps["normal"], frame.truth["normal"])
-            if len(angle):
-                row |= normal_scores(angle)
-                self.histogram += np.bincount((angle * (BINS / 180)).astype(np.int64), minlength=BINS + 1)
-                self.sums += [len(angle), angle.sum(), (angle ** 2).sum(), *((angle < a).sum() for a in ANGLES)]
-        if "seg" in maps and self.args.seg_mode == "semantic":
-            p, g = (self.labels(x["seg"], frame.name) for x in (maps, frame.truth))
-            scored = g != IGNORE
-            if (p[scored] == IGNORE).any():
-                raise InputError(f"{frame.name}: the prediction has the label {IGNORE} at {int((p[scored] == IGNORE).sum())} scored pixels; label every pixel")
-            one = np.bincount(g[scored] * 256 + p[scored], minlength=65536).reshape(256, 256)
-            self.confusion += one
-            K = len(self.palette) if self.palette is not None else 256
-            row |= semantic_scores(one[:K, :K], self.args.eps)
-        elif "seg" in maps:
-            row |= instance_scores(segments(maps["seg"]), segments(frame.truth["seg"]))
-        if "canny" in maps:
-            soft, hard = (x["canny"].mean(-1) / 255 for x in (maps, frame.truth))
-            counts = np.stack([matches(soft > threshold, hard > 0.5) for threshold in EDGES])
-            self.edges += counts
-            row["edge_f"] = float(f_score(counts).max())
-        for m in maps.keys() - {"depth", "normal", "seg", "canny"}:  # no metric of its own
-            row[f"{m}_mae"] = float(np.abs(maps[m].astype(np.float64) - frame.truth[m]).mean())
-        self.rows[i] = row
-
-    def merge(self):
-        """Bring the tallies of all processes together."""
-        if dist.is_initialized():
-            parts = [None] * dist.get_world_size()
-            dist.all_gather_object(parts, (self.rows, self.empty, self.histogram, self.sums, self.confusion, self.edges))
-            self.rows, self.empty = ({k: v for part in parts for k, v in part[j].items()} for j in (0, 1))
-            self.histogram, self.sums, self.confusion, self.edges = (sum(part[j] for part in parts) for j in (2, 3, 4, 5))
-        return self
-
-    def result(self):
-        """{metric: value over the set}. Depth and instances: means over images; normals: pooled, and per image; semantic: one confusion matrix."""
-        rows = [self.rows[i] for i in sorted(self.rows)]
-        mean = lambda key: float(np.mean([row[key] for row in rows if key in row]))
-        out = {k: mean(k) for k in ("abs_rel", "rmse", "delta1", "delta2", "delta3") if any(k in row for row in rows)}
-        if self.sums[0]:
-            n, total, squares, *under = self.sums
-            ranks = np.searchsorted(self.histogram.cumsum(), [(n - 1) // 2 + 1, n // 2 + 1])
-            out |= {"normal_mean": total / n, "normal_median": float((ranks + 0.5).mean() * 180 / BINS), "normal_rmse": math.sqrt(squares / n),
-                    **{f"normal_{a}": 100 * u / n for a, u in zip(ANGLES, under)},
-                    "normal_mean_per_image": mean("normal_mean"), "normal_median_per_image": mean("normal_median")}
-        if self.confusion.any():
-            K = len(self.palette) if self.palette is not None else int(max(np.nonzero(self.confusion + self.confusion.T)[0])) + 1
-            out |= semantic_scores(self.confusion[:K, :K], self.args.eps)
-        elif any("miou" in row for row in rows):
-            out |= {k: mean(k) for k in ("miou", "best_overlap", "ari", "boundary_f")}
-        if any("edge_f" in row for row in rows):
-            out["edge_f"] = f_score(self.edges).max()  # at the set's best threshold, as edge detectors are scored
-        out |= {k: mean(k) for k in dict.fromkeys(k for row in rows for k in row if k.endswith("_mae"))}
-        return {k: float(v) for k, v in out.items()}
-
-
-# ------------------------------------------------------------------------------------------------
-# Pictures.
 
 def heat(error, top):
     """Errors (H, W) from 0 to top -> black, red, yellow, white."""
@@ -582,223 +174,895 @@ def heat(error, top):
     return (np.stack([np.clip(x - k, 0, 1) for k in range(3)], -1) * 255).astype(np.uint8)
 
 
-def panels(frame, maps, args, palette):
-    """{modality: (truth, prediction, error) as uint8 pictures, and the map to save}."""
-    out = {}
-    for m, prediction in maps.items():
-        truth = frame.truth[m]
-        if m == "depth":
-            low, high = args.depth_range
-            valid = np.isfinite(truth) & (truth > low) & (truth < high)
-            if not valid.any():
-                continue
-            aligned = np.clip(align(prediction, truth, valid, args.alignment), low, high)
-            near, far = 1 / truth[valid].min(), 1 / truth[valid].max()
-            look = lambda d: MODALITIES[m].picture(np.where(valid if d is truth else True, (1 / np.where(d > 0, d, 1) - far) / max(near - far, 1e-8), 0))
-            out[m] = look(truth), look(aligned), heat(np.where(valid, np.abs(aligned - truth) / np.where(valid, truth, 1), 0), 0.5), aligned
-        elif m == "normal":
-            known = np.linalg.norm(truth, axis=-1) > 0
-            error = np.zeros(known.shape)
-            error[known] = angles(prediction, truth)
-            out[m] = *(MODALITIES[m].picture(x) for x in (truth, prediction)), heat(error, 60), prediction
-        elif m != "seg":
-            shown = [MODALITIES[m].picture(x) for x in (truth, prediction)]
-            out[m] = *shown, heat(np.abs(shown[0].mean(-1) - shown[1].mean(-1)), 255), prediction
-        else:
-            colours = palette if palette is not None else np.random.default_rng(0).integers(30, 256, (256, 3)).astype(np.uint8)
-            look = lambda x: colours[np.minimum(x, len(colours) - 1)] if x.ndim == 2 else x
-            index = [nearest_colour(look(x), colours) if args.seg_mode == "semantic" else segments(x) for x in (truth, prediction)]
-            wrong = index[0] != index[1] if args.seg_mode == "semantic" else boundary(index[0]) ^ boundary(index[1])
-            out[m] = look(truth), look(prediction), heat(wrong.astype(float), 1), look(prediction)
-    return out
+class Metric:
+    """The scores of one modality by one predictor over a set. Here: the mean absolute error, of modalities
+    without a metric of their own.
+
+    A metric of its own is a subclass and its row in METRICS: it says the scores of an image, and what differs
+    of the rest.
+    """
+
+    headline = None  # the score by which images are told better from worse
+    rising = False   # whether more of it is better
+    note = ""        # behind the names of its scores in the printed table
+
+    def __init__(self, modality, rules):
+        self.kind, self.rules = MODALITIES[modality], rules
+        self.headline = self.headline or f"{modality}_mae"
+        self.rows, self.pooled = {}, {}  # {index of an image: its scores}, {what: sum over the images}
+
+    @staticmethod
+    def read(kind, path):
+        """A file of truth or of a prediction in the user's units."""
+        return kind.array(kind.open(path))
+
+    def target(self, truth):
+        """The truth as the map that a perfect model predicts."""
+        return truth
+
+    def combine(self, maps):
+        """K samples of one map -> one map and its spread a pixel, None where there is none."""
+        if len(maps) == 1 or self.kind.nearest:  # segments' colours change from sample to sample
+            return maps[0], None
+        stack = np.stack(maps)
+        median = self.kind.median(stack)
+        spread = stack.std(0) if median.ndim == 2 else np.linalg.norm(stack - median, axis=-1).mean(0)
+        return median.astype(stack.dtype), spread
+
+    def scores(self, name, truth, prediction):
+        """{score: value} of an image, both (H, W[, 3]); {} where there is nothing to score.
+
+        Pools what is summed over the set. Raises InputError for predictions that cannot be scored.
+        """
+        return {self.headline: np.abs(prediction.astype(np.float64) - truth).mean()}
+
+    def pool(self, **sums):
+        self.pooled |= {key: self.pooled.get(key, 0) + value for key, value in sums.items()}
+
+    def add(self, index, name, truth, prediction):
+        """Score image `index` of the set, called name in errors. Raises InputError as scores does."""
+        if row := self.scores(name, truth, prediction):
+            self.rows[index] = row
+
+    def merge(self):
+        """Bring together what the processes scored."""
+        parts = gather((self.rows, self.pooled))
+        self.rows, self.pooled = {}, {}
+        for rows, pooled in parts:
+            self.rows |= rows
+            self.pool(**pooled)
+
+    def mean(self, key):
+        return np.mean([self.rows[i][key] for i in sorted(self.rows)])
+
+    def over_set(self):
+        """{score: value over the set}, of one image at least: the mean over the images."""
+        return {key: self.mean(key) for key in next(iter(self.rows.values()))}
+
+    def result(self):
+        """over_set in plain floats; {} where nothing was scored."""
+        return {key: float(value) for key, value in self.over_set().items()} if self.rows else {}
+
+    def look(self, array):
+        """Truth or prediction -> uint8 (H, W, 3)."""
+        return self.kind.picture(array)
+
+    def error(self, truth, prediction):
+        """Errors (H, W), and the one that is shown white."""
+        return np.abs(self.look(truth).mean(-1) - self.look(prediction).mean(-1)), 255
+
+    def panels(self, truth, prediction):
+        """Pictures uint8 (H, W, 3) of truth, prediction and error, and the map to save; None where nothing
+        is scored.
+        """
+        error = heat(*self.error(truth, prediction))
+        return self.look(truth), self.look(prediction), error, prediction
 
 
-def save_maps(out, frame, maps, spread, args, palette):
-    """OUT/<modality>/<stem>.png and .npy, OUT/error_<modality>/<stem>.png, OUT/spread_<modality>/<stem>.npy."""
-    stem = pathlib.PurePosixPath(frame.name).with_suffix("").as_posix().replace("/", "_")
-    for m, (_, shown, error, values) in panels(frame, maps, args, palette).items():
-        for folder, image in ((m, shown), (f"error_{m}", error)):
-            with whole_file(out / folder / f"{stem}.png") as file:
-                Image.fromarray(image).save(file, "png")
-        arrays = {m: values if MODALITIES[m].keep_array else None, f"spread_{m}": spread.get(m)}
-        for folder, array in arrays.items():
-            if array is not None:
-                with whole_file(out / folder / f"{stem}.npy") as file:
-                    np.save(file, array.astype(np.float32))
+class Depth(Metric):
+    """Truth in metres, NaN or 0 where unknown; predictions up to scale and shift."""
+
+    headline = "abs_rel"
+
+    @property
+    def note(self):
+        return f" ({self.rules.alignment})"
+
+    @staticmethod
+    def read(kind, path):
+        """.npy floats (H, W), or a 16-bit picture in millimetres, 0 = unknown -> float (H, W), NaN where
+        unknown.
+        """
+        if path.suffix == ".npy":
+            depth = read_floats(path)
+            check(depth.ndim == 2, f"{path}: shape {depth.shape}; depth needs (H, W)")
+            return depth
+        image = read_picture(path)
+        check(image.info.get("scale") == "16 bit", f"{path}: pictures of mode {image.mode} carry no unit; "
+              "give depth as .npy or as 16-bit PNG in millimetres")
+        depth = np.round(np.asarray(image, np.float64) * 65535) / 1000
+        return np.where(depth > 0, depth, np.nan)
+
+    def target(self, depth):
+        """Disparity; unknown pixels take the nearest known depth."""
+        known = np.isfinite(depth) & (depth > 0)
+        if not known.any():
+            return np.ones_like(depth)
+        nearest = ndimage.distance_transform_edt(~known, return_distances=False, return_indices=True)
+        return 1 / depth[tuple(nearest)]
+
+    def valid(self, depth):
+        low, high = self.rules.depth_range
+        return np.isfinite(depth) & (depth > low) & (depth < high)
+
+    def aligned(self, depth, prediction, valid):
+        return np.clip(align(prediction, depth, valid, self.rules.alignment), *self.rules.depth_range)
+
+    def scores(self, name, depth, prediction):
+        valid = self.valid(depth)
+        lost = (~np.isfinite(prediction[valid])).sum()
+        check(not lost, f"{name}: the predicted depth is unknown or not finite at {lost} scored pixels; "
+              "mend the prediction")
+        return depth_scores(self.aligned(depth, prediction, valid), depth, valid) if valid.any() else {}
+
+    def panels(self, depth, prediction):
+        """Both as disparity from the least to the largest of the truth."""
+        valid = self.valid(depth)
+        if not valid.any():
+            return None
+        aligned = self.aligned(depth, prediction, valid)
+        near, far = 1 / depth[valid].min(), 1 / depth[valid].max()
+
+        def disparity(depth):
+            return (1 / np.where(depth > 0, depth, 1) - far) / max(near - far, 1e-8)
+
+        error = np.where(valid, np.abs(aligned - depth) / np.where(valid, depth, 1), 0)
+        truth = np.where(valid, disparity(depth), 0)
+        return self.look(truth), self.look(disparity(aligned)), heat(error, 0.5), aligned
 
 
-def cases(rows, count=2):
-    """Indices of the best, median and worst images by the first metric there is."""
-    known = dict.fromkeys(k for row in rows.values() for k in row)
-    key = next((k for k in ("abs_rel", "normal_mean", "miou", "edge_f", *known) if k in known and k != "name"), None)
-    order = sorted((i for i in rows if np.isfinite(rows[i].get(key, np.nan))), key=lambda i: rows[i][key] * (-1 if key in ("miou", "edge_f") else 1))
+class Normal(Metric):
+    """Unit vectors, zero where unknown."""
+
+    headline = "normal_mean"
+
+    @staticmethod
+    def read(kind, path):
+        """.npy (H, W, 3) or (3, H, W), or a picture xyz * 0.5 + 0.5 -> float (H, W, 3), unit length, 0 where
+        unknown (zero, black).
+        """
+        if path.suffix != ".npy":
+            pixels = np.asarray(read_rgb(path))
+            return np.where(pixels.any(-1, keepdims=True), unit(pixels / 255.0 * 2 - 1), 0)
+        normal = read_floats(path)
+        if normal.ndim == 3 and normal.shape[2] != 3:
+            normal = normal.transpose(1, 2, 0)
+        check(normal.ndim == 3 and normal.shape[2] == 3 and np.isfinite(normal).all(),
+              f"{path}: shape {normal.shape}; normals need (H, W, 3) of finite values")
+        known = np.linalg.norm(normal, axis=-1, keepdims=True) > 1e-6
+        return np.where(known, unit(normal), 0)
+
+    def scores(self, name, truth, prediction):
+        angle = angles(prediction, truth)
+        if not len(angle):
+            return {}
+        histogram = np.bincount((angle * (BINS / 180)).astype(np.int64), minlength=BINS + 1)
+        under = [(angle < a).sum() for a in ANGLES]
+        self.pool(histogram=histogram, total=angle.sum(), squares=(angle ** 2).sum(), under=np.array(under))
+        return normal_scores(angle)
+
+    def over_set(self):
+        """Over all pixels; mean and median also as means over the images."""
+        below = self.pooled["histogram"].cumsum()
+        n = below[-1]
+        ranks = np.searchsorted(below, [(n - 1) // 2 + 1, n // 2 + 1])
+        return {"normal_mean": self.pooled["total"] / n, "normal_median": (ranks + 0.5).mean() * 180 / BINS,
+                "normal_rmse": math.sqrt(self.pooled["squares"] / n),
+                **{f"normal_{a}": 100 * u / n for a, u in zip(ANGLES, self.pooled["under"])},
+                **{f"{key}_per_image": self.mean(key) for key in ("normal_mean", "normal_median")}}
+
+    def error(self, truth, prediction):
+        known = np.linalg.norm(truth, axis=-1) > 0
+        error = np.zeros(known.shape)
+        error[known] = angles(prediction, truth)
+        return error, 60
+
+
+class Segmentation(Metric):
+    """What both metrics of segmentation share: files of labels (H, W) or of colours uint8 (H, W, 3)."""
+
+    headline, rising = "miou", True
+
+    def __init__(self, modality, rules):
+        super().__init__(modality, rules)
+        self.colours = rules.palette
+        if self.colours is None:  # labels have to be shown in some colours
+            self.colours = np.random.default_rng(0).integers(30, 256, (256, 3)).astype(np.uint8)
+
+    @staticmethod
+    def read(kind, path):
+        """Labels of a grey or palette picture of 8 or 16 bits, colours of any other."""
+        colours = np.asarray(read_rgb(path))  # says what is wrong with the file, if anything
+        with Image.open(path) as raw:
+            labels = raw.mode in ("L", "P", "1") or raw.mode.startswith("I")
+            return np.asarray(raw).astype(np.int64) if labels else colours
+
+    def look(self, image):
+        """Labels or colours -> colours."""
+        return self.colours[np.minimum(image, len(self.colours) - 1)] if image.ndim == 2 else image
+
+    target = look
+
+
+class Semantic(Segmentation):
+    """Classes by labels or by the palette's colours; one confusion matrix over the set."""
+
+    def labels(self, name, image):
+        """Labels of a picture of labels or colours. Raises InputError for labels that the palette does not
+        have.
+        """
+        palette = self.rules.palette
+        if image.ndim == 3:
+            check(palette is not None, f"{name}: a picture of colours without --palette FILE (JSON list of "
+                  "colours, or sample.py's meta.json); or compare segments with --seg-mode instance")
+            return nearest_colour(image, palette)
+        top = IGNORE if palette is None else len(palette)
+        known = image[image != IGNORE]
+        check(image.min() >= 0 and (known < top).all(), f"{name}: label {known.max(initial=0)}, labels go "
+              f"from 0 to {top - 1} ({IGNORE} is not scored); bring the palette of all classes, or compare "
+              "segments with --seg-mode instance")
+        return image.astype(np.int64)
+
+    def combine(self, maps):
+        """The vote, and the share of the samples that voted otherwise."""
+        palette = self.rules.palette
+        if len(maps) == 1 or palette is None:
+            return super().combine(maps)
+        votes = np.stack([nearest_colour(image, palette) for image in maps])
+        counts = np.stack([(votes == k).sum(0) for k in range(len(palette))])
+        return palette[counts.argmax(0)], 1 - counts.max(0) / len(maps)
+
+    def scores(self, name, truth, prediction):
+        p, g = self.labels(name, prediction), self.labels(name, truth)
+        p, g = p[g != IGNORE], g[g != IGNORE]
+        lost = (p == IGNORE).sum()
+        check(not lost, f"{name}: the prediction has the label {IGNORE} at {lost} scored pixels; "
+              "label every pixel")
+        confusion = np.bincount(g * 256 + p, minlength=65536).reshape(256, 256)
+        self.pool(confusion=confusion)
+        return self.of_confusion(confusion)
+
+    def of_confusion(self, confusion):
+        """semantic_scores of the palette's classes; without one, of those up to the highest label."""
+        K = np.nonzero(confusion + confusion.T)[0].max(initial=0) + 1
+        if self.rules.palette is not None:
+            K = len(self.colours)
+        return semantic_scores(confusion[:K, :K], self.rules.eps)
+
+    def over_set(self):
+        return self.of_confusion(self.pooled["confusion"])
+
+    def error(self, truth, prediction):
+        p, g = (nearest_colour(self.look(x), self.colours) for x in (prediction, truth))
+        return p != g, 1
+
+
+class Instance(Segmentation):
+    """Segments by whatever colours, matched in each image."""
+
+    def scores(self, name, truth, prediction):
+        return instance_scores(segments(prediction), segments(truth))
+
+    def error(self, truth, prediction):
+        return boundary(segments(truth)) ^ boundary(segments(prediction)), 1
+
+
+class Edges(Metric):
+    """White on black; a soft edge map is scored at the set's best threshold, as edge detectors are."""
+
+    headline, rising = "edge_f", True
+
+    def scores(self, name, truth, prediction):
+        soft, hard = prediction.mean(-1) / 255, truth.mean(-1) / 255 > 0.5
+        counts = np.stack([matches(soft > threshold, hard) for threshold in THRESHOLDS])
+        self.pool(counts=counts)
+        return {"edge_f": f_score(counts).max()}
+
+    def over_set(self):
+        return {"edge_f": f_score(self.pooled["counts"]).max()}
+
+
+METRICS = {"depth": Depth, "normal": Normal, "seg": Semantic, "canny": Edges}
+SEGMENTATION = {"semantic": Semantic, "instance": Instance}
+
+
+def metrics_of(modalities, rules):
+    """{modality: a Metric without scores}, in the registry's order."""
+    table = METRICS | {"seg": SEGMENTATION[rules.seg_mode]}
+    return {m: table.get(m, Metric)(m, rules) for m in MODALITIES if m in modalities}
+
+
+# ------------------------------------------------------------------------------------------------
+# Files of truth and predictions.
+
+def read_floats(path):
+    array = read_array(path)
+    return array if array.dtype.kind == "f" else array.astype(np.float32)
+
+
+def read_map(modality, path):
+    """A file of a modality in the user's units. Raises InputError for what cannot be scored."""
+    return METRICS.get(modality, Metric).read(MODALITIES[modality], path)
+
+
+def stems(base, modality):
+    """Files of a modality below a folder -> {stem, with _ for /: path}."""
+    base = base / modality if (base / modality).is_dir() else base
+    found = pictures_by_stem(base)
+    files = {stem.replace("/", "_"): path for stem, path in found.items()}
+    check(len(files) == len(found), f"{base}: two files have the same path with _ for /; rename one")
+    return files
+
+
+def matched(sides):
+    """{what: {stem: path}} -> the stems, sorted, and of each {what: path}. Raises InputError naming the first
+    one that not all have.
+    """
+    first = next(iter(sides.values()))
+    for what, files in sides.items():
+        odd = sorted(first.keys() ^ files.keys())
+        if odd:
+            path = (first | files)[odd[0]]
+            raise InputError(f"{path}: no file with this stem on the other side ({what}; {len(odd)} such); "
+                             "names must match")
+    return sorted(first), [{what: files[stem] for what, files in sides.items()} for stem in sorted(first)]
+
+
+def dense():
+    """The modalities that are predicted."""
+    return [m for m in MODALITIES if m != "rgb"]
+
+
+def available(given):
+    """Those that are given or can be derived of the RGB."""
+    return [m for m in dense() if m in given or MODALITIES[m].derive]
+
+
+# ------------------------------------------------------------------------------------------------
+# Sources.
+
+class Frame(NamedTuple):
+    index: int               # in the set
+    name: str
+    truth: dict              # {modality: (H, W[, 3])}
+    rgb: np.ndarray = None   # uint8 (H, W, 3); None in a comparison of folders
+    class_id: int = None     # None when unknown
+
+
+class Source:
+    """Frames with truth. It says names, recipe, the modalities of its truth (a caller may narrow them), what
+    its segmentation is, and load(i) -> Frame.
+    """
+
+    palette, seg_mode = None, "semantic"
+    axes = "ours"  # of the true normals
+
+    def frame(self, i):
+        """Frame i, its normals in our axes."""
+        frame = self.load(i)
+        if self.axes == "marigold" and "normal" in frame.truth:
+            frame.truth["normal"] = frame.truth["normal"] * [-1, 1, 1]
+        return frame
+
+    def truth(self, given, rgb):
+        """The modalities' maps: given ones, and what is derived of the RGB."""
+        return {m: given[m] if m in given else MODALITIES[m].derive(rgb) for m in self.modalities}
+
+
+class Toy(Source):
+    """Held-out toy scenes."""
+
+    palette = toy_scenes.PALETTE
+
+    def __init__(self, count):
+        self.seeds = range(toy_scenes.HELD_OUT, toy_scenes.HELD_OUT + count)
+        self.names, self.modalities = list(map(str, self.seeds)), available(toy_scenes.MAPS)
+        self.recipe = dict(source="toy, held out", seeds=[self.seeds.start, self.seeds.stop])
+
+    def load(self, i):
+        scene = toy_scenes.render(self.seeds[i])
+        return Frame(i, self.names[i], self.truth(scene._asdict(), scene.rgb), scene.rgb)
+
+
+def square(array):
+    """The centre square of (H, W[, 3])."""
+    height, width = array.shape[:2]
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    return array[top:top + side, left:left + side]
+
+
+class Files(Source):
+    """Frames of files: {modality: path} of each."""
+
+    class_names, space = (), "depth"  # space: what depth files hold
+
+    def load(self, i):
+        """RGB is brought to the truth's size, and both are cut to the centre square; without RGB nothing is.
+
+        Raises InputError where they differ in shape.
+        """
+        name, files = self.names[i], self.files[i]
+        truth = {m: read_map(m, files[m]) for m in self.modalities if m in files}
+        if self.space == "disparity" and "depth" in truth:
+            truth["depth"] = 1 / np.where(truth["depth"] > 0, truth["depth"], np.nan)
+        if "rgb" not in files:
+            return Frame(i, name, truth)
+        rgb = read_rgb(files["rgb"])
+        truth = self.truth(truth, np.asarray(rgb))
+        for m, array in truth.items():
+            height, width = array.shape[:2]
+            check(abs(rgb.width / rgb.height / (width / height) - 1) <= 0.02, f"{name}: the RGB is "
+                  f"{rgb.width}x{rgb.height}, its {m} {width}x{height}; they must show the same view")
+        if rgb.size != (width, height):
+            rgb = rgb.resize((width, height), Image.Resampling.BICUBIC)
+        label = class_of(files["rgb"].parent.name, self.class_names)
+        truth = {m: square(array) for m, array in truth.items()}
+        return Frame(i, name, truth, square(np.asarray(rgb)), label)
+
+
+class ScanNet(Files):
+    """Frames as ScanNet exports them: <scene>/{color,colour}/<k>.jpg and <scene>/depth/<k>.png in
+    millimetres.
+
+    listed, a file, names the frames (an RGB and a depth file in each line, Marigold's format); count of them
+    are drawn with the seed. list: the frames taken, in the same format.
+    """
+
+    seg_mode = "instance"
+
+    def __init__(self, root, listed=None, count=None, seed=0):
+        self.root, self.modalities = root, ["depth"]
+        pairs = self._listed(listed) if listed else self._found()
+        count = count or (len(pairs) if listed else 5000)
+        if count < len(pairs):
+            pairs = sorted(random.Random(seed).sample(pairs, count))
+        self.names = [rgb for rgb, _ in pairs]
+        self.files = [{"rgb": root / rgb, "depth": root / depth} for rgb, depth in pairs]
+        self.list = "".join(f"{rgb}\t{depth}\n" for rgb, depth in pairs).encode()
+        digest = hashlib.sha256(self.list).hexdigest()
+        self.recipe = dict(source="scannet", frames_sha256=digest, list=listed and listed.name)
+
+    def _found(self):
+        """All frames below the root: (RGB file, depth file), each relative to it."""
+        found = [path.relative_to(self.root) for path in find_pictures(self.root)]
+        colours = {(p.parents[1], p.stem): p for p in found if p.match("color/*") or p.match("colour/*")}
+        depths = {(p.parents[1], p.stem): p for p in found if p.match("depth/*.png")}
+        pairs = [(colours[key].as_posix(), p.as_posix()) for key, p in depths.items() if key in colours]
+        check(pairs, f"--scannet {self.root}: no frames; the layout is <scene>/color/<k>.jpg beside "
+              "<scene>/depth/<k>.png")
+        lost = len(depths) - len(pairs)
+        if lost:
+            print(f"{self.root}: {lost} of {len(depths)} depth frames have no picture in color/ "
+                  "and are not used")
+        return pairs
+
+    def _listed(self, listed):
+        """The frames of a list. Marigold's write 000300.jpg where ScanNet's exporter writes 300.jpg."""
+        def there(file):
+            path = plain = PurePosixPath(file)
+            if path.stem.isdecimal():
+                plain = path.with_name(f"{int(path.stem)}{path.suffix}")
+            found = [p for p in (path, plain) if (self.root / p).is_file()]
+            check(found, f"--list {listed}: {self.root / file}: no such file; "
+                  "export this frame or leave its line out")
+            return found[0].as_posix()
+
+        with reading(f"--list {listed}", "give a text file"):
+            lines = [line for line in listed.read_text().splitlines() if line.strip()]
+        pairs = [line.split("\t" if "\t" in line else None)[:2] for line in lines]
+        check(pairs and all(len(pair) == 2 for pair in pairs),
+              f"--list {listed}: each line names an RGB file and a depth file below {self.root}")
+        return [(there(rgb), there(depth)) for rgb, depth in pairs]
+
+
+class Tree(Files):
+    """A folder tree as prep_latents.py reads it, with truth in units; meta: the checkpoint's."""
+
+    def __init__(self, root, meta, depth_space="depth"):
+        found = {m: stems(root, m) for m in MODALITIES if (root / m).is_dir()}
+        check("rgb" in found and len(found) > 1, f"--data {root}: needs rgb/ and one of "
+              f"{', '.join(dense())}; found {', '.join(found) or 'none'}")
+        self.names, self.files = matched(found)
+        self.modalities, self.space = available(found), depth_space
+        self.seg_mode, self.class_names = meta["seg_mode"], meta["class_names"]
+        if meta["palette"]:
+            self.palette = np.array(meta["palette"], np.uint8)
+        self.recipe = dict(source="folder", folder=root.name, depth_space=depth_space)
+
+
+class Pairs(Files):
+    """Truth and predictions of a folder each, matched by stem; nothing is cropped or resized."""
+
+    def __init__(self, pred, gt, modalities=None, alignment="disparity"):
+        both = [m for m in dense() if (pred / m).is_dir() and (gt / m).is_dir()]
+        self.modalities = modalities or both
+        alone = len(self.modalities) == 1  # its files may lie in the folders themselves
+        check(alone or (both and set(self.modalities) <= set(both)),
+              f"--pred {pred} --gt {gt}: no {'/ '.join(dense())}/ folder in both; name one with --modality "
+              "when the files lie in the folders themselves")
+        truth = {m: stems(gt, m) for m in self.modalities}
+        predictions = {f"predicted_{m}": stems(pred, m) for m in self.modalities}
+        for path in predictions.get("predicted_depth", {}).values():
+            check(alignment == "depth" or path.suffix == ".npy", f"{path}: a picture in millimetres holds "
+                  "depth, not disparity; add --alignment depth")
+        self.names, self.files = matched(truth | predictions)
+        self.recipe = dict(source="predictions", pred=pred.name, gt=gt.name)
+
+    def predict(self, frames):
+        """A predictor."""
+        return [{m: self._prediction(frame, m) for m in frame.truth} for frame in frames]
+
+    def _prediction(self, frame, modality):
+        files = self.files[frame.index]
+        path = files[f"predicted_{modality}"]
+        found = read_map(modality, path)
+        size, wanted = found.shape[:2], frame.truth[modality].shape[:2]
+        check(size == wanted, f"{path}: size {size}, its truth {files[modality]} has {wanted}; "
+              "resize the prediction, never the truth")
+        return found
+
+
+# ------------------------------------------------------------------------------------------------
+# Predictors. A predictor is called with a list of Frames and returns a dict for each: {modality: map}, of
+# those of frame.truth that it can predict, (H, W[, 3]) at the truth's size, as the modality's metric takes
+# it. There may be a spread_<modality>, (H, W), beside a map: it is saved, not scored.
+
+class Checkpoint(NamedTuple):
+    """A model's maps of RGB: frame i's member k of the ensemble is drawn with the noise of i + k * 2^32.
+
+    A model of another kind overrides draw.
+    """
+    model: torch.nn.Module
+    resolution: int
+    encoder: object              # of vae.py
+    sampling: samplers.Sampling
+    metrics: dict                # as of metrics_of
+    seed: int = 0
+    ensemble: int = 1
+
+    def inputs(self, frames):
+        """Pixels (N, 3, S, S) and classes (N,) on the model's device."""
+        kind, null = MODALITIES["rgb"], self.model.num_classes
+        device = next(self.model.parameters()).device
+        rgb = np.stack([kind.to_pixels(kind.crop(frame.rgb, self.resolution)) for frame in frames])
+        y = [null if frame.class_id is None else frame.class_id for frame in frames]
+        return torch.from_numpy(rgb).to(device), torch.tensor(y, device=device)
+
+    def draw(self, frames, modalities, indices):
+        """Pixels (N, len(modalities), 3, S, S), with the noise of these indices."""
+        rgb, y = self.inputs(frames)
+        noise = samplers.Noise(self.seed, indices, y.device)
+        given = {"rgb": self.encoder.encode(rgb, noise)}
+        x = samplers.sample_latents(self.model, y, given, noise, self.sampling)
+        wanted = [self.model.modalities.index(m) for m in modalities]
+        return samplers.decode(self.encoder, x, wanted, self.sampling.precision)
+
+    def __call__(self, frames):
+        wanted = [m for m in self.model.modalities if m in frames[0].truth]
+        members = []
+        for k in range(self.ensemble):
+            indices = [frame.index + (k << 32) for frame in frames]
+            members.append(self.draw(frames, wanted, indices).cpu().numpy())
+        members = np.stack(members, 2)  # (N, len(wanted), ensemble, 3, S, S)
+        return [self._combined(frame, dict(zip(wanted, pixels))) for frame, pixels in zip(frames, members)]
+
+    def _combined(self, frame, members):
+        """{modality: pixels (ensemble, 3, S, S)} of one frame -> its maps and spreads."""
+        maps = {}
+        for m, pixels in members.items():
+            kind, shape = MODALITIES[m], frame.truth[m].shape[:2]
+            one, spread = self.metrics[m].combine([kind.from_pixels(x) for x in pixels])
+            maps[m] = kind.resize(one, shape)
+            if spread is not None:
+                maps[f"spread_{m}"] = MODALITIES["depth"].resize(spread, shape)
+        return maps
+
+
+class Ceiling(NamedTuple):
+    """The truth encoded and decoded: what a perfect model would score."""
+    encoder: object
+    resolution: int
+    metrics: dict
+
+    def pixels(self, modality, truth):
+        """Truth -> pixels (3, S, S) as training would have seen it."""
+        kind = MODALITIES[modality]
+        return kind.to_pixels(kind.crop(self.metrics[modality].target(truth), self.resolution))
+
+    def decoded(self, modality, truth):
+        kind, pixels = MODALITIES[modality], torch.from_numpy(self.pixels(modality, truth))
+        x = self.encoder.round_trip(pixels[None])[0].cpu().numpy()
+        return kind.resize(kind.from_pixels(x), truth.shape[:2])
+
+    def __call__(self, frames):
+        return [{m: self.decoded(m, truth) for m, truth in frame.truth.items()} for frame in frames]
+
+
+@functools.cache
+def mean_map(count=2000):
+    """The toy training scenes' mean disparity, mean normal and most frequent segment: what guessing
+    scores.
+    """
+    kind, disparity, normal, votes = MODALITIES["depth"], 0, 0, 0
+    for seed in range(count):
+        scene = toy_scenes.render(seed)
+        disparity = disparity + kind.from_pixels(kind.to_pixels(1 / scene.depth))
+        normal = normal + scene.normal
+        votes = votes + np.eye(len(toy_scenes.PALETTE))[scene.seg]
+    return {"depth": disparity / count, "normal": normal / np.linalg.norm(normal, axis=-1, keepdims=True),
+            "seg": toy_scenes.PALETTE[votes.argmax(-1)]}
+
+
+def guess(frames):
+    """The predictor of the mean map."""
+    return [mean_map()] * len(frames)
+
+
+# ------------------------------------------------------------------------------------------------
+
+def evaluate(source, predictors, rules, batch_size=16, save=None):
+    """Score predictors {name: predictor} on a source's frames, shared out over the processes -> {name:
+    {modality: Metric}}, the same on all.
+
+    save(frame, maps), if given, is called with what the first predictor gave. Raises InputError for truth
+    that cannot be read and for predictions that cannot be scored.
+    """
+    rank, world = place()
+    scored = {name: metrics_of(source.modalities, rules) for name in predictors}
+    total, first = len(source.names), next(iter(predictors))
+    with tqdm(total=total, desc="evaluate", disable=rank > 0) as bar:
+        for block in share(range(total), rank, world, batch_size):
+            frames = [source.frame(i) for i in block]
+            for name, predict in predictors.items():
+                for frame, maps in zip(frames, predict(frames)):
+                    for m, metric in scored[name].items():
+                        if m in maps:
+                            metric.add(frame.index, frame.name, frame.truth[m], maps[m])
+                    if save and name == first:
+                        save(frame, maps)
+            bar.update(len(block) * world)
+    for metrics in scored.values():
+        for metric in metrics.values():
+            metric.merge()
+    barrier()
+    return scored
+
+
+def results(metrics):
+    """{score: value over the set} of all modalities."""
+    return {key: value for metric in metrics.values() for key, value in metric.result().items()}
+
+
+def cases(metric, count=2):
+    """Indices of the best, median and worst images by the metric's headline."""
+    values = {i: row[metric.headline] for i, row in metric.rows.items()}
+    order = sorted((i for i in values if np.isfinite(values[i])), key=values.get, reverse=metric.rising)
     middle = max(0, len(order) // 2 - count // 2)
-    picks = dict.fromkeys(order[:count] + order[middle:middle + count] + order[-count:])
-    return key, list(picks)
+    return list(dict.fromkeys(order[:count] + order[middle:middle + count] + order[-count:]))
+
+
+# ------------------------------------------------------------------------------------------------
+# Output.
+
+def panels_of(metrics, frame, maps):
+    """{modality: panels} of a frame's maps that can be compared."""
+    panels = {m: metrics[m].panels(truth, maps[m]) for m, truth in frame.truth.items() if m in maps}
+    return {m: found for m, found in panels.items() if found}
+
+
+def save_array(path, array):
+    """A picture as .png, floats as .npy."""
+    with whole_file(path) as file:
+        if path.suffix == ".png":
+            Image.fromarray(array).save(file, "png")
+        else:
+            np.save(file, array.astype(np.float32))
+
+
+def save_maps(out, metrics, frame, maps):
+    """OUT/<modality>/<stem>.png and .npy, OUT/error_<modality>/<stem>.png,
+    OUT/spread_<modality>/<stem>.npy.
+    """
+    stem = PurePosixPath(frame.name).with_suffix("").as_posix().replace("/", "_")
+    for m, (_, shown, error, values) in panels_of(metrics, frame, maps).items():
+        spread = f"spread_{m}"
+        save_array(out / m / f"{stem}.png", shown)
+        save_array(out / f"error_{m}" / f"{stem}.png", error)
+        if MODALITIES[m].floats:
+            save_array(out / m / f"{stem}.npy", values)
+        if spread in maps:
+            save_array(out / spread / f"{stem}.npy", maps[spread])
+
+
+def write_table(path, names, metrics):
+    """The scores of each image, a line each."""
+    rows = [{"name": name} for name in names]
+    for metric in metrics.values():
+        for i, scores in metric.rows.items():
+            rows[i] |= scores
+    text = io.StringIO()
+    keys = dict.fromkeys(key for row in rows for key in row)
+    writer = csv.DictWriter(text, keys, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    with whole_file(path) as file:
+        file.write(text.getvalue().encode())
+
+
+def write_grid(path, source, predict, metrics):
+    """Pictures of the best, median and worst images by the first modality that has scores."""
+    metric = next(metric for metric in metrics.values() if metric.rows)
+    picks = cases(metric)
+    lines = []
+    for i in picks:
+        frame = source.frame(i)
+        maps, = predict([frame])
+        line = {} if frame.rgb is None else {"rgb": frame.rgb}
+        for m, panels in panels_of(metrics, frame, maps).items():
+            line |= {f"{m}\n({part})": image for part, image in zip(("truth", "prediction", "error"), panels)}
+        lines.append(line)
+    if lines:
+        grid = draw_grid([list(line.values()) for line in lines], list(lines[-1]))
+        save_array(path, np.asarray(grid))
+        names = ", ".join(source.names[i] for i in picks)
+        print(f"{path}: best, median and worst by {metric.headline}: {names}")
+
+
+def print_table(metrics, result):
+    """A line for each score: its value, and what the other predictors of the result have."""
+    columns = [c for c in ("ceiling", "mean_map", "gap") if c in result]
+    print(f"{'':24s} {'value':>10s} " + " ".join(f"{c.replace('_', ' '):>10s}" for c in columns))
+    for metric in metrics.values():
+        for key, value in metric.result().items():
+            cells = [f"{result[c][key]:10.4f}" if key in result[c] else " " * 10 for c in columns]
+            print(f"{key + metric.note:24s} {value:10.4f} " + " ".join(cells))
 
 
 # ------------------------------------------------------------------------------------------------
 
 def arguments():
-    """The command's flags -> Namespace. InputError for those that contradict each other."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--toy", type=int, metavar="N", help="N held-out toy scenes")
-    what.add_argument("--scannet", type=pathlib.Path, metavar="DIR", help="<scene>/{color,depth}/ as ScanNet exports them")
-    what.add_argument("--data", type=pathlib.Path, metavar="DIR", help="folder tree <root>/<modality>/<class>/<name>")
-    what.add_argument("--pred", type=pathlib.Path, metavar="DIR", help="predictions, with --gt; no model runs")
-    parser.add_argument("--gt", type=pathlib.Path, metavar="DIR")
-    parser.add_argument("--list", type=pathlib.Path, metavar="FILE", help="--scannet: the frames, a line each: rgb depth")
-    parser.add_argument("--num", type=int, help="--scannet: frames to draw with --seed; default 5000, with --list all")
-    parser.add_argument("--modality", nargs="+", choices=list(READERS), help="default: all that are there")
-    parser.add_argument("--alignment", choices=("disparity", "depth"), default="disparity", help="the space in which scale and shift are fitted")
-    parser.add_argument("--depth-range", type=float, nargs=2, default=(1e-3, 10.0), metavar=("MIN", "MAX"), help="depths that are scored")
-    parser.add_argument("--depth-space", choices=("disparity", "depth"), default="depth", help="--data: what the depth files hold")
-    parser.add_argument("--axes", choices=("ours", "marigold"), default="ours", help="of the true normals; marigold: +x right")
-    parser.add_argument("--seg-mode", choices=("semantic", "instance"), help="default: the checkpoint's; semantic for --pred")
-    parser.add_argument("--palette", type=pathlib.Path, metavar="FILE", help="semantic colours: a JSON list, or the meta.json of sample.py")
-    parser.add_argument("--cityscapes-eps", dest="eps", action="store_const", const=1e-12, help="absent classes count as 0, as in CycleGAN's script")
-    parser.add_argument("--ensemble", type=int, default=1, metavar="K", help="median of K samples")
-    sampling_flags(parser)
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("evaluation"))
-    parser.add_argument("--save-maps", action="store_true", help="also all maps and error maps")
-    parser.add_argument("--json", type=pathlib.Path, metavar="FILE")
+    """The command's flags -> Namespace. Raises InputError for those that contradict each other."""
+    parser = command_parser(__doc__)
+    what, flag = parser.add_mutually_exclusive_group(required=True).add_argument, parser.add_argument
+    what("--toy", type=int, metavar="N", help="N held-out toy scenes")
+    what("--scannet", type=Path, metavar="DIR", help="<scene>/{color,depth}/ as ScanNet exports them")
+    what("--data", type=Path, metavar="DIR", help="folder tree <root>/<modality>/<class>/<name>")
+    what("--pred", type=Path, metavar="DIR", help="predictions, with --gt; no model runs")
+    flag("--gt", type=Path, metavar="DIR")
+    flag("--list", type=Path, metavar="FILE", help="--scannet: the frames, a line each: rgb depth")
+    flag("--num", type=int, help="--scannet: frames to draw with --seed; default 5000, with --list all")
+    flag("--modality", nargs="+", choices=dense(), help="default: all that are there")
+    flag("--alignment", choices=SPACES, default="disparity", help="in which scale and shift are fitted")
+    flag("--depth-range", type=float, nargs=2, default=(1e-3, 10.0), metavar=("MIN", "MAX"),
+         help="depths that are scored")
+    flag("--depth-space", choices=SPACES, default="depth", help="--data: what the depth files hold")
+    flag("--axes", choices=("ours", "marigold"), default="ours",
+         help="of the true normals; marigold: +x right")
+    flag("--seg-mode", choices=list(SEGMENTATION), help="default: the checkpoint's; semantic for --pred")
+    flag("--palette", type=Path, metavar="FILE",
+         help="semantic colours: a JSON list, or the meta.json of sample.py")
+    flag("--cityscapes-eps", dest="eps", action="store_const", const=1e-12,
+         help="absent classes count as 0, as in CycleGAN's script")
+    flag("--ensemble", type=int, default=1, metavar="K", help="median of K samples")
+    samplers.add_flags(parser)
+    flag("--out", type=Path, default=Path("evaluation"))
+    flag("--save-maps", action="store_true", help="also all maps and error maps")
+    flag("--json", type=Path, metavar="FILE")
     args = parser.parse_args()
-    check_sampling_flags(args)
-    if bool(args.pred) != bool(args.gt):
-        raise InputError("--pred DIR and --gt DIR go together")
-    if args.ensemble < 1 or (args.toy is not None and not 1 <= args.toy <= 10 ** 6) or not 0 <= args.depth_range[0] < args.depth_range[1]:
-        raise InputError(f"--ensemble {args.ensemble} --toy {args.toy} --depth-range {args.depth_range}: counts from 1 to a million, 0 <= MIN < MAX")
-    if (args.list or args.num) and not args.scannet:
-        raise InputError("--list and --num belong to --scannet")
+    check(bool(args.pred) == bool(args.gt), "--pred DIR and --gt DIR go together")
+    low, high = args.depth_range
+    scenes = args.toy is None or 1 <= args.toy <= 10 ** 6
+    check(scenes and args.ensemble >= 1 and 0 <= low < high, f"--ensemble {args.ensemble} --toy {args.toy} "
+          f"--depth-range {low} {high}: counts from 1 to a million, 0 <= MIN < MAX")
+    check(args.scannet or not (args.list or args.num), "--list and --num belong to --scannet")
     return args
 
 
 def read_palette(path):
-    """Colours (K, 3) of a JSON list, or under the key "palette"."""
-    try:
+    """Colours uint8 (K, 3) of a JSON list, or under the key "palette"; None where that is null, as instance
+    segmentation's is.
+    """
+    with reading(f"--palette {path}", "give a JSON list of colours [r, g, b]"):
         found = json.loads(path.read_text())
         found = found["palette"] if isinstance(found, dict) else found
-        if found is None:  # meta.json of a model of instance segmentation
+        if found is None:
             return None
         colours = np.array(found)
-        if colours.ndim == 2 and colours.shape[1] == 3 and 0 < len(colours) <= 255 and colours.min() >= 0 and colours.max() <= 255:
-            return colours.astype(np.uint8)
-        raise ValueError(f"shape {colours.shape}")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"--palette {path}: not a list of up to 255 colours [r, g, b] ({error})")
+        shaped = colours.shape[1:] == (3,) and len(colours) <= 255
+        check(shaped and colours.min() >= 0 and colours.max() <= 255,
+              f"--palette {path}: not a list of up to 255 colours [r, g, b]")
+        return colours.astype(np.uint8)
 
 
 def main():
-    """Predict (or read predictions), score against the truth, write per_image.csv, grid.png and the JSON; rank 0 gathers the others' scores."""
+    """Predict (or read predictions), score against the truth, write per_image.csv, grid.png and the JSON.
+
+    Rank 0 gathers the others' scores.
+    """
     args = arguments()
-    rank, world, device = setup()
-    predictor = None
+    sampling = samplers.from_flags(args)
+    rank, _, device = setup()
+    loaded, palette = None, args.palette
     if args.pred:
-        source = Pairs(args)
+        source = Pairs(args.pred, args.gt, args.modality, args.alignment)
+        beside = args.pred / "meta.json"  # of sample.py
+        palette = palette or (beside if beside.is_file() else None)
     else:
-        predictor = Predictor(args, device)
-        source = Toy(args.toy) if args.toy else ScanNet(args) if args.scannet else Tree(args, predictor.model.meta)
-        if args.data and predictor.model.meta["palette"]:
-            source.palette = np.array(predictor.model.meta["palette"], np.uint8)
-    if args.pred and not args.palette and (args.pred / "meta.json").is_file():  # predictions of sample.py
-        args.palette = args.pred / "meta.json"
-    if args.palette:
-        source.palette = read_palette(args.palette)
-    args.seg_mode = args.seg_mode or source.seg_mode
-    known = [m for m in source.modalities if predictor is None or m in predictor.model.modalities]
-    wanted = [m for m in args.modality or known if m in known]
-    if not wanted or set(args.modality or ()) - set(known):
-        raise InputError(f"--modality {' '.join(args.modality or ())}: there are {', '.join(known) or 'none'} in both truth and prediction")
-    source.modalities = tuple(wanted)  # nothing else is read
-    if predictor:
-        predictor.palette = source.palette
-    tallies = {"value": Tally(args, source.palette)}
-    if predictor:
-        tallies["ceiling"] = Tally(args, source.palette)
-    baseline = mean_map() if args.toy else None
-    if baseline:
-        tallies["mean_map"] = Tally(args, source.palette)
-
-    def load(i):
-        frame = source.frame(i)
-        truth = {m: a for m, a in frame.truth.items() if m in wanted}
-        if args.axes == "marigold" and "normal" in truth:
-            truth["normal"] = truth["normal"] * [-1, 1, 1]
-        return frame._replace(truth=truth)
-
-    def predict(indices):
-        frames = [load(i) for i in indices]
-        if predictor:
-            return frames, predictor(frames, indices)
-        return frames, [({m: f.prediction[m] for m in wanted}, {}) for f in frames]
-
-    total = len(source.names)
-    blocks = [range(s, min(s + args.batch_size, total)) for s in range(0, total, args.batch_size)][rank::world]
-    with tqdm(total=total, desc="evaluate", disable=rank > 0) as bar:
-        for block in blocks:
-            frames, predictions = predict(block)
-            for i, frame, (maps, spread) in zip(block, frames, predictions):
-                tallies["value"].add(i, frame, maps)
-                if args.save_maps:
-                    save_maps(args.out, frame, maps, spread, args, source.palette)
-                if baseline:
-                    tallies["mean_map"].add(i, frame, {m: baseline[m] for m in wanted if m in baseline})
-            for i, frame, maps in zip(block, frames, predictor.ceiling(frames) if predictor else ()):
-                tallies["ceiling"].add(i, frame, maps)
-            bar.update(len(block) * world)
-    results = {name: tally.merge().result() for name, tally in tallies.items()}
-    barrier()
+        loaded = load_model(args.ckpt or newest_checkpoint(), device)
+        known = loaded.model.modalities
+        check("rgb" in known, f"{loaded.path}: does not take RGB as a condition ({', '.join(known)})")
+        samplers.prepare(loaded.model, args.precision, args.compile)
+        encoder = encoder_of(loaded.meta, device, args.vae)
+        if args.toy:
+            source = Toy(args.toy)
+        elif args.scannet:
+            source = ScanNet(args.scannet, args.list, args.num, args.seed)
+            if rank == 0:
+                with whole_file(args.out / "frames.txt") as file:
+                    file.write(source.list)
+        else:
+            source = Tree(args.data, loaded.meta, args.depth_space)
+        source.modalities = [m for m in source.modalities if m in known]
+    both, total = source.modalities, len(source.names)
+    asked = args.modality or both
+    check(both and set(asked) <= set(both), f"--modality {' '.join(asked)}: there are "
+          f"{', '.join(both) or 'none'} in both truth and prediction")
+    source.modalities, source.axes = asked, args.axes  # nothing else is read
+    if palette:
+        source.palette = read_palette(palette)
+    seg_mode = args.seg_mode or source.seg_mode
+    rules = Rules(args.alignment, args.depth_range, seg_mode, source.palette, args.eps)
+    recipe = dict(**source.recipe, count=total, modalities=asked,
+                  alignment=f"{args.alignment}, least squares per image", depth_range=args.depth_range,
+                  axes=args.axes, seg_mode=seg_mode, cityscapes_eps=args.eps, torch=torch.__version__,
+                  device=device.type)
+    fresh = metrics_of(asked, rules)
+    if loaded:
+        size = loaded.meta["resolution"]
+        drawn = Checkpoint(loaded.model, size, encoder, sampling, fresh, args.seed, args.ensemble)
+        predictors = {"value": drawn, "ceiling": Ceiling(encoder, size, fresh)}
+        recipe |= dict(ensemble=args.ensemble, **samplers.recipe(loaded, sampling, args.seed))
+    else:
+        predictors = {"value": source.predict}
+    if args.toy:
+        predictors["mean_map"] = guess
+    save = functools.partial(save_maps, args.out, fresh) if args.save_maps else None
+    scored = evaluate(source, predictors, rules, args.batch_size, save)
     if rank > 0:
         return
-    value = tallies["value"]
-    recipe = dict(**source.recipe, count=total, modalities=wanted, alignment=f"{args.alignment}, least squares per image", depth_range=list(args.depth_range),
-                  axes=args.axes, seg_mode=args.seg_mode, cityscapes_eps=args.eps, torch=torch.__version__, device=device.type)
-    if predictor:
-        recipe |= dict(ensemble=args.ensemble, **sampling_recipe(args, predictor.checkpoint, predictor.model))
-    if not results["value"]:
-        raise InputError(f"none of the {total} frames has a valid truth in {', '.join(wanted)}" + (f" (depth between {args.depth_range[0]} and {args.depth_range[1]})" if "depth" in wanted else ""))
-    result = {**results.pop("value"), **results}
-    if baseline:
-        result["gap"] = {k: (result[k] - result["ceiling"][k]) / (result["mean_map"][k] - result["ceiling"][k])
-                         for k in ("abs_rel", "normal_mean", "miou") if k in result}
-    result |= {"no_valid_depth": [value.empty[i] for i in sorted(value.empty)], "recipe": recipe}
-    report(args, result, value, predict, source)
+    found = {name: results(metrics) for name, metrics in scored.items()}
+    metrics, result = scored["value"], found.pop("value")
+    check(result, f"none of the {total} frames has a valid truth in {', '.join(asked)} "
+          f"(depth between {args.depth_range[0]} and {args.depth_range[1]})")
+    result |= found
+    if args.toy:
+        ceiling, guessed = found["ceiling"], found["mean_map"]
+        headlines = [metric.headline for metric in metrics.values()]
+        result["gap"] = {key: (result[key] - ceiling[key]) / (guessed[key] - ceiling[key])
+                         for key in headlines if key in guessed}
+    valid = metrics["depth"].rows if "depth" in asked else range(total)
+    unknown = [name for i, name in enumerate(source.names) if i not in valid]
+    result |= dict(no_valid_depth=unknown, recipe=recipe)
+    print_table(metrics, result)
+    if unknown:
+        print(f"{len(unknown)} of {total} frames have no valid depth and are left out of the depth figures: "
+              f"{', '.join(unknown[:10])}{' ...' if len(unknown) > 10 else ''}")
+    write_table(args.out / "per_image.csv", source.names, metrics)
+    write_grid(args.out / "grid.png", source, predictors["value"], metrics)
     if args.json:
         with whole_file(args.json) as file:
             file.write(json.dumps(result, indent=1).encode())
-
-
-def report(args, result, tally, predict, source):
-    """Print the table; write per_image.csv and grid.png."""
-    columns = [c for c in ("ceiling", "mean_map", "gap") if c in result]
-    print(f"{'':24s} {'value':>10s} " + " ".join(f"{c.replace('_', ' '):>10s}" for c in columns))
-    for key, value in result.items():
-        if isinstance(value, float):
-            space = f" ({args.alignment})" if key in ("abs_rel", "rmse", "delta1", "delta2", "delta3") else ""
-            print(f"{key + space:24s} {value:10.4f} " + " ".join(f"{result[c][key]:10.4f}" if key in result[c] else " " * 10 for c in columns))
-    empty = result["no_valid_depth"]
-    if empty:
-        print(f"{len(empty)} of {len(source.names)} frames have no valid depth and are left out of the depth figures: {', '.join(empty[:10])}{' ...' if len(empty) > 10 else ''}")
-    keys = list(dict.fromkeys(k for row in tally.rows.values() for k in row))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, keys, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(tally.rows[i] for i in sorted(tally.rows))
-    with whole_file(args.out / "per_image.csv") as file:
-        file.write(text.getvalue().encode())
-    key, picks = cases(tally.rows)
-    lines, labels = [], []
-    for i in picks:
-        (frame,), ((maps, _),) = predict([i])
-        shown = panels(frame, maps, args, source.palette)
-        lines.append([None if frame.rgb is None else np.asarray(frame.rgb)] + [image for m in shown for image in shown[m][:3]])
-        labels = ["rgb"] + [f"{m}\n({part})" for m in shown for part in ("truth", "prediction", "error")]
-    if lines:
-        keep = [j for j in range(len(labels)) if lines[0][j] is not None]
-        with whole_file(args.out / "grid.png") as file:
-            draw_grid([[line[j] for j in keep] for line in lines], [labels[j] for j in keep]).save(file, "png")
-        print(f"{args.out / 'grid.png'}: best, median and worst by {key}: {', '.join(tally.rows[i]['name'] for i in picks)}")
 
 
 if __name__ == "__main__":

@@ -2,22 +2,23 @@
 
     python eval_fid.py samples/samples.npz VIRTUAL_imagenet256_labeled.npz --json fid.json
     torchrun --nproc_per_node=8 eval_fid.py samples val --crop 256 --metrics fid sfid   # folders of pictures
-    python eval_fid.py val --crop 256 --save-stats val256.npz                               # a reference of one's own
-    python eval_fid.py restored truth --lpips --vgg vgg16.pth --lpips-heads vgg.pth         # paired pictures
+    python eval_fid.py val --crop 256 --save-stats val256.npz                           # one's own reference
+    python eval_fid.py a b --metrics latent-fd                   # the toy world's, without Inception; not FID
+    python eval_fid.py restored truth --metrics lpips psnr --vgg vgg16.pth --lpips-heads vgg.pth   # of pairs
 
-SAMPLES and REF are .npz files (arr_0 uint8 NHWC, and/or mu, sigma, mu_s, sigma_s), folders of pictures, or files
-written by --save-stats. Moments are streamed in float64: memory does not grow with the number of pictures, except
-for the 8 KB a picture that precision, recall and KID keep.
+SAMPLES and REF are .npz files (arr_0 uint8 NHWC, and/or mu, sigma, mu_s, sigma_s), folders of pictures, or
+files written by --save-stats. Moments are streamed in float64: memory does not grow with the number of
+pictures, except for the 8 KB a picture that precision, recall and KID keep. lpips and psnr compare the
+pictures of equal names.
 """
-import argparse
-import concurrent.futures
+import functools
 import hashlib
 import json
+import math
 import pathlib
 import threading
-import urllib.error
 import zipfile
-import zlib
+from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
@@ -26,16 +27,15 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-from distributed import InputError, all_reduce, barrier, run, setup, whole_file
-from prep_latents import EXTENSIONS, centre_crop, read_picture
+from distributed import all_reduce, barrier, check, command_parser, gather, prefetch
+from distributed import reading, run, setup, share, whole_file
+from modalities import centre_crop, find_pictures, read_rgb, stem_of
 from vae import load_vae, sha256
 
-INCEPTION = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
+INCEPTION = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
+             "pt_inception-2015-12-05-6726825d.pth")
 IS_CHUNK = 5000   # consecutive pictures of one inception score
 NEIGHBOUR = 3     # whose distance is a manifold's radius
-KEYS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s"), "latent": ("mu_latent", "sigma_latent"), "cls": ("mu_dinov2", "sigma_dinov2")}
-METRICS = {"fid": "inception", "sfid": "inception", "is": "inception", "precision": "inception", "recall": "inception",
-           "kid": "inception", "fd-dinov2": "dinov2", "latent-fd": "vae"}  # and the network that each looks through
 
 
 # ------------------------------------------------------------------------------------------------
@@ -54,59 +54,69 @@ class Conv(nn.Module):
 class Mixed(nn.Module):
     """Parallel chains of convolutions and a pooled branch, concatenated.
 
-    chains: each a list of (name, width, kernel[, stride]); where the last entry is a list, its convolutions run in
-    parallel. pool: "average" (borders not counted) or "max", both followed by branch_pool of the given width; "reduce"
-    is a max pool of stride 2 alone. A stride of 2 goes without padding.
+    chains: each a name and the (width, kernel) of its convolutions, name_1, name_2, ...; with two kernels
+    they are two in parallel, name_1a and name_1b. pool: "average" (borders not counted) or "max", both
+    followed by branch_pool of the given width; "reduce" is a max pool of stride 2 alone, and each chain ends
+    in a stride of 2.
     """
 
     def __init__(self, inner, chains, pool, width=0):
         super().__init__()
         self.chains, self.pool = [], pool
-        for chain in chains:
-            names, channels = [], inner
-            for entry in chain:
-                parallel = entry if isinstance(entry, list) else [entry]
-                for name, outer, kernel, *stride in parallel:
-                    padding = 0 if stride else tuple(k // 2 for k in kernel) if isinstance(kernel, tuple) else kernel // 2
-                    self.add_module(name, Conv(channels, outer, kernel, *stride or (1,), padding))
-                names.append([p[0] for p in parallel])
+        for name, *steps in chains:
+            channels, chain = inner, []
+            for number, (outer, *kernels) in enumerate(steps, 1):
+                last = number == len(steps)
+                stride, padding = (2, "valid") if pool == "reduce" and last else (1, "same")
+                step = f"{name}_{number}" if len(steps) > 1 else name
+                names = [step] if len(kernels) == 1 else [f"{step}a", f"{step}b"]
+                for module, kernel in zip(names, kernels):
+                    self.add_module(module, Conv(channels, outer, kernel, stride, padding))
+                chain.append(names)
                 channels = outer
-            self.chains.append(names)
+            self.chains.append(chain)
         if width:
             self.branch_pool = Conv(inner, width, 1)
 
-    def forward(self, x):                                                               # (N, inner, H, W)
-        """A block of parallel branches, concatenated: (N, inner, H, W) -> (N, outer, H, W), half as large in a reduction."""
+    def pooled(self, x):                                                         # (N, inner, H, W)
+        if self.pool == "reduce":
+            return F.max_pool2d(x, 3, 2)                                         # (N, inner, H/2, W/2)
+        if self.pool == "max":
+            return self.branch_pool(F.max_pool2d(x, 3, 1, 1))                    # (N, width, H, W)
+        return self.branch_pool(F.avg_pool2d(x, 3, 1, 1, count_include_pad=False))
+
+    def forward(self, x):                                                        # (N, inner, H, W)
+        """The branches, concatenated: (N, outer, H, W), half as large in a reduction."""
         outputs = []
         for chain in self.chains:
             parts = [x]
             for names in chain:
-                parts = [getattr(self, name)(parts[0]) for name in names]               # each (N, outer, H, W)
+                parts = [getattr(self, name)(parts[0]) for name in names]        # each (N, width, H, W)
             outputs += parts
-        if self.pool == "reduce":
-            outputs.append(F.max_pool2d(x, 3, 2))                                       # (N, inner, H/2, W/2)
-        elif self.pool == "max":
-            outputs.append(self.branch_pool(F.max_pool2d(x, 3, 1, 1)))                  # (N, width, H, W)
-        else:
-            outputs.append(self.branch_pool(F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)))
-        return torch.cat(outputs, 1)
+        return torch.cat([*outputs, self.pooled(x)], 1)
 
 
 def _mixed_5(inner, width):
-    return Mixed(inner, [[("branch1x1", 64, 1)], [("branch5x5_1", 48, 1), ("branch5x5_2", 64, 5)],
-                         [("branch3x3dbl_1", 64, 1), ("branch3x3dbl_2", 96, 3), ("branch3x3dbl_3", 96, 3)]], "average", width)
+    chains = [("branch1x1", (64, 1)),
+              ("branch5x5", (48, 1), (64, 5)),
+              ("branch3x3dbl", (64, 1), (96, 3), (96, 3))]
+    return Mixed(inner, chains, "average", width)
 
 
 def _mixed_6(c):
-    return Mixed(768, [[("branch1x1", 192, 1)], [("branch7x7_1", c, 1), ("branch7x7_2", c, (1, 7)), ("branch7x7_3", 192, (7, 1))],
-                       [("branch7x7dbl_1", c, 1), ("branch7x7dbl_2", c, (7, 1)), ("branch7x7dbl_3", c, (1, 7)),
-                        ("branch7x7dbl_4", c, (7, 1)), ("branch7x7dbl_5", 192, (1, 7))]], "average", 192)
+    row, column = (1, 7), (7, 1)
+    chains = [("branch1x1", (192, 1)),
+              ("branch7x7", (c, 1), (c, row), (192, column)),
+              ("branch7x7dbl", (c, 1), (c, column), (c, row), (c, column), (192, row))]
+    return Mixed(768, chains, "average", 192)
 
 
 def _mixed_7(inner, pool):
-    pair = lambda stem, a, b: [(f"{stem}{a}", 384, (1, 3)), (f"{stem}{b}", 384, (3, 1))]
-    return Mixed(inner, [[("branch1x1", 320, 1)], [("branch3x3_1", 384, 1), pair("branch3x3_2", "a", "b")],
-                         [("branch3x3dbl_1", 448, 1), ("branch3x3dbl_2", 384, 3), pair("branch3x3dbl_3", "a", "b")]], pool, 192)
+    cross = (384, (1, 3), (3, 1))
+    chains = [("branch1x1", (320, 1)),
+              ("branch3x3", (384, 1), cross),
+              ("branch3x3dbl", (448, 1), (384, 3), cross)]
+    return Mixed(inner, chains, pool, 192)
 
 
 class Inception(nn.Module):
@@ -118,92 +128,118 @@ class Inception(nn.Module):
         self.Conv2d_3b_1x1 = Conv(64, 80, 1)
         self.Conv2d_4a_3x3 = Conv(80, 192, 3)
         self.Mixed_5b, self.Mixed_5c, self.Mixed_5d = _mixed_5(192, 32), _mixed_5(256, 64), _mixed_5(288, 64)
-        self.Mixed_6a = Mixed(288, [[("branch3x3", 384, 3, 2)], [("branch3x3dbl_1", 64, 1), ("branch3x3dbl_2", 96, 3), ("branch3x3dbl_3", 96, 3, 2)]], "reduce")
-        self.Mixed_6b, self.Mixed_6c, self.Mixed_6d, self.Mixed_6e = (_mixed_6(c) for c in (128, 160, 160, 192))
-        self.Mixed_7a = Mixed(768, [[("branch3x3_1", 192, 1), ("branch3x3_2", 320, 3, 2)],
-                                    [("branch7x7x3_1", 192, 1), ("branch7x7x3_2", 192, (1, 7)), ("branch7x7x3_3", 192, (7, 1)),
-                                     ("branch7x7x3_4", 192, 3, 2)]], "reduce")
-        self.Mixed_7b, self.Mixed_7c = _mixed_7(1280, "average"), _mixed_7(2048, "max")  # a max pool, as in the released graph
+        chains = [("branch3x3", (384, 3)), ("branch3x3dbl", (64, 1), (96, 3), (96, 3))]
+        self.Mixed_6a = Mixed(288, chains, "reduce")
+        self.Mixed_6b, self.Mixed_6c, self.Mixed_6d, self.Mixed_6e = map(_mixed_6, (128, 160, 160, 192))
+        chains = [("branch3x3", (192, 1), (320, 3)),
+                  ("branch7x7x3", (192, 1), (192, (1, 7)), (192, (7, 1)), (192, 3))]
+        self.Mixed_7a = Mixed(768, chains, "reduce")
+        self.Mixed_7b = _mixed_7(1280, "average")
+        self.Mixed_7c = _mixed_7(2048, "max")  # a max pool, as in the released graph
         self.fc = nn.Linear(2048, 1008)
 
     def forward(self, x):
-        """x (N, 3, 299, 299), as a PREPROCESS function returns it -> pool (N, 2048), spatial (N, 2023), logits (N, 1008) without bias."""
-        x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))              # (N, 64, 147, 147)
-        x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(F.max_pool2d(x, 3, 2)))              # (N, 192, 71, 71)
-        x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(F.max_pool2d(x, 3, 2))))         # (N, 288, 35, 35)
-        x = self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x)))                             # (N, 768, 17, 17)
-        spatial = self.Mixed_6d.branch1x1(x)[:, :7]                                    # (N, 7, 17, 17)
-        x = self.Mixed_6e(self.Mixed_6d(x))                                            # (N, 768, 17, 17)
-        x = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(x)))                             # (N, 2048, 8, 8)
-        pool = x.mean((2, 3))                                                          # (N, 2048)
-        return {"pool": pool, "spatial": spatial.permute(0, 2, 3, 1).flatten(1), "logits": pool @ self.fc.weight.T}
+        """x (N, 3, 299, 299), as a PREPROCESS function returns it -> {pool (N, 2048), spatial (N, 2023),
+        logits (N, 1008) without bias}.
+        """
+        x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))        # (N, 64, 147, 147)
+        x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(F.max_pool2d(x, 3, 2)))        # (N, 192, 71, 71)
+        x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(F.max_pool2d(x, 3, 2))))   # (N, 288, 35, 35)
+        x = self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x)))                       # (N, 768, 17, 17)
+        spatial = self.Mixed_6d.branch1x1(x)[:, :7]                              # (N, 7, 17, 17)
+        x = self.Mixed_6e(self.Mixed_6d(x))                                      # (N, 768, 17, 17)
+        x = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(x)))                       # (N, 2048, 8, 8)
+        pool = x.mean((2, 3))                                                    # (N, 2048)
+        spatial = spatial.permute(0, 2, 3, 1).flatten(1)                         # (N, 2023)
+        return {"pool": pool, "spatial": spatial, "logits": pool @ self.fc.weight.T}
 
 
 def tf_resize(x, size=299):
-    """TensorFlow 1's bilinear resize: source = i * in / out in float32, no half-pixel centres, no antialiasing.
+    """TensorFlow 1's bilinear resize: source = i * in / out in float32, no half-pixel centres, no
+    antialiasing.
 
     x (N, 3, H, W) float -> (N, 3, size, size); lerp along x, then along y.
     """
     def taps(n):
-        source = torch.arange(size, dtype=torch.float32, device=x.device) * torch.tensor(n / size, dtype=torch.float32)
+        source = torch.arange(size, dtype=torch.float32, device=x.device) * torch.tensor(n / size)
         low = source.long()
         return low, (low + 1).clamp(max=n - 1), source - low
-    (top, bottom, dy), (left, right, dx) = taps(x.shape[2]), taps(x.shape[3])
+
+    top, bottom, dy = taps(x.shape[2])
+    left, right, dx = taps(x.shape[3])
     x = x[..., left] + (x[..., right] - x[..., left]) * dx           # (N, 3, H, size)
     return x[:, :, top] + (x[:, :, bottom] - x[:, :, top]) * dy[:, None]
 
 
-PREPROCESS = {  # floats (N, 3, H, W) in [0, 255] -> (N, 3, 299, 299)
-    "adm": lambda x: (tf_resize(x) - 128) / 128,
-    "pytorch_fid": lambda x: 2 * F.interpolate(x / 255, (299, 299), mode="bilinear", align_corners=False) - 1,
-}
+def _as_adm(x):
+    return (tf_resize(x) - 128) / 128
+
+
+def _as_pytorch_fid(x):
+    return 2 * F.interpolate(x / 255, (299, 299), mode="bilinear", align_corners=False) - 1
+
+
+PREPROCESS = {"adm": _as_adm, "pytorch_fid": _as_pytorch_fid}  # (N, 3, H, W) in [0, 255] -> (N, 3, 299, 299)
 
 
 # ------------------------------------------------------------------------------------------------
-# Networks: network(list of uint8 (H, W, 3)) -> {output: (n, D) float32 on the device}; .id says what it is.
+# Networks: network(list of uint8 (H, W, 3)) -> {output: (n, D) float32 on the device}. .keys: the names of
+# an output's mean and covariance in statistics files; .id: what it is, for recipes and statistics files.
 
-def _load(path, what):
-    """A state dict of tensors. Raises InputError naming the file."""
-    try:
+class Files(NamedTuple):
+    """The networks' weights, and how Inception's pictures are prepared, as the flags of these names."""
+    inception: pathlib.Path = None
+    preprocess: str = "adm"
+    dinov2: pathlib.Path = None
+    vae: str = "toy"
+    vgg: pathlib.Path = None
+    lpips_heads: pathlib.Path = None
+
+
+class Work(NamedTuple):
+    """This process's part, and how many pictures it looks at together."""
+    rank: int
+    world: int
+    device: torch.device
+    batch_size: int
+
+
+def _load(network, path, remedy, prefix=""):
+    """The network, frozen, with a file's weights whose names have the prefix. Raises InputError naming the
+    file.
+    """
+    with reading(path, remedy):
         state = torch.load(path, map_location="cpu", weights_only=True)
-        return {k: v for k, v in state.items() if torch.is_tensor(v)}
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file; {what}")
-    except Exception as error:  # torch's loader raises many kinds for a damaged or foreign file
-        raise InputError(f"{path}: not a readable state dict ({type(error).__name__}); {what}")
-
-
-def _fill(network, state, path, what):
-    lost = [k for k in network.state_dict() if k not in state and "num_batches" not in k]
-    odd = [k for k in network.state_dict() if k in state and state[k].shape != network.state_dict()[k].shape]
-    if lost or odd:
-        found = f"lacks {lost[0]}" if lost else f"{odd[0]} has shape {tuple(state[odd[0]].shape)}"
-        raise InputError(f"{path}: {found}; {what}")
-    network.load_state_dict(state, strict=False)
+        state = {key.removeprefix(prefix): x for key, x in state.items() if key.startswith(prefix)}
+        lost = network.load_state_dict(state, strict=False).missing_keys
+    check(not lost, f"{path}: lacks {''.join(lost[:1])}; {remedy}")
     return network.eval().requires_grad_(False)
 
 
 def _batches(pictures, device):
     """Pictures of one size stack, others go one by one -> iterator of float (n, 3, H, W) in [0, 255]."""
-    groups = [np.stack(pictures)] if len({p.shape for p in pictures}) == 1 else [p[None] for p in pictures]
+    groups = [pictures] if len({picture.shape for picture in pictures}) == 1 else [[p] for p in pictures]
     for group in groups:
-        yield torch.from_numpy(group).to(device).permute(0, 3, 1, 2).float()
+        yield torch.from_numpy(np.stack(group)).to(device).permute(0, 3, 1, 2).float()
 
 
 class InceptionNetwork:
-    def __init__(self, args, rank, device):
-        what = f"get {INCEPTION} and pass it with --inception FILE"
-        path = args.inception or pathlib.Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION.rsplit("/")[-1]
-        if args.inception is None and not path.is_file() and rank == 0:
+    """With released weights, downloaded once where no file is given."""
+
+    keys = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
+
+    def __init__(self, files, work):
+        remedy = f"get {INCEPTION} and pass it with --inception FILE"
+        cached = pathlib.Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION.rsplit("/")[-1]
+        path = files.inception or cached
+        if path == cached and not path.is_file() and work.rank == 0:
             path.parent.mkdir(parents=True, exist_ok=True)
-            try:
+            with reading(path, f"the download failed; {remedy}"):
                 torch.hub.download_url_to_file(INCEPTION, str(path), hash_prefix="6726825d")
-            except (urllib.error.URLError, OSError, RuntimeError) as error:
-                raise InputError(f"{path}: no such file, and the download failed ({error}); {what}")
         barrier()
-        self.model = _fill(Inception(), _load(path, what), path, what).to(device, memory_format=torch.channels_last)
-        self.preprocess, self.device = PREPROCESS[args.preprocess], device
-        self.id = dict(preprocess=args.preprocess, inception_sha256=sha256(path))
+        self.model = _load(Inception(), path, remedy).to(work.device, memory_format=torch.channels_last)
+        self.preprocess, self.device = PREPROCESS[files.preprocess], work.device
+        self.id = dict(preprocess=files.preprocess, inception_sha256=sha256(path))
 
     def __call__(self, pictures):
         x = torch.cat([self.preprocess(x) for x in _batches(pictures, self.device)])
@@ -213,231 +249,112 @@ class InceptionNetwork:
 class DinoNetwork:
     """DINOv2 ViT-L/14, class token after the final norm, PIL bicubic to 224 px (the protocol of dgm-eval)."""
 
-    def __init__(self, args, rank, device):
+    keys = {"cls": ("mu_dinov2", "sigma_dinov2")}
+    name = "vit_large_patch14_dinov2.lvd142m"
+
+    def __init__(self, files, work):
         import timm
-        overlay = dict(file=str(args.dinov2)) if args.dinov2 else None
-        try:
-            self.model = timm.create_model("vit_large_patch14_dinov2.lvd142m", pretrained=True, num_classes=0, pretrained_cfg_overlay=overlay)
-        except Exception as error:  # hub, file and network errors of many kinds
-            raise InputError(f"DINOv2 weights: {type(error).__name__} for {args.dinov2 or 'timm/vit_large_patch14_dinov2.lvd142m'}; pass a local file with --dinov2 FILE")
-        table = self.model.pos_embed.detach()                                         # (1, 1 + 37*37, 1024)
-        grid = table[:, 1:].unflatten(1, (37, 37)).permute(0, 3, 1, 2)                # (1, 1024, 37, 37)
-        scale = (16 + 0.1) / 37  # the hub model resamples by this factor, not to this size: other sampling points
-        grid = F.interpolate(grid, scale_factor=(scale, scale), mode="bicubic")       # (1, 1024, 16, 16)
-        self.model.set_input_size(img_size=224)
-        self.model.pos_embed = nn.Parameter(torch.cat([table[:, :1], grid.flatten(2).transpose(1, 2)], 1))
-        self.model = self.model.to(device).eval().requires_grad_(False)
-        self.mean, self.std = (torch.tensor(v, device=device).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
-        self.device, self.id = device, dict(dinov2="vitl14", dinov2_sha256=sha256(args.dinov2) if args.dinov2 else None)
+        path, device = files.dinov2, work.device
+        overlay = dict(file=str(path)) if path else None
+        with reading(f"DINOv2 weights {path or self.name}", "pass a local file with --dinov2 FILE"):
+            model = timm.create_model(self.name, pretrained=True, num_classes=0,
+                                      pretrained_cfg_overlay=overlay)
+        table = model.pos_embed.detach()                                         # (1, 1 + 37*37, 1024)
+        grid = table[:, 1:].unflatten(1, (37, 37)).permute(0, 3, 1, 2)           # (1, 1024, 37, 37)
+        scale = (16 + 0.1) / 37  # the hub model resamples by this factor, not to this size: other points
+        grid = F.interpolate(grid, scale_factor=(scale, scale), mode="bicubic")  # (1, 1024, 16, 16)
+        model.set_input_size(img_size=224)
+        model.pos_embed = nn.Parameter(torch.cat([table[:, :1], grid.flatten(2).transpose(1, 2)], 1))
+        self.model, self.device = model.to(device).eval().requires_grad_(False), device
+        statistics = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+        self.mean, self.std = torch.tensor(statistics, device=device)[..., None, None]  # each (3, 1, 1)
+        self.id = dict(dinov2="vitl14", dinov2_sha256=sha256(path) if path else None)
 
     def __call__(self, pictures):
-        small = [np.asarray(Image.fromarray(p).resize((224, 224), Image.Resampling.BICUBIC)) for p in pictures]
-        x = next(_batches(small, self.device))
+        images = [Image.fromarray(p).resize((224, 224), Image.Resampling.BICUBIC) for p in pictures]
+        x = next(_batches([np.asarray(image) for image in images], self.device))
         return {"cls": self.model((x / 255 - self.mean) / self.std)}
 
 
 class VaeNetwork:
     """The autoencoder's mean latents, flattened: a Frechet distance for the toy world. It is not FID."""
 
-    def __init__(self, args, rank, device):
-        self.model, self.device, self.shape = load_vae(args.vae).to(device), device, None
-        self.id = dict(vae=args.vae, vae_sha256=sha256(self.model.path))
+    keys = {"latent": ("mu_latent", "sigma_latent")}
+
+    def __init__(self, files, work):
+        self.model, self.device, self.shape = load_vae(files.vae).to(work.device), work.device, None
+        self.id = dict(vae=files.vae, vae_sha256=sha256(self.model.path))
 
     def __call__(self, pictures):
         self.shape = self.shape or pictures[0].shape  # of both sets: latents of other sizes do not compare
-        if len(shapes := {self.shape, *(p.shape for p in pictures)}) > 1 or any(s % self.model.factor for s in pictures[0].shape[:2]):
-            raise InputError(f"pictures of shape {' and '.join(map(str, sorted(shapes)))}: the autoencoder needs one size for all, a multiple of {self.model.factor}; use --crop")
-        return {"latent": self.model.encode(next(_batches(pictures, self.device)) / 127.5 - 1)[0].flatten(1)}
+        shapes = {self.shape, *(picture.shape for picture in pictures)}
+        factor = self.model.factor
+        check(len(shapes) == 1 and not any(side % factor for side in self.shape[:2]),
+              f"pictures of shape {' and '.join(map(str, sorted(shapes)))}: the autoencoder needs one size "
+              f"for all, a multiple of {factor}; use --crop")
+        x = next(_batches(pictures, self.device)) / 127.5 - 1
+        return {"latent": self.model.encode(x)[0].flatten(1)}
 
 
-NETWORKS = {"inception": InceptionNetwork, "dinov2": DinoNetwork, "vae": VaeNetwork}
+class Lpips(nn.Module):
+    """LPIPS v0.1 with a VGG-16 trunk (Zhang et al. 2018): a, b (N, 3, H, W) in [-1, 1] -> (N,)."""
+
+    keys = {}
+    taps = (3, 8, 15, 22, 29)  # relu1_2, relu2_2, relu3_3, relu4_3, relu5_3
+
+    def __init__(self, files, work):
+        super().__init__()
+        import timm
+        remedy = ("lpips needs --vgg FILE (torchvision's vgg16-397923af.pth) and --lpips-heads FILE "
+                  "(the lpips release's weights/v0.1/vgg.pth)")
+        check(files.vgg and files.lpips_heads, remedy)
+        heads = nn.ModuleDict()
+        for i, width in enumerate((64, 128, 256, 512, 512)):
+            model = nn.Sequential(nn.Identity(), nn.Conv2d(width, 1, 1, bias=False))
+            heads[f"lin{i}"] = nn.ModuleDict({"model": model})
+        self.heads = _load(heads, files.lpips_heads, remedy).to(work.device)
+        trunk = timm.create_model("vgg16", num_classes=0).features
+        self.features = _load(trunk, files.vgg, remedy, "features.").to(work.device)
+        self.shift = torch.tensor([-0.030, -0.088, -0.188], device=work.device).view(3, 1, 1)
+        self.scale = torch.tensor([0.458, 0.448, 0.450], device=work.device).view(3, 1, 1)
+        self.id = dict(lpips="v0.1 vgg", vgg_sha256=sha256(files.vgg), heads_sha256=sha256(files.lpips_heads))
+
+    def forward(self, a, b):
+        x = (torch.cat([a, b]) - self.shift) / self.scale                        # (2N, 3, H, W)
+        distance, heads = 0, iter(self.heads.values())
+        for i, layer in enumerate(self.features):
+            x = layer(x)                                                         # (2N, c, h, w)
+            if i in self.taps:
+                unit = x / (x.square().sum(1, keepdim=True).sqrt() + 1e-10)
+                p, q = unit.chunk(2)                                             # each (N, c, h, w)
+                distance = distance + next(heads)["model"]((p - q).square()).mean((1, 2, 3))
+        return distance                                                          # (N,)
 
 
-# ------------------------------------------------------------------------------------------------
-# Pictures and statistics files.
-
-class Pictures:
-    """The uint8 pictures of an .npz (arr_0, NHWC) or a folder, read by index; nothing else is kept in memory.
-
-    Raises InputError for empty folders, other array types and shapes, and files that are cut short.
-    """
-
-    def __init__(self, path, crop=None):
-        self.path, self.crop, self.file = pathlib.Path(path), crop, None
-        if self.path.is_dir():
-            if (self.path / "rgb").is_dir():  # what sample.py wrote
-                self.path = self.path / "rgb"
-            if (meta := sampling(self.path)) and meta.get("complete") is False:
-                raise InputError(f"{path}: the set is not complete; finish it with the same sample.py command")
-            self.files = [p for p in sorted(self.path.rglob("*")) if p.suffix.lower() in EXTENSIONS and p.suffix != ".npy" and p.is_file()]
-            if not self.files:
-                raise InputError(f"{path}: no pictures in this folder")
-            self.names = [p.relative_to(self.path).with_suffix("").as_posix() for p in self.files]
-            return
-        self.file, self.lock = zipfile.ZipFile(self.path).open("arr_0.npy"), threading.Lock()  # KeyError: holds no pictures
-        try:
-            version = np.lib.format.read_magic(self.file)
-            shape, fortran, dtype = (np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0)(self.file)
-        except Exception as error:  # numpy and zipfile raise many kinds for a foreign or damaged file
-            raise InputError(f"{path}: arr_0 is not readable ({type(error).__name__}: {str(error)[:80]}); make it again")
-        if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or fortran or not all(shape):
-            raise InputError(f"{path}: arr_0 is {dtype} {shape}, expected uint8 (N, H, W, 3)")
-        self.shape, self.start = shape, self.file.tell()
-        self.names = [str(i) for i in range(shape[0])]
-
-    def __len__(self):
-        return len(self.names)
-
-    def read(self, rows):
-        """A range of indices -> list of uint8 (H, W, 3)."""
-        if self.file is None:
-            pictures = [read_picture(self.files[i]) for i in rows]
-            pictures = [Image.fromarray((np.asarray(p) * 255).round().astype(np.uint8)) if p.mode == "F" else p for p in pictures]  # 16 bits
-            pictures = [p.convert("RGB") for p in pictures]
-        else:
-            length = int(np.prod(self.shape[1:]))
-            with self.lock:
-                try:
-                    self.file.seek(self.start + rows.start * length)
-                    data = self.file.read(len(rows) * length)
-                except (zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
-                    raise InputError(f"{self.path}: damaged or cut short ({error}); make it again")
-            if len(data) < len(rows) * length:
-                raise InputError(f"{self.path}: arr_0 is cut short at picture {rows.start + len(data) // length} of {len(self)}; make it again")
-            pictures = list(np.frombuffer(data, np.uint8).reshape(len(rows), *self.shape[1:]))
-        if self.crop:
-            pictures = [centre_crop(p if isinstance(p, Image.Image) else Image.fromarray(p), self.crop) for p in pictures]
-        return [np.asarray(p) for p in pictures]
-
-
-def read_statistics(path):
-    """The arrays of an .npz other than pictures, {} when it holds pictures alone.
-
-    Raises InputError when the file is none, holds neither pictures nor moments, or moments that are not finite.
-    """
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            found = {k: file[k] for k in file.files if k != "arr_0"}
-            pictures = "arr_0" in file.files
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file or folder")
-    except Exception as error:  # numpy and zipfile raise many kinds for a foreign or damaged file
-        raise InputError(f"{path}: not a readable .npz ({str(error)[:100]}); give pictures (arr_0), statistics (mu, sigma) or a folder")
-    known = [pair for pair in KEYS.values() if all(k in found for k in pair)]
-    if not pictures and not known:
-        raise InputError(f"{path}: holds {', '.join(found) or 'nothing'}; expected arr_0, or mu and sigma")
-    for mean, covariance in known:
-        mu, sigma = found[mean], found[covariance]
-        if mu.dtype.kind != "f" or sigma.dtype.kind != "f":
-            raise InputError(f"{path}: {mean} and {covariance} are {mu.dtype} and {sigma.dtype}, expected floats; make the file again")
-        if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
-            raise InputError(f"{path}: {mean} has shape {mu.shape} and {covariance} {sigma.shape}; they do not belong together")
-        if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
-            raise InputError(f"{path}: {mean} or {covariance} holds values that are not finite; make the file again")
-        if (sigma.diagonal() < 0).any():
-            raise InputError(f"{path}: {covariance} has negative variances; make the file again")
-    return found
-
-
-class Side:
-    """What is known of one set of pictures: count, moments {output: (mu, sigma)}, features or None, inception score or None."""
-
-    def __init__(self, path):
-        self.path, self.count, self.moments, self.features, self.inception_score = path, None, {}, None, None
-
-
-def same_network(path, found, identity):
-    """Raise InputError when a statistics file was made in another mode or with other weights."""
-    for key, value in identity.items():
-        stored = str(found[key]) if key in found else None
-        if key == "preprocess" and stored is None and "mu" in found:  # ADM's files carry mu_s, pytorch-fid's do not
-            stored = "adm" if "mu_s" in found else "pytorch_fid"
-        if stored is not None and value is not None and stored != str(value):
-            remedy = f"pass --preprocess {stored}" if key == "preprocess" else "use the weights that made them"
-            raise InputError(f"{path}: its statistics have {key} = {stored[:20]}, this run has {str(value)[:20]}; the two never mix: {remedy} or make them again")
-
-
-def add_moments(sums, x):
-    """Add features (n, D) to the float64 sums (1 + D, D) of x and x x^T, in place."""
-    x = x.double()
-    sums[0] += x.sum(0)
-    sums[1:].addmm_(x.T, x)
-
-
-def finish_moments(sums, count):
-    """The sums over count pictures -> mean (D,) and covariance (D, D), ddof 1."""
-    mu = sums[0] / count
-    return mu, (sums[1:] - count * torch.outer(mu, mu)) / max(count - 1, 1)
-
-
-@torch.inference_mode()
-def extract(path, pictures, network, keep, batch_size, rank, world, device):
-    """Run the pictures through the network, shared out over the processes -> Side.
-
-    Moments: sums of x and x x^T in float64 (ddof 1). Inception score per chunk of 5000 in file order, from the sums of
-    p log p and of p. keep: features (N, 2048) float32, in file order, are gathered on every process.
-    On a CPU the pictures go one by one, each by one thread: the order in which a convolution sums depends on the batch
-    and the number of threads, and the moments shall not.
-    """
-    n, home = len(pictures), device if device.type == "cuda" else torch.device("cpu")
-    side, sums, scores = Side(path), {}, torch.zeros(-(-n // IS_CHUNK), 1 + 1008, dtype=torch.float64, device=home)
-    side.count = n
-    blocks = [range(s, min(s + batch_size, n)) for s in range(0, n, batch_size)][rank::world]
-    threads = torch.get_num_threads()
-    workers, step = (threads, 1) if device.type == "cpu" else (4, batch_size)
-
-    @torch.inference_mode()
-    def look(rows):
-        block = pictures.read(rows)
-        parts = [network(block[i:i + step]) for i in range(0, len(block), step)]
-        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-
-    with concurrent.futures.ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool, tqdm(total=n, desc=pathlib.Path(path).name, disable=rank > 0) as bar:
-        ahead = [pool.submit(look, rows) for rows in blocks[:workers + 1]]
-        for k, rows in enumerate(blocks):
-            outputs = ahead.pop(0).result()
-            ahead += [pool.submit(look, blocks[k + workers + 1])] if k + workers + 1 < len(blocks) else []
-            for name, x in outputs.items():
-                if not torch.isfinite(x).all():
-                    row = rows.start + int((~torch.isfinite(x)).any(1).nonzero()[0])
-                    raise InputError(f"{path}: picture {pictures.names[row]} gives {name} features that are not finite; check it and the network's weights")
-            logits = outputs.pop("logits", None)
-            if logits is not None:
-                log_p, chunk = logits.to(home).double().log_softmax(1), torch.tensor(rows, device=home) // IS_CHUNK
-                scores.index_add_(0, chunk, torch.cat([(log_p.exp() * log_p).sum(1, keepdim=True), log_p.exp()], 1))
-            for name, x in outputs.items():
-                add_moments(sums.setdefault(name, torch.zeros(1 + x.shape[1], x.shape[1], dtype=torch.float64, device=home)), x.to(home))
-            if keep:
-                if side.features is None:
-                    side.features = torch.zeros(n, outputs["pool"].shape[1], device=home)
-                side.features[rows.start:rows.stop] = outputs["pool"].to(home)
-            bar.update(len(rows) * world)
-    torch.set_num_threads(threads)
-    if not blocks:  # more processes than blocks: the shapes come from a picture that does not count
-        outputs = look(range(1))
-        sums = {name: torch.zeros(1 + x.shape[1], x.shape[1], dtype=torch.float64, device=home) for name, x in outputs.items() if name != "logits"}
-        side.features = torch.zeros(n, 2048, device=home) if keep else None
-    for name, total in sums.items():
-        side.moments[name] = tuple(m.cpu() for m in finish_moments(all_reduce(total), n))
-    if keep:
-        all_reduce(side.features)
-    all_reduce(scores)
-    if "pool" in sums:
-        sizes = torch.tensor([min(IS_CHUNK, n - s) for s in range(0, n, IS_CHUNK)], dtype=torch.float64, device=home)
-        q = scores[:, 1:] / sizes[:, None]
-        side.inception_score = float((scores[:, 0] / sizes - (q * q.log()).nan_to_num(0).sum(1)).exp().mean())
-    return side
+NETWORKS = {"inception": InceptionNetwork, "dinov2": DinoNetwork, "vae": VaeNetwork, "vgg": Lpips}
 
 
 # ------------------------------------------------------------------------------------------------
-# Metrics of moments and features.
+# Metrics of moments, features and scores.
 
 def frechet(mu1, sigma1, mu2, sigma2):
-    """|mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^1/2), float64; the trace from the eigenvalues of S1^1/2 S2 S1^1/2."""
+    """|mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^1/2), float64; the trace from the eigenvalues of
+    S1^1/2 S2 S1^1/2.
+    """
     values, vectors = torch.linalg.eigh(sigma1)
     root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
     shared = torch.linalg.eigvalsh(root @ sigma2 @ root).clamp(min=0).sqrt().sum()
     return float((mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * shared)
+
+
+def inception_score(scores, count):
+    """The mean over chunks of exp(mean KL(p || mean p)) (Salimans et al. 2016).
+
+    scores (chunks, 1 + classes) float64: the sums over a chunk's pictures of sum(p log p) and of p.
+    """
+    sizes = torch.bincount(torch.arange(count) // IS_CHUNK).to(scores)
+    q = scores[:, 1:] / sizes[:, None]
+    return float((scores[:, 0] / sizes - (q * q.log()).nan_to_num(0).sum(1)).exp().mean())
 
 
 def _squared_distances(a, b, b_norm):
@@ -445,119 +362,224 @@ def _squared_distances(a, b, b_norm):
     return torch.addmm(b_norm, a, b.T, alpha=-2).add_(a.square().sum(1, keepdim=True)).clamp_(min=0)
 
 
+@functools.lru_cache(maxsize=1)  # precision and recall are asked for one after the other
 def precision_recall(samples, reference, k=NEIGHBOUR, elements=2 ** 26):
-    """Improved precision and recall (Kynkaanniemi et al. 2019) of features (N, D) and (R, D), float32 -> precision, recall.
+    """Improved precision and recall (Kynkaanniemi et al. 2019) of features (N, D) and (R, D), float32
+    -> precision, recall.
 
-    A manifold is the union of the balls that reach each point's k-th neighbour, itself not counted; <= is inside.
-    Distances are squared and computed for `elements` pairs at a time; about the mean, where fp32 loses the least.
+    A manifold is the union of the balls that reach each point's k-th neighbour, itself not counted; <= is
+    inside. Distances are squared and computed for `elements` pairs at a time; about the mean, where fp32
+    loses the least. Raises InputError for sets of k pictures or fewer.
     """
+    check(min(len(samples), len(reference)) > k, f"precision and recall need more than {k} pictures on each "
+          f"side, got {len(samples)} and {len(reference)}")
     centre = reference.mean(0)
     samples, reference = samples - centre, reference - centre
-    norms = [x.square().sum(1) for x in (samples, reference)]
+    reference_norm = reference.square().sum(1)
 
     def radii(x, norm):
         parts = x.split(max(1, elements // len(x)))
-        return torch.cat([_squared_distances(part, x, norm).topk(k + 1, largest=False).values[:, k] for part in
-                          tqdm(parts, desc="radii", leave=False)])
+        nearest = [_squared_distances(part, x, norm).topk(k + 1, largest=False).values[:, k]
+                   for part in tqdm(parts, desc="radii", leave=False)]
+        return torch.cat(nearest)
 
-    if min(len(samples), len(reference)) <= k:
-        raise InputError(f"precision and recall need more than {k} pictures on each side, got {len(samples)} and {len(reference)}")
-    of_samples, of_reference = radii(samples, norms[0]), radii(reference, norms[1])
+    of_samples, of_reference = radii(samples, samples.square().sum(1)), radii(reference, reference_norm)
     step = max(1, elements // len(reference))
     inside, covered = 0, torch.zeros(len(reference), dtype=torch.bool, device=reference.device)
     for start in tqdm(range(0, len(samples), step), desc="manifolds", leave=False):
-        distance = _squared_distances(samples[start:start + step], reference, norms[1])
+        distance = _squared_distances(samples[start:start + step], reference, reference_norm)
         inside += int((distance <= of_reference).any(1).sum())
         covered |= (distance <= of_samples[start:start + step, None]).any(0)
     return inside / len(samples), float(covered.double().mean())
 
 
+def precision(samples, reference):
+    return precision_recall(samples, reference)[0]
+
+
+def recall(samples, reference):
+    return precision_recall(samples, reference)[1]
+
+
 def kernel_distance(samples, reference, subsets=100, size=1000, seed=2020):
-    """KID (Binkowski et al. 2018): unbiased squared MMD with (x.y / D + 1)^3 over random subsets -> mean, standard deviation.
+    """KID (Binkowski et al. 2018): unbiased squared MMD with (x.y / D + 1)^3 over random subsets
+    -> {kid: mean, kid_std: standard deviation}.
 
-    The subsets are those that torch-fidelity draws, so that the figures agree.
+    The subsets are those that torch-fidelity draws, so that the figures agree. Raises InputError for sets
+    smaller than a subset.
     """
-    if min(len(samples), len(reference)) < size:
-        raise InputError(f"KID needs {size} pictures on each side, got {len(samples)} and {len(reference)}")
+    check(min(len(samples), len(reference)) >= size,
+          f"KID needs {size} pictures on each side, got {len(samples)} and {len(reference)}")
     random, values = np.random.RandomState(seed), []
-    samples, reference = samples.double(), reference.double()
+
+    def subset(features):
+        rows = random.choice(len(features), size, replace=False)
+        return features[torch.from_numpy(rows).to(features.device)].double()
+
+    def kernel(a, b):
+        return (a @ b.T / a.shape[1] + 1) ** 3
+
     for _ in range(subsets):
-        x, y = (f[torch.from_numpy(random.choice(len(f), size, replace=False)).to(f.device)] for f in (samples, reference))
-        xx, yy, xy = ((a @ b.T / x.shape[1] + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))
-        within = sum(float(m.sum() - m.diagonal().sum()) for m in (xx, yy)) / (size * (size - 1))
-        values.append(within - 2 * float(xy.mean()))
-    return float(np.mean(values)), float(np.std(values))
+        x, y = subset(samples), subset(reference)
+        within = [float(m.sum() - m.diagonal().sum()) for m in (kernel(x, x), kernel(y, y))]
+        values.append(sum(within) / (size * (size - 1)) - 2 * float(kernel(x, y).mean()))
+    return {"kid": float(np.mean(values)), "kid_std": float(np.std(values))}
+
+
+# Metrics of a pair of pictures uint8 (H, W, 3) through a network.
+
+def lpips(a, b, network):
+    """Learned perceptual distance. Raises InputError for pictures that VGG's poolings leave nothing of."""
+    check(min(a.shape[:2]) >= 16, f"a picture of shape {a.shape}: lpips needs at least 16x16")
+    a, b = (next(_batches([picture], network.shift.device)) / 127.5 - 1 for picture in (a, b))
+    return float(network(a, b))
+
+
+def psnr(a, b, network=None):
+    """Peak signal-to-noise ratio, 10 log10(255^2 / mean squared error) in dB; infinite for equal pictures."""
+    error = np.square(a.astype(np.float64) - b).mean()
+    return 10 * math.log10(255 ** 2 / error) if error else math.inf
+
+
+class Metric(NamedTuple):
+    """network: what it looks through, of NETWORKS. takes: what it takes of each set of pictures:
+    ("moments", output): mu (D,), sigma (D, D); ("features", output): (N, D); ("scores", "logits"): as
+    inception_score; or "pairs". compute: those of SAMPLES, then of REF -> a number or {figure: number}; of
+    "pairs": two pictures and the network -> a number. alone: of SAMPLES only.
+    """
+    network: str | None
+    takes: tuple | str
+    compute: Callable
+    alone: bool = False
+
+
+METRICS = {
+    "fid": Metric("inception", ("moments", "pool"), frechet),
+    "sfid": Metric("inception", ("moments", "spatial"), frechet),
+    "is": Metric("inception", ("scores", "logits"), inception_score, alone=True),
+    "precision": Metric("inception", ("features", "pool"), precision),
+    "recall": Metric("inception", ("features", "pool"), recall),
+    "kid": Metric("inception", ("features", "pool"), kernel_distance),
+    "fd-dinov2": Metric("dinov2", ("moments", "cls"), frechet),
+    "latent-fd": Metric("vae", ("moments", "latent"), frechet),
+    "lpips": Metric("vgg", "pairs", lpips),
+    "psnr": Metric(None, "pairs", psnr),
+}
+DEFAULT = ("fid", "sfid", "is", "precision", "recall")
 
 
 # ------------------------------------------------------------------------------------------------
+# Sets of pictures and statistics files.
 
-class Lpips(nn.Module):
-    """LPIPS v0.1 with a VGG-16 trunk (Zhang et al. 2018): a, b (N, 3, H, W) in [-1, 1] -> (N,)."""
+class Folder:
+    """The pictures below a folder, or below its rgb/ (what sample.py writes), read by index.
 
-    TAPS = (3, 8, 15, 22, 29)  # relu1_2, relu2_2, relu3_3, relu4_3, relu5_3
+    Raises InputError for a folder without pictures, and for one that sample.py has not finished.
+    """
 
-    def __init__(self, trunk, heads):
-        super().__init__()
-        import timm
-        what = "--vgg takes torchvision's VGG-16 (vgg16-397923af.pth), --lpips-heads the lpips release's weights/v0.1/vgg.pth"
-        state = {k[len("features."):]: v for k, v in _load(trunk, what).items() if k.startswith("features.")}
-        self.features = _fill(timm.create_model("vgg16", num_classes=0).features, state, trunk, what)
-        heads_state = _load(heads, what)
-        for i, width in enumerate((64, 128, 256, 512, 512)):
-            weight = heads_state.get(f"lin{i}.model.1.weight")
-            if weight is None or weight.shape != (1, width, 1, 1):
-                raise InputError(f"{heads}: no lin{i}.model.1.weight of shape (1, {width}, 1, 1); {what}")
-            self.register_buffer(f"head{i}", weight)
-        self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(3, 1, 1))
-        self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(3, 1, 1))
+    def __init__(self, path):
+        base = path / "rgb" if (path / "rgb").is_dir() else path
+        recipe = sampling(base) or {}
+        check(recipe.get("complete") is not False,
+              f"{path}: the set is not complete; finish it with the same sample.py command")
+        self.files = find_pictures(base)
+        self.names = [stem_of(file, base) for file in self.files]
 
-    def forward(self, a, b):
-        x, distance = (torch.cat([a, b]) - self.shift) / self.scale, 0                 # (2N, 3, H, W)
-        for i, layer in enumerate(self.features):
-            x = layer(x)                                                               # (2N, c, h, w)
-            if i in self.TAPS:
-                unit = x / (x.square().sum(1, keepdim=True).sqrt() + 1e-10)
-                p, q = unit.chunk(2)                                                   # each (N, c, h, w)
-                distance = distance + F.conv2d((p - q).square(), getattr(self, f"head{self.TAPS.index(i)}")).mean((1, 2, 3))
-        return distance                                                                # (N,)
+    def read(self, rows):
+        """A range of indices -> list of PIL images in mode RGB."""
+        return [read_rgb(self.files[i]) for i in rows]
 
 
-@torch.inference_mode()
-def paired_lpips(args, rank, world, device):
-    """The mean LPIPS of pictures with equal names, "/" as "_" as sample.py writes it -> result dict."""
-    if not (args.vgg and args.lpips_heads):
-        raise InputError("--lpips needs --vgg FILE (torchvision's vgg16-397923af.pth) and --lpips-heads FILE (the lpips release's weights/v0.1/vgg.pth)")
-    a, b = (open_pictures(path, args.crop) for path in (args.samples, args.reference))
-    if a is None or b is None:
-        raise InputError(f"{args.samples if a is None else args.reference}: holds statistics alone; LPIPS needs pictures")
-    a.names, b.names = ([name.replace("/", "_") for name in p.names] for p in (a, b))
-    if sorted(a.names) != sorted(b.names):
-        odd = sorted(set(a.names) ^ set(b.names))
-        raise InputError(f"{a.path} and {b.path}: {len(a)} and {len(b)} pictures, {odd[0] if odd else ''} only in one; LPIPS compares pictures of equal names")
-    model, total = Lpips(args.vgg, args.lpips_heads).to(device), torch.zeros(1, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
-    place = {name: i for i, name in enumerate(b.names)}
-    for i in tqdm(range(rank, len(a), world), desc="lpips", disable=rank > 0):
-        pair = [p.read(range(k, k + 1))[0] for p, k in ((a, i), (b, place[a.names[i]]))]
-        if pair[0].shape != pair[1].shape or min(pair[0].shape[:2]) < 16:
-            raise InputError(f"{a.path} and {b.path}: {a.names[i]} has shapes {pair[0].shape} and {pair[1].shape}; they must be equal and at least 16x16")
-        total += model(*(next(_batches([p], device)) / 127.5 - 1 for p in pair)).sum()
-    return dict(lpips=float(all_reduce(total)) / len(a),
-                recipe=dict(samples=describe(args.samples, len(a)), reference=describe(args.reference, len(b)), lpips="v0.1 vgg",
-                            vgg_sha256=sha256(args.vgg), heads_sha256=sha256(args.lpips_heads), crop=args.crop, torch=torch.__version__))
+class Archive:
+    """The pictures of an .npz (arr_0, uint8 NHWC), read by index; nothing else is kept in memory.
+
+    Raises InputError for other types and shapes, and where the file is damaged or cut short.
+    """
+
+    remedy = "damaged or cut short; make it again"
+
+    def __init__(self, path):
+        self.path, self.lock = path, threading.Lock()
+        with reading(f"{path}: arr_0", self.remedy):
+            self.file = zipfile.ZipFile(path).open("arr_0.npy")
+            version, _ = np.lib.format.read_magic(self.file)
+            header = getattr(np.lib.format, f"read_array_header_{version}_0")
+            shape, fortran, dtype = header(self.file)
+        check(dtype == np.uint8 and len(shape) == 4 and shape[3] == 3 and not fortran and all(shape),
+              f"{path}: arr_0 is {dtype} {shape}, expected uint8 (N, H, W, 3)")
+        self.shape, self.start = shape, self.file.tell()
+        self.names = [str(i) for i in range(shape[0])]
+
+    def read(self, rows):
+        """A range of indices -> list of PIL images in mode RGB."""
+        size = math.prod(self.shape[1:])
+        with self.lock, reading(self.path, self.remedy):
+            self.file.seek(self.start + rows.start * size)
+            data = self.file.read(len(rows) * size)
+        check(len(data) == len(rows) * size, f"{self.path}: arr_0 is cut short at picture "
+              f"{rows.start + len(data) // size} of {len(self.names)}; make it again")
+        arrays = np.frombuffer(data, np.uint8).reshape(-1, *self.shape[1:])
+        return [Image.fromarray(array) for array in arrays]
 
 
-# ------------------------------------------------------------------------------------------------
+class Source(NamedTuple):
+    """One set: its pictures (a Folder, an Archive, or None where there are statistics alone), statistics
+    {key: array}, and the size of ADM's centre crop or None.
+    """
+    path: pathlib.Path
+    pictures: Folder | Archive | None
+    statistics: dict
+    crop: int | None
 
-def open_pictures(path, crop):
-    """Pictures of a folder or an .npz; None of a file of statistics alone. Raises InputError as Pictures and read_statistics do."""
-    if not pathlib.Path(path).is_dir():
-        read_statistics(path)  # says what is wrong with the file, if anything
-    try:
-        return Pictures(path, crop)
-    except KeyError:
-        return None
-    except (ValueError, OSError, zipfile.BadZipFile, zlib.error) as error:
-        raise InputError(f"{path}: no readable pictures ({error})")
+    def read(self, rows):
+        """A range of indices -> list of uint8 (H, W, 3)."""
+        images = self.pictures.read(rows)
+        if self.crop:
+            images = [centre_crop(image, self.crop) for image in images]
+        return [np.asarray(image) for image in images]
+
+
+def open_source(path, crop=None):
+    """A folder or an .npz -> Source.
+
+    Raises InputError when it is none, holds neither pictures nor moments, or what Folder, Archive and
+    _check_moments refuse.
+    """
+    if path.is_dir():
+        return Source(path, Folder(path), {}, crop)
+    with reading(path, "give pictures (arr_0), statistics (mu, sigma) or a folder"):
+        with np.load(path, allow_pickle=False) as file:
+            statistics = {key: file[key] for key in file.files if key != "arr_0"}
+            pictures = "arr_0" in file.files
+    pairs = [pair for network in NETWORKS.values() for pair in network.keys.values()]
+    known = [pair for pair in pairs if statistics.keys() >= set(pair)]
+    check(pictures or known,
+          f"{path}: holds {', '.join(statistics) or 'nothing'}; expected arr_0, or mu and sigma")
+    for pair in known:
+        _check_moments(path, *pair, *(statistics[key] for key in pair))
+    return Source(path, Archive(path) if pictures else None, statistics, crop)
+
+
+def _check_moments(path, mean, covariance, mu, sigma):
+    check(mu.dtype.kind == sigma.dtype.kind == "f", f"{path}: {mean} and {covariance} are {mu.dtype} and "
+          f"{sigma.dtype}, expected floats; make the file again")
+    check(mu.ndim == 1 and sigma.shape == (len(mu), len(mu)), f"{path}: {mean} has shape {mu.shape} and "
+          f"{covariance} {sigma.shape}; they do not belong together")
+    check(np.isfinite(mu).all() and np.isfinite(sigma).all(),
+          f"{path}: {mean} or {covariance} holds values that are not finite; make the file again")
+    check((sigma.diagonal() >= 0).all(), f"{path}: {covariance} has negative variances; make the file again")
+
+
+def same_network(source, identity):
+    """Raise InputError when a statistics file was made in another mode or with other weights."""
+    found = {key: str(value) for key, value in source.statistics.items() if key in identity}
+    if "mu" in source.statistics:  # ADM's files carry mu_s, pytorch-fid's do not
+        found.setdefault("preprocess", "adm" if "mu_s" in source.statistics else "pytorch_fid")
+    for key, value in identity.items():
+        stored = found.get(key, str(value))
+        remedy = f"pass --preprocess {stored}" if key == "preprocess" else "use the weights that made them"
+        check(value is None or stored == str(value), f"{source.path}: its statistics have {key} = "
+              f"{stored[:20]}, this run has {str(value)[:20]}; the two never mix: {remedy} or make them anew")
 
 
 def sampling(path):
@@ -572,151 +594,286 @@ def sampling(path):
 
 
 def describe(path, count):
-    """What a recipe says of one set of pictures: name, number, hash (of a folder's names and sizes), how sample.py made it."""
-    path = pathlib.Path(path)
-    listing = "".join(f"{p.relative_to(path)} {p.stat().st_size}\n" for p in sorted(path.rglob("*")) if p.is_file())
-    out = dict(name=path.name, count=count, sha256=sha256(path) if path.is_file() else hashlib.sha256(listing.encode()).hexdigest())
-    recipe = sampling(path)
-    return {**out, "sampling": {k: v for k, v in recipe.items() if k not in ("samples", "outputs", "palette")}} if recipe else out
-
-
-def study(path, name, network, wanted, args, rank, world, device):
-    """One side through one network: its statistics from the file where they are there, else from its pictures."""
-    found = {} if pathlib.Path(path).is_dir() else read_statistics(path)
-    same_network(path, found, network.id)
-    outputs = {"inception": ("pool", "spatial"), "dinov2": ("cls",), "vae": ("latent",)}[name]
-    stored = {o: tuple(torch.from_numpy(found[k]).double() for k in KEYS[o]) for o in outputs if all(k in found for k in KEYS[o])}
-    features = any(m in wanted for m in ("precision", "recall", "kid"))
-    scored = "is" in wanted and path == args.samples
-    pictures = open_pictures(path, args.crop)
-    if pictures is not None and (features or scored or not stored):
-        side = extract(path, pictures, network, features and name == "inception", args.batch_size, rank, world, device)
+    """What a recipe says of one set of pictures: name, number, hash (of a folder's names and sizes), how
+    sample.py made it.
+    """
+    if path.is_file():
+        digest = sha256(path)
     else:
-        side = Side(path)
-    side.pictures = side.count
-    if stored:  # as ADM's evaluator: the statistics of the whole set beside a part of its pictures
-        side.moments.update(stored)
-        side.count = int(found["count"]) if "count" in found else None
-    return side
+        files = [file for file in sorted(path.rglob("*")) if file.is_file()]
+        listing = "".join(f"{file.relative_to(path)} {file.stat().st_size}\n" for file in files)
+        digest = hashlib.sha256(listing.encode()).hexdigest()
+    described = dict(name=path.name, count=count, sha256=digest)
+    recipe = sampling(path)
+    if recipe:
+        lists = ("samples", "outputs", "palette")
+        described["sampling"] = {key: value for key, value in recipe.items() if key not in lists}
+    return described
 
 
-def compare(samples, reference, wanted, rank_deficient):
-    """The wanted metrics of two Sides through one network -> dict; None where a side cannot give what it takes."""
-    out = {}
-    for metric, output in (("fid", "pool"), ("sfid", "spatial"), ("fd-dinov2", "cls"), ("latent-fd", "latent")):
-        if metric in wanted:
-            pair = [side.moments.get(output) for side in (samples, reference)]
-            if None in pair:
-                out[metric.replace("-", "_")] = None
-                continue
-            if pair[0][0].shape != pair[1][0].shape:
-                raise InputError(f"{samples.path} and {reference.path}: {output} features of {len(pair[0][0])} and {len(pair[1][0])} dimensions; "
-                                 "use pictures of one size and statistics of one kind")
-            for side, (mu, _) in zip((samples, reference), pair):
-                if side.count is not None and side.count <= len(mu):
-                    rank_deficient.append(f"{side.path}: {side.count} pictures for {len(mu)} dimensions ({metric})")
-            out[metric.replace("-", "_")] = frechet(*pair[0], *pair[1])
-    if "is" in wanted:
-        out["is"] = samples.inception_score
-    features = (samples.features, reference.features)
-    if "precision" in wanted or "recall" in wanted:
-        precision, recall = precision_recall(*features) if None not in features else (None, None)
-        out.update({k: v for k, v in (("precision", precision), ("recall", recall)) if k in wanted})
-    if "kid" in wanted:
-        out["kid"], out["kid_std"] = kernel_distance(*features) if None not in features else (None, None)
-    return out
+# ------------------------------------------------------------------------------------------------
+# Sets through networks.
+
+def add_moments(sums, x):
+    """Add features (n, D) to the float64 sums (1 + D, D) of x and x x^T, in place."""
+    x = x.double()
+    sums[0] += x.sum(0)
+    sums[1:].addmm_(x.T, x)
+
+
+def finish_moments(sums, count):
+    """The sums over count pictures -> mean (D,) and covariance (D, D), ddof 1."""
+    mu = sums[0] / count
+    return mu, (sums[1:] - count * torch.outer(mu, mu)) / max(count - 1, 1)
+
+
+def chunk_scores(logits):
+    """Logits (n, classes) -> what an inception score sums: sum(p log p) and p, (n, 1 + classes) float64."""
+    log_p = logits.double().log_softmax(1)
+    return torch.cat([(log_p.exp() * log_p).sum(1, keepdim=True), log_p.exp()], 1)
+
+
+@torch.inference_mode()
+def extract(source, network, keep, work):
+    """A set's pictures through a network, shared out over the processes -> {what a metric takes: its values},
+    on every process.
+
+    keep: the outputs of which features are taken, (N, D) float32 in file order. On a CPU the pictures go one
+    by one, each by one thread: the order in which a convolution sums depends on the batch and the number of
+    threads, and the moments shall not. Raises InputError for features that are not finite.
+    """
+    names, device = source.pictures.names, work.device
+    count, threads = len(names), torch.get_num_threads()
+    workers, step = (threads, 1) if device.type == "cpu" else (4, work.batch_size)
+    home = device if device.type == "cuda" else torch.device("cpu")  # it has float64
+
+    @torch.inference_mode()
+    def look(rows):
+        torch.set_num_threads(1)  # in this worker
+        block = source.read(rows)
+        parts = [network(block[i:i + step]) for i in range(0, len(block), step)]
+        return {name: torch.cat([part[name] for part in parts]).to(home) for name in parts[0]}
+
+    # A first look for the widths: a process may have no batch of its own.
+    widths = {name: x.shape[1] for name, x in next(prefetch(look, [range(1)])).items()}
+    wide = dict(dtype=torch.float64, device=home)
+    scores = torch.zeros(-(-count // IS_CHUNK), 1 + widths.pop("logits", 0), **wide)
+    sums = {name: torch.zeros(1 + width, width, **wide) for name, width in widths.items()}
+    features = {name: torch.zeros(count, widths[name], device=home) for name in keep}
+    batches = share(range(count), work.rank, work.world, work.batch_size)
+    done = tqdm(prefetch(look, batches, workers, workers + 1), source.path.name, len(batches),
+                disable=work.rank > 0, unit="batch")
+    for outputs, rows in zip(done, batches):
+        for name, x in outputs.items():
+            bad = ~torch.isfinite(x).all(1)
+            picture = names[rows[int(bad.int().argmax())]]
+            check(not bad.any(), f"{source.path}: picture {picture} gives {name} features that are not "
+                  "finite; check it and the network's weights")
+            if name == "logits":
+                scores.index_add_(0, torch.tensor(rows, device=home) // IS_CHUNK, chunk_scores(x))
+            else:
+                add_moments(sums[name], x)
+            if name in keep:
+                features[name][rows.start:rows.stop] = x
+    torch.set_num_threads(threads)
+    known = {("scores", "logits"): (all_reduce(scores), count)}
+    for name, total in sums.items():
+        known["moments", name] = tuple(x.cpu() for x in finish_moments(all_reduce(total), count))
+    for name in keep:
+        known["features", name] = (all_reduce(features[name]),)
+    return known
+
+
+class Side(NamedTuple):
+    """One set through one network: known {what a metric takes: its values}, how many pictures were looked
+    at, and the count that the moments are of; None where there were none, or where the file does not say.
+    """
+    path: pathlib.Path
+    known: dict
+    pictures: int | None
+    count: int | None
+
+
+def study(source, network, taken, work):
+    """What the metrics take of one set through one network -> Side: moments from its file where they are
+    there, the rest from its pictures.
+    """
+    same_network(source, network.id)
+    found = source.statistics
+    stored = {("moments", output): tuple(torch.from_numpy(found[key]).double() for key in pair)
+              for output, pair in network.keys.items() if found.keys() >= set(pair)}
+    needed = not stored or any(kind != "moments" for kind, _ in taken)
+    known, pictures = {}, None
+    if source.pictures and needed:
+        known = extract(source, network, {output for kind, output in taken if kind == "features"}, work)
+        pictures = len(source.pictures.names)
+    if not stored:
+        return Side(source.path, known, pictures, pictures)
+    # As ADM's evaluator: the statistics of the whole set beside a part of its pictures.
+    count = int(found["count"]) if "count" in found else None
+    return Side(source.path, known | stored, pictures, count)
+
+
+def study_all(sources, metrics, networks, work):
+    """What the metrics take of all sets through all networks -> {network: [Side of SAMPLES, Side of REF]};
+    without REF the statistics of SAMPLES.
+    """
+    sides = {}
+    for name, network in networks.items():
+        rows = [METRICS[m] for m in metrics if METRICS[m].network == name and len(sources) == 2]
+        taken = {row.takes for row in rows}, {row.takes for row in rows if not row.alone}
+        sides[name] = [study(source, network, takes, work) for source, takes in zip(sources, taken)]
+    return sides
+
+
+def compare(sides, metrics):
+    """The metrics of {network: [Side of SAMPLES, Side of REF]} -> {figure: number}, None where a side cannot
+    give what it takes. Raises InputError where none can be had, or dimensions differ.
+    """
+    figures, deficient = {}, False
+    for metric in metrics:
+        row, figure = METRICS[metric], metric.replace("-", "_")
+        chosen = sides[row.network][:1] if row.alone else sides[row.network]
+        given = [side.known.get(row.takes) for side in chosen]
+        if None in given:
+            print(f"{figure}: left out, one side is statistics alone; give its pictures")
+            figures[figure] = None
+            continue
+        dimensions = [values[0].shape[-1] for values in given]
+        check(len(set(dimensions)) == 1, f"{_both(chosen)}: features of {' and '.join(map(str, dimensions))} "
+              "dimensions; use pictures of one size and statistics of one kind")
+        for side in chosen:
+            if row.takes[0] == "moments" and side.count is not None and side.count <= dimensions[0]:
+                deficient = True
+                print(f"WARNING: rank-deficient covariance: {side.path}: {side.count} pictures for "
+                      f"{dimensions[0]} dimensions ({metric}); the distance depends on this number, compare "
+                      "equal numbers only")
+        value = row.compute(*(x for values in given for x in values))
+        figures.update(value if isinstance(value, dict) else {figure: value})
+    check(set(figures.values()) != {None}, f"{_both(chosen)}: neither pictures nor statistics in common for "
+          f"{', '.join(metrics)}; give pictures")
+    return {**figures, "rank_deficient": deficient}
+
+
+def _both(sets):
+    return " and ".join(str(each.path) for each in sets)
+
+
+def _by_name(source):
+    """{name of a picture, "/" as "_" as sample.py writes it: its range of one index}"""
+    check(source.pictures, f"{source.path}: holds statistics alone; pairs need pictures")
+    names = [name.replace("/", "_") for name in source.pictures.names]
+    check(len(set(names)) == len(names), f"{source.path}: two pictures of one name; pairs need one of each")
+    return {name: range(i, i + 1) for i, name in enumerate(names)}
+
+
+@torch.inference_mode()
+def compare_pairs(sources, metrics, networks, work):
+    """The means of metrics over pairs of pictures with equal names -> {figure: number}, None where all are
+    infinite; infinite ones are counted and left out; and the two Sides, for a recipe. Raises InputError
+    where names or shapes do not pair.
+    """
+    first, second = (_by_name(source) for source in sources)
+    odd = sorted(first.keys() ^ second.keys())
+    check(not odd, f"{_both(sources)}: {len(first)} and {len(second)} pictures, {''.join(odd[:1])} only in "
+          "one; pictures of equal names are compared")
+    rows, values = [METRICS[metric] for metric in metrics], []
+    for name in tqdm(list(first)[work.rank::work.world], "pairs", disable=work.rank > 0):
+        (a,), (b,) = sources[0].read(first[name]), sources[1].read(second[name])
+        check(a.shape == b.shape,
+              f"{_both(sources)}: {name} has shapes {a.shape} and {b.shape}; they must be equal")
+        values.append([row.compute(a, b, networks.get(row.network)) for row in rows])
+    figures = {}
+    for metric, *found in zip(metrics, *sum(gather(values), [])):
+        check(not any(map(math.isnan, found)), f"{_both(sources)}: {metric} is no number; check the weights")
+        finite = [value for value in found if math.isfinite(value)]
+        figures[metric] = math.fsum(finite) / len(finite) if finite else None
+        if len(finite) < len(found):
+            figures[f"{metric}_infinite"] = len(found) - len(finite)
+    return figures, [Side(source.path, {}, len(first), len(first)) for source in sources]
 
 
 def save_statistics(path, sides, networks):
-    """The moments of one set through its networks, under ADM's names, with what made them."""
-    count = next(iter(sides.values())).count
-    arrays = {"count": np.array(count)} if count is not None else {}
-    for name, side in sides.items():
-        arrays.update({k: np.array(v) for k, v in networks[name].id.items() if v is not None})
-        for output, moments in side.moments.items():
-            arrays.update({k: m.numpy() for k, m in zip(KEYS[output], moments)})
+    """The moments of SAMPLES through the networks, under ADM's names, with what made them."""
+    count = next(iter(sides.values()))[0].count
+    arrays = {} if count is None else {"count": np.array(count)}
+    for name, network in networks.items():
+        arrays.update({key: np.array(value) for key, value in network.id.items() if value is not None})
+        for output, pair in network.keys.items():
+            moments = sides[name][0].known.get(("moments", output), ())
+            arrays.update({key: moment.numpy() for key, moment in zip(pair, moments)})
     with whole_file(path) as file:
         np.savez(file, **arrays)
 
 
+# ------------------------------------------------------------------------------------------------
+
 def arguments():
     """The command's flags -> Namespace. InputError for those that contradict each other."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("samples", type=pathlib.Path)
-    parser.add_argument("reference", type=pathlib.Path, nargs="?", help="may be left out with --save-stats")
-    parser.add_argument("--metrics", nargs="+", choices=list(METRICS), help="default: fid sfid is precision recall")
-    parser.add_argument("--features", choices=("inception", "vae"), default="inception", help="vae: latent-fd, a distance in the autoencoder's latents; not FID")
-    parser.add_argument("--inception", type=pathlib.Path, metavar="FILE", help="the pytorch-fid release's weights; default: downloaded once")
-    parser.add_argument("--dinov2", type=pathlib.Path, metavar="FILE", help="local DINOv2 ViT-L/14 weights instead of the hub's")
-    parser.add_argument("--vae", default="toy", help="autoencoder of latent-fd")
-    parser.add_argument("--preprocess", choices=list(PREPROCESS), default="adm", help="pytorch_fid: figures comparable with that package")
-    parser.add_argument("--crop", type=int, metavar="SIZE", help="ADM's centre crop of every picture first (256 for ImageNet validation)")
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--save-stats", type=pathlib.Path, metavar="FILE", help="write the statistics of SAMPLES, usable as REF")
-    parser.add_argument("--json", type=pathlib.Path, metavar="FILE")
-    parser.add_argument("--lpips", action="store_true", help="the mean LPIPS of SAMPLES and REF, paired by name, instead")
-    parser.add_argument("--vgg", type=pathlib.Path, metavar="FILE")
-    parser.add_argument("--lpips-heads", type=pathlib.Path, metavar="FILE")
+    parser = command_parser(__doc__)
+    add, file = parser.add_argument, dict(type=pathlib.Path, metavar="FILE")
+    add("samples", type=pathlib.Path)
+    add("reference", type=pathlib.Path, nargs="?", help="may be left out with --save-stats")
+    add("--metrics", nargs="+", choices=list(METRICS), default=DEFAULT, help="default: " + " ".join(DEFAULT))
+    add("--inception", **file, help="the pytorch-fid release's weights; default: downloaded once")
+    add("--dinov2", **file, help="local DINOv2 ViT-L/14 weights instead of the hub's")
+    add("--vae", default="toy", help="autoencoder of latent-fd, a distance in its latents; not FID")
+    add("--preprocess", choices=list(PREPROCESS), default="adm",
+        help="pytorch_fid: figures comparable with that package")
+    add("--vgg", **file, help="lpips: torchvision's VGG-16")
+    add("--lpips-heads", **file, help="lpips: the release's weights/v0.1/vgg.pth")
+    add("--crop", type=int, metavar="SIZE",
+        help="ADM's centre crop of every picture first (256 for ImageNet validation)")
+    add("--batch-size", type=int, default=64)
+    add("--save-stats", **file, help="write the statistics of SAMPLES, usable as REF")
+    add("--json", **file)
     args = parser.parse_args()
-    if args.reference is None and (args.lpips or not args.save_stats):
-        raise InputError(f"{args.samples}: give REF to compare with, or --save-stats FILE")
-    if args.batch_size < 1 or (args.crop is not None and args.crop < 8):
-        raise InputError(f"--batch-size {args.batch_size} --crop {args.crop}: at least 1, at least 8")
-    args.metrics = args.metrics or (["latent-fd"] if args.features == "vae" else ["fid", "sfid", "is", "precision", "recall"])
-    if args.features == "vae" and args.metrics != ["latent-fd"]:
-        raise InputError(f"--features vae --metrics {' '.join(args.metrics)}: the autoencoder's latents give latent-fd alone")
+    paired = [metric for metric in args.metrics if METRICS[metric].takes == "pairs"]
+    check(args.reference or (args.save_stats and not paired),
+          f"{args.samples}: give REF to compare with, or --save-stats FILE")
+    check(not paired or (len(paired) == len(args.metrics) and not args.save_stats),
+          f"--metrics {' '.join(args.metrics)}: {' and '.join(paired)} compare pairs of pictures, not sets; "
+          "ask for them in a call of their own, without --save-stats")
+    check(args.batch_size >= 1 and (args.crop is None or args.crop >= 8),
+          f"--batch-size {args.batch_size} --crop {args.crop}: at least 1, at least 8")
     return args
 
 
 def main():
-    """Features of both sets, shared out over the processes, then the metrics asked for; rank 0 prints and writes them."""
+    """Features of both sets, shared out over the processes, then the metrics asked for; process 0 prints and
+    writes them.
+    """
     args = arguments()
-    rank, world, device = setup()
-    if args.lpips:
-        result = paired_lpips(args, rank, world, device)
+    work = Work(*setup(), args.batch_size)
+    files = Files(*(getattr(args, name) for name in Files._fields))
+    rows = [METRICS[metric] for metric in args.metrics]
+    sources = [open_source(path, args.crop) for path in (args.samples, args.reference) if path]
+    names = dict.fromkeys(row.network for row in rows)
+    networks = {name: NETWORKS[name](files, work) for name in names if name}
+    if rows[0].takes == "pairs":
+        figures, seen = compare_pairs(sources, args.metrics, networks, work)
     else:
-        result = distances(args, rank, world, device)
-    if rank > 0 or result is None:
+        sides = study_all(sources, args.metrics, networks, work)
+        seen = sides[rows[0].network]
+        if args.save_stats and work.rank == 0:
+            save_statistics(args.save_stats, sides, networks)
+            print(f"{args.save_stats}: statistics of {args.samples}")
+        figures = compare(sides, args.metrics) if args.reference and work.rank == 0 else {}
+    if work.rank > 0 or not figures:
         return
-    for key, value in result.items():
-        if key != "recipe":
-            print(f"{key:14s} {value:.4f}" if isinstance(value, float) else f"{key:14s} {value}")
+    for figure, value in figures.items():
+        print(f"{figure:14s} {value:.4f}" if isinstance(value, float) else f"{figure:14s} {value}")
     if args.json:
+        samples, reference = seen
+        recipe = dict(samples=describe(args.samples, samples.pictures or samples.count),
+                      reference=describe(args.reference, reference.count or reference.pictures),
+                      metrics=args.metrics, precision="fp32, moments fp64", crop=args.crop)
+        for network in networks.values():
+            recipe.update(network.id)
+        recipe.update(is_chunk=IS_CHUNK, neighbour=NEIGHBOUR, reference_pictures=reference.pictures,
+                      torch=torch.__version__, device=work.device.type)
         with whole_file(args.json) as file:
-            file.write(json.dumps(result, indent=1).encode())
-
-
-def distances(args, rank, world, device):
-    """All wanted metrics of SAMPLES against REF -> result dict on process 0."""
-    result, networks, sides, deficient = {}, {}, {}, []
-    references = {}
-    for name in dict.fromkeys(METRICS[m] for m in args.metrics):
-        networks[name] = NETWORKS[name](args, rank, device)
-        wanted = [m for m in args.metrics if METRICS[m] == name]
-        sides[name] = study(args.samples, name, networks[name], wanted if args.reference else [], args, rank, world, device)
-        if args.reference:
-            references[name] = study(args.reference, name, networks[name], wanted, args, rank, world, device)
-            if rank == 0:
-                result.update(compare(sides[name], references[name], wanted, deficient))
-    if rank > 0:
-        return None
-    if args.save_stats:
-        save_statistics(args.save_stats, sides, networks)
-        print(f"{args.save_stats}: statistics of {args.samples}")
-    if not args.reference:
-        return None
-    for line in deficient:
-        print(f"WARNING: rank-deficient covariance: {line}; the distance depends on this number, compare equal numbers only")
-    if not any(value is not None for value in result.values()):
-        raise InputError(f"{args.samples} and {args.reference}: neither pictures nor statistics in common for {', '.join(args.metrics)}; give pictures")
-    for metric in [k for k, v in result.items() if v is None]:
-        print(f"{metric}: left out, one side is statistics alone; give its pictures")
-    first = next(iter(sides))
-    recipe = dict(samples=describe(args.samples, sides[first].pictures or sides[first].count),
-                  reference=describe(args.reference, references[first].count or references[first].pictures),
-                  metrics=args.metrics, precision="fp32, moments fp64", crop=args.crop, **{k: v for n in networks.values() for k, v in n.id.items()},
-                  is_chunk=IS_CHUNK, neighbour=NEIGHBOUR, reference_pictures=references[first].pictures, torch=torch.__version__, device=device.type)
-    return {**result, "rank_deficient": bool(deficient), "recipe": recipe}
+            file.write(json.dumps({**figures, "recipe": recipe}, indent=1).encode())
 
 
 if __name__ == "__main__":

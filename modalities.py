@@ -212,6 +212,10 @@ class Kind:
         x = F.interpolate(x, tuple(shape), **mode)[0].permute(1, 2, 0).numpy()
         return (x if array.ndim == 3 else x[..., 0]).astype(array.dtype)
 
+    def median(self, arrays):
+        """Of the user's arrays (K, H, W[, 3]), a pixel at a time."""
+        return np.median(arrays, 0)
+
 
 class Colour(Kind):
     """A picture: uint8 (H, W, 3)."""
@@ -302,6 +306,9 @@ class Vector(Kind):
 
     def resize(self, array, shape):
         return array if array.shape[:2] == tuple(shape) else unit(super().resize(array, shape))
+
+    def median(self, arrays):
+        return unit(super().median(arrays))
 
     def to_pixels(self, vectors):
         return vectors.astype(np.float32).transpose(2, 0, 1)

@@ -4,7 +4,7 @@
     python mt_sample.py --task restore --image photo.png --mask hole.png --ckpt RUN  # --pair masked
     python mt_sample.py --task classify --image DIR --ckpt RUN                       # --pair label
     python mt_sample.py --task generate --num 8 --ckpt RUN                           # all: an image and its X
-    python mt_sample.py --task evaluate --image DIR --ckpt RUN                       # translations, scored
+    python mt_sample.py --task evaluate --data DIR --ckpt RUN                        # translations, scored
 
 Writes OUT/<modality>/<stem>.png, OUT/masked_rgb/, OUT/classes/<stem>.json (name, class, probability of the
 best five), OUT/feature/<stem>.npy, OUT/grid.png and OUT/meta.json, as sample.py does: shared out, seeded
@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from PIL import Image
 from scipy import ndimage
 
+import eval_depth
 import mt_diffusion
 import sample
 import samplers
@@ -32,7 +33,7 @@ from produce import produce, sample_list, write_grid, write_meta
 from vae import encoder_of
 from weights import load_model, newest_checkpoint
 
-GIVEN = {"translate": "pair", "restore": "masked", "classify": "label"}  # task: the setting that has it
+NEEDS = {"translate": "pair", "restore": "masked", "classify": "label", "evaluate": "pair"}  # task: setting
 
 
 # ------------------------------------------------------------------------------------------------
@@ -219,11 +220,52 @@ def report_classes(out, requests, num_classes):
 
 
 # ------------------------------------------------------------------------------------------------
+# Translations against the truth.
+
+class Translations(eval_depth.Checkpoint):
+    """A predictor of eval_depth.py; sampling is a Chain."""
+
+    def draw(self, frames, modalities, indices):
+        rgb, y = self.inputs(frames)
+        noise = samplers.Noise(self.seed, indices, y.device)
+        x = draw_images(self.model, y, noise, self.sampling, self.encoder.encode(rgb, noise))
+        wanted = [self.model.modalities.index(m) for m in modalities]
+        return samplers.decode(self.encoder, x, wanted, self.sampling.precision)
+
+
+def score(args, loaded, encoder, chain, rank):
+    """Print, and write to --json, the scores of translations of RGB and of the autoencoder alone."""
+    model, meta = loaded.model, loaded.meta
+    target, origin = model.modalities
+    check(origin == "rgb", f"{loaded.path}: translates {origin}, only translations of rgb are scored")
+    source = eval_depth.Toy(args.toy) if args.toy else eval_depth.Tree(args.data, meta, args.depth_space)
+    check(target in source.modalities, f"--task evaluate: there is no truth of {target}")
+    source.modalities = [target]
+    rules = eval_depth.Rules(seg_mode=source.seg_mode, palette=source.palette)
+    metrics, size = eval_depth.metrics_of([target], rules), meta["resolution"]
+    predictors = {"value": Translations(model, size, encoder, chain, metrics, args.seed),
+                  "ceiling": eval_depth.Ceiling(encoder, size, metrics)}
+    scored = eval_depth.evaluate(source, predictors, rules, args.batch_size)
+    if rank > 0:
+        return
+    result = {**eval_depth.results(scored["value"]), "ceiling": eval_depth.results(scored["ceiling"])}
+    eval_depth.print_table(scored["value"], result)
+    if args.json:
+        recipe = dict(**source.recipe, count=len(source.names), **recipe_of(loaded, chain, args.seed))
+        with whole_file(args.json) as file:
+            file.write(json.dumps({**result, "recipe": recipe}, indent=1).encode())
+
+
+# ------------------------------------------------------------------------------------------------
 
 def arguments():
     """The command's flags -> Namespace. InputError for those that contradict each other."""
     parser = command_parser(__doc__)
-    parser.add_argument("--task", required=True, choices=("generate", *GIVEN))
+    parser.add_argument("--task", required=True, choices=("generate", *NEEDS))
+    parser.add_argument("--toy", type=int, metavar="N", help="evaluate: N held-out toy scenes")
+    parser.add_argument("--data", type=pathlib.Path, help="evaluate: folder tree <root>/<modality>/...")
+    parser.add_argument("--depth-space", choices=eval_depth.SPACES, default="depth", help="of --data's depth")
+    parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="evaluate: the scores")
     samplers.checkpoint_flags(parser)
     sample.add_flags(parser)
     parser.add_argument("--start", choices=("shifted", "standard"), default="shifted",
@@ -249,8 +291,11 @@ def arguments():
     check(args.patches is None or args.patches >= 1, f"--patches {args.patches}: at least 1 square")
     check(args.sdedit is None or 0 < args.sdedit <= 1, f"--sdedit {args.sdedit}: a share above 0, up to 1")
     check(np.isfinite(args.classifier_scale), f"--classifier-scale {args.classifier_scale}: must be finite")
-    check(bool(args.image) == (args.task != "generate"), f"--task {args.task}: "
+    check(bool(args.image) == (args.task not in ("generate", "evaluate")), f"--task {args.task}: "
           f"{'takes no --image' if args.image else 'needs --image'}")
+    scored = args.task == "evaluate"
+    check(scored == (bool(args.toy) != bool(args.data)) and (scored or not args.json),
+          "--task evaluate, and it alone, takes one of --toy and --data, and --json")
     check(not (args.npz and args.task == "classify"), "--npz with --task classify: it makes no pictures")
     return args
 
@@ -268,8 +313,8 @@ def chain_of(args, pair):
 
 def check_task(args, model):
     """Raise InputError where the checkpoint's setting does not have the task."""
-    pair, needs = model.pair, GIVEN.get(args.task)
-    own = ["generate", *(task for task, setting in GIVEN.items() if setting == pair)]
+    pair, needs = model.pair, NEEDS.get(args.task)
+    own = ["generate", *(task for task, setting in NEEDS.items() if setting == pair)]
     check(needs in (None, pair), f"--task {args.task}: needs a checkpoint of --pair {needs}, "
           f"this one is of {pair}; its tasks: {', '.join(own)}")
     check(not args.features or pair == "feature", "--features is for a checkpoint of --pair feature")
@@ -335,6 +380,8 @@ def main():
     chain = chain_of(args, model.pair)
     samplers.prepare(model.backbone, args.precision, args.compile)
     encoder = encoder_of(meta, device, args.vae)
+    if args.task == "evaluate":
+        return score(args, loaded, encoder, chain, rank)
     requests = requests_of(args, model, meta)
     wanted = sample.outputs_of(args.outputs, model.modalities, {"--npz": ("rgb",) if args.npz else ()})
     folders = {} if args.task == "classify" else {m: MODALITIES[m] for m in wanted}
@@ -346,7 +393,10 @@ def main():
     if rank == 0:
         print(f"{loaded.path}: MT-Diffusion, {model.pair}: {', '.join(model.modalities)}, "
               f"step {loaded.step}; {len(requests)} samples on {device}")
-    recipe = rank == 0 and recipe_of(args, loaded, chain, outputs, requests)
+    recipe = rank == 0 and dict(
+        task=args.task, **recipe_of(loaded, None if args.task == "classify" else chain, args.seed),
+        **extras_of(args), fit=args.fit, truncate=args.truncate, outputs=list(outputs.folders),
+        endings=outputs.endings, palette=meta["palette"], samples=samples_of(requests))
     single = args.fit == "full" and args.task != "generate"  # pictures of different shapes do not stack
     drawn = produce(args.out, requests, draw, outputs, recipe, 1 if single else args.batch_size)
     if rank > 0:
@@ -363,25 +413,28 @@ def main():
     print(args.out / ("grid.png" if folders else "classes"))
 
 
-def recipe_of(args, loaded, chain, outputs, requests):
-    """What produced the samples, for meta.json."""
-    meta, extras = loaded.meta, {}
-    for name in ("mask", "patches", "sdedit", "features"):
-        if getattr(args, name) is not None:
-            extras[name] = str(getattr(args, name))
-    if args.features:
-        extras["features_sha256"] = sha256(args.features)
-    walk = {} if args.task == "classify" else chain._asdict()
+def recipe_of(loaded, chain, seed):
+    """What drew samples; chain is None where nothing was walked."""
+    walk = chain._asdict() if chain else {}
+    return dict(checkpoint=loaded.path.name, checkpoint_sha256=loaded.sha256, method=loaded.train["method"],
+                step=loaded.step, weights="ema", evaluations=walk.get("steps", 1), seed=seed,
+                vae=loaded.meta["vae"], vae_sha256=loaded.meta["vae_sha256"], **walk)
+
+
+def extras_of(args):
+    """The task's own flags, for the recipe."""
+    given = {name: getattr(args, name) for name in ("mask", "patches", "sdedit", "features")}
+    extras = {name: str(value) for name, value in given.items() if value is not None}
+    return {**extras, "features_sha256": sha256(args.features)} if args.features else extras
+
+
+def samples_of(requests):
+    """meta.json's list of samples, masks by content."""
     samples = sample_list(requests)
     for one in samples:
         if "mask" in one["given"]:
             one["mask_sha256"] = sha256(one["given"]["mask"])
-    return dict(task=args.task, checkpoint=loaded.path.name, checkpoint_sha256=loaded.sha256,
-                method=loaded.train["method"], step=loaded.step, weights="ema",
-                evaluations=chain.steps if walk else 1, seed=args.seed, vae=meta["vae"],
-                vae_sha256=meta["vae_sha256"], **walk, fit=args.fit, truncate=args.truncate,
-                outputs=list(outputs.folders), endings=outputs.endings, palette=meta["palette"], **extras,
-                samples=samples)
+    return samples
 
 
 if __name__ == "__main__":

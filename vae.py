@@ -252,6 +252,10 @@ class Pixels:
         """Latents (N, 3, H, W) -> pixels in [-1, 1]."""
         return latents.clamp(-1, 1)
 
+    def round_trip(self, pixels):
+        """Pixels encoded and decoded: themselves."""
+        return pixels
+
 
 class KL:
     """An AutoencoderKL on a device."""
@@ -284,6 +288,11 @@ class KL:
         with autocast(self.device, precision):
             parts = [self.vae.decode(part / self.scale).float() for part in latents.split(self.batch)]
         return torch.cat(parts).clamp(-1, 1)
+
+    @torch.inference_mode()
+    def round_trip(self, pixels):
+        """Pixels (N, 3, fH, fW), encoded to the posterior's mean and decoded: the ceiling of any model."""
+        return self.vae.decode(self.vae.encode(pixels.to(self.device))[0]).clamp(-1, 1)
 
 
 def load_encoder(name, device):

@@ -14,7 +14,9 @@ import eval_depth
 import toy_scenes
 from conftest import shell
 from distributed import InputError
-from model import MODALITIES
+from eval_depth import Rules
+from modalities import MODALITIES, segments
+from vae import Pixels
 
 RNG = np.random.default_rng(0)
 DEPTH = RNG.uniform(0.5, 8, (40, 50))
@@ -28,7 +30,8 @@ FEW = ("--ckpt", "demo/mmgen.pt", "--sampler", "euler", "--steps", 1)
 @pytest.mark.parametrize("space", ("disparity", "depth"))
 def test_an_affine_prediction_is_perfect(space):
     target = 1 / DEPTH if space == "disparity" else DEPTH
-    scores = eval_depth.depth_scores(eval_depth.align((target - 0.3) / 1.7, DEPTH, VALID, space), DEPTH, VALID)
+    aligned = eval_depth.align((target - 0.3) / 1.7, DEPTH, VALID, space)
+    scores = eval_depth.depth_scores(aligned, DEPTH, VALID)
     assert scores["abs_rel"] < 1e-6 and scores["rmse"] < 1e-6 and scores["delta1"] == 1
 
 
@@ -45,8 +48,10 @@ def test_a_constant_prediction_gets_the_best_constant(space):
 
 
 def test_depth_scores_by_hand():
-    scores = eval_depth.depth_scores(np.array([[1.0, 2.0, 4.0]]), np.array([[1.0, 2.6, 3.5]]), np.array([[True, True, True]]))
-    assert scores["abs_rel"] == pytest.approx((0.6 / 2.6 + 0.5 / 3.5) / 3) and scores["rmse"] == pytest.approx(np.sqrt((0.36 + 0.25) / 3))
+    guess, truth = np.array([[1.0, 2.0, 4.0]]), np.array([[1.0, 2.6, 3.5]])
+    scores = eval_depth.depth_scores(guess, truth, truth > 0)
+    assert scores["abs_rel"] == pytest.approx((0.6 / 2.6 + 0.5 / 3.5) / 3)
+    assert scores["rmse"] == pytest.approx(np.sqrt((0.36 + 0.25) / 3))
     assert scores["delta1"] == pytest.approx(2 / 3) and scores["delta2"] == 1
 
 
@@ -64,17 +69,19 @@ def test_normals_rotated_by_ten_degrees():
     got = eval_depth.angles(turned.astype(np.float32), normal)
     assert len(got) == 25 * 30 and np.abs(got - 10).max() < 1e-4
     scores = eval_depth.normal_scores(got)
-    assert scores["normal_11.25"] == 100 and scores["normal_7.5"] == 0 and scores["normal_rmse"] == pytest.approx(10, abs=1e-4)
+    assert scores["normal_11.25"] == 100 and scores["normal_7.5"] == 0
+    assert scores["normal_rmse"] == pytest.approx(10, abs=1e-4)
 
 
 def test_pooled_median_is_that_of_all_pixels(tmp_path):
-    tally, every = eval_depth.Tally(Args, None), []
+    metric, every = eval_depth.Normal("normal", Rules()), []
     for i in range(3):
         truth, guess = (RNG.standard_normal((20, 20 + i, 3)) for _ in range(2))
         every.append(eval_depth.angles(guess, truth))
-        tally.add(i, eval_depth.Frame(str(i), None, None, {"normal": truth}, None), {"normal": guess})
-    got, every = tally.result(), np.concatenate(every)
-    assert got["normal_median"] == pytest.approx(np.median(every), abs=2e-4) and got["normal_mean"] == pytest.approx(every.mean())
+        metric.add(i, str(i), truth, guess)
+    got, every = metric.result(), np.concatenate(every)
+    assert got["normal_median"] == pytest.approx(np.median(every), abs=2e-4)
+    assert got["normal_mean"] == pytest.approx(every.mean())
     assert got["normal_22.5"] == pytest.approx(100 * np.mean(every < 22.5))
 
 
@@ -84,9 +91,11 @@ def test_pooled_median_is_that_of_all_pixels(tmp_path):
 def test_semantic_scores_by_hand():
     confusion = np.array([[3, 1, 0, 0], [0, 4, 0, 0], [0, 0, 0, 0], [1, 0, 0, 1]])  # class 2 is absent
     got = eval_depth.semantic_scores(confusion)
-    assert got["pixel_accuracy"] == pytest.approx(0.8) and got["class_accuracy"] == pytest.approx(np.mean([3 / 4, 1, 1 / 2]))
+    assert got["pixel_accuracy"] == pytest.approx(0.8)
+    assert got["class_accuracy"] == pytest.approx(np.mean([3 / 4, 1, 1 / 2]))
     assert got["miou"] == pytest.approx(np.mean([3 / 5, 4 / 5, 1 / 2]))
-    assert eval_depth.semantic_scores(confusion, 1e-12)["miou"] == pytest.approx(np.mean([3 / 5, 4 / 5, 0, 1 / 2]))
+    counted = eval_depth.semantic_scores(confusion, 1e-12)
+    assert counted["miou"] == pytest.approx(np.mean([3 / 5, 4 / 5, 0, 1 / 2]))
 
 
 def test_permuted_labels_are_the_same_segments():
@@ -107,7 +116,8 @@ def test_a_true_segment_without_partner_counts_zero():
 def test_boundary_shifted_by_pixels(shift, f):
     a, b = np.zeros((256, 256), int), np.zeros((256, 256), int)  # diagonal 362: radius ceil(2.9) = 3
     a[:, 100:], b[:, 100 + shift:] = 1, 1
-    assert eval_depth.f_score(eval_depth.matches(eval_depth.boundary(a), eval_depth.boundary(b))) == f
+    counts = eval_depth.matches(eval_depth.boundary(a), eval_depth.boundary(b))
+    assert eval_depth.f_score(counts) == f
 
 
 def test_soft_edges_are_scored_at_the_best_threshold():
@@ -115,7 +125,8 @@ def test_soft_edges_are_scored_at_the_best_threshold():
     truth[20] = 255
     soft = (truth * 0.3).astype(np.uint8)
     soft[40] = 30  # a weak edge that is none
-    assert tallied(Args, canny=(soft, truth))["edge_f"] == 1 and tallied(Args, canny=(np.roll(truth, 3, 0), truth))["edge_f"] == 0
+    assert scored("canny", soft, truth)["edge_f"] == 1
+    assert scored("canny", np.roll(truth, 3, 0), truth)["edge_f"] == 0
 
 
 def test_segments_of_a_noisy_picture():
@@ -123,66 +134,65 @@ def test_segments_of_a_noisy_picture():
     colours = np.array([[50 + 60 * (k % 4), 40 + 60 * (k // 4), (k * 97) % 256] for k in range(16)])
     noisy = (colours[truth] + RNG.normal(0, 4, (128, 128, 3))).clip(0, 255).astype(np.uint8)
     noisy[60:64, 20:24] = 255  # a speck of its own colour
-    index = eval_depth.segments(noisy)
+    index = segments(noisy)
     assert index.max() + 1 == 16 and eval_depth.instance_scores(index, truth)["miou"] > 0.99
-    assert eval_depth.instance_scores(eval_depth.segments(colours[truth].astype(np.uint8)), truth)["miou"] == 1  # exact colours: taken as they are
+    exact = segments(colours[truth].astype(np.uint8))  # at most 256 colours: taken as they are
+    assert eval_depth.instance_scores(exact, truth)["miou"] == 1
 
 
 def test_ari_and_confusion_equal_scikit_learn(figure):
     metrics = pytest.importorskip("sklearn.metrics")
     a, b = RNG.integers(0, 5, (30, 30)), RNG.integers(0, 7, (30, 30))
     b[:15] = a[:15]
-    ours, theirs = eval_depth.instance_scores(a, b)["ari"], metrics.adjusted_rand_score(b.ravel(), a.ravel())
+    ours = eval_depth.instance_scores(a, b)["ari"]
+    theirs = metrics.adjusted_rand_score(b.ravel(), a.ravel())
     confusion = metrics.confusion_matrix(b.ravel(), a.ravel(), labels=range(7))
     iou = metrics.jaccard_score(b.ravel(), a.ravel(), average="macro")
     figure("scikit-learn adjusted Rand index: theirs, ours", [float(theirs), float(ours)])
-    assert ours == pytest.approx(theirs, abs=1e-12) and eval_depth.semantic_scores(confusion)["miou"] == pytest.approx(iou, abs=1e-12)
+    assert ours == pytest.approx(theirs, abs=1e-12)
+    assert eval_depth.semantic_scores(confusion)["miou"] == pytest.approx(iou, abs=1e-12)
 
 
-class Args:
-    """The flags that a Tally reads."""
-
-    seg_mode, alignment, depth_range, eps = "semantic", "depth", (1e-3, 10.0), None
-
-
-def tallied(args, palette=None, **maps):
-    """Scores of one frame: modality = (prediction, truth)."""
-    tally = eval_depth.Tally(args, palette)
-    tally.add(0, eval_depth.Frame("f", None, None, {m: truth for m, (_, truth) in maps.items()}, None), {m: prediction for m, (prediction, _) in maps.items()})
-    return tally.result()
+def scored(modality, prediction, truth, palette=None):
+    """Scores over a set of one image, fitted in depth."""
+    metric = eval_depth.metrics_of([modality], Rules("depth", palette=palette))[modality]
+    metric.add(0, "f", truth, prediction)
+    return metric.result()
 
 
 def test_depths_are_clipped_after_the_fit():
     truth = np.array([[1.0, 2.0, 3.0, 4.0, 9.9]])
     guess = np.array([[1.0, 2.0, 3.0, 4.0, 30.0]])
     valid = truth > 0
-    want = eval_depth.depth_scores(np.minimum(np.maximum(eval_depth.align(guess, truth, valid, "depth"), 1e-3), 10), truth, valid)
-    assert tallied(Args, depth=(guess, truth))["abs_rel"] == pytest.approx(want["abs_rel"])
+    fit = eval_depth.align(guess, truth, valid, "depth")
+    want = eval_depth.depth_scores(np.minimum(np.maximum(fit, 1e-3), 10), truth, valid)
+    assert scored("depth", guess, truth)["abs_rel"] == pytest.approx(want["abs_rel"])
     below = np.array([[1.0, 2.0, 3.0, -50.0, 0.2]])  # the fit leaves the range
     truth = np.array([[0.01, 5.0, 9.9, 0.01, 0.5]])
     fit = eval_depth.align(below, truth, truth > 0, "depth")
-    assert fit.min() < 0 and tallied(Args, depth=(below, truth))["rmse"] == pytest.approx(np.sqrt(np.mean((np.clip(fit, 1e-3, 10) - truth) ** 2)))
+    rmse = np.sqrt(np.mean((np.clip(fit, 1e-3, 10) - truth) ** 2))
+    assert fit.min() < 0 and scored("depth", below, truth)["rmse"] == pytest.approx(rmse)
 
 
 def test_ignored_and_unknown_labels():
     truth = np.array([[0, 1, 255, 255]])
-    assert tallied(Args, seg=(np.array([[0, 1, 0, 0]]), truth))["pixel_accuracy"] == 1
-    assert tallied(Args, seg=(np.array([[0, 0, 1, 1]]), truth))["pixel_accuracy"] == 0.5
+    assert scored("seg", np.array([[0, 1, 0, 0]]), truth)["pixel_accuracy"] == 1
+    assert scored("seg", np.array([[0, 0, 1, 1]]), truth)["pixel_accuracy"] == 0.5
     palette = np.array([[0, 0, 0], [9, 9, 9]], np.uint8)
-    for guess, words in ((np.array([[0, 2, 0, 0]]), "labels go from 0 to 1"), (np.array([[0, 255, 0, 0]]), "label every pixel")):
+    for guess, words in (([[0, 2, 0, 0]], "labels go from 0 to 1"), ([[0, 255, 0, 0]], "label every pixel")):
         with pytest.raises(InputError, match=words):
-            tallied(Args, palette, seg=(guess, truth))
+            scored("seg", np.array(guess), truth, palette)
 
 
 def test_an_ensemble_is_its_median():
-    maps = [np.full((4, 4), v) for v in (0.1, 0.2, 0.9)]
-    median, spread = eval_depth.combine("depth", maps, None)
+    metrics = eval_depth.metrics_of(("depth", "normal", "seg"), Rules(palette=toy_scenes.PALETTE))
+    median, spread = metrics["depth"].combine([np.full((4, 4), v) for v in (0.1, 0.2, 0.9)])
     assert np.allclose(median, 0.2) and np.allclose(spread, np.std([0.1, 0.2, 0.9]))
-    colours = [toy_scenes.PALETTE[np.full((4, 4), k)] for k in (1, 2, 2)]
-    vote, doubt = eval_depth.combine("seg", colours, toy_scenes.PALETTE)
+    vote, doubt = metrics["seg"].combine([toy_scenes.PALETTE[np.full((4, 4), k)] for k in (1, 2, 2)])
     assert (vote == toy_scenes.PALETTE[2]).all() and np.allclose(doubt, 1 / 3)
-    normal, _ = eval_depth.combine("normal", [np.tile(v, (2, 2, 1)) for v in ([0, 0, 1.0], [0, 0.6, 0.8], [0, 0.8, 0.6])], None)
-    assert np.allclose(np.linalg.norm(normal, axis=-1), 1) and np.allclose(normal[0, 0], np.array([0, 0.6, 0.8]))
+    vectors = [0, 0, 1.0], [0, 0.6, 0.8], [0, 0.8, 0.6]
+    normal, _ = metrics["normal"].combine([np.tile(v, (2, 2, 1)) for v in vectors])
+    assert np.allclose(np.linalg.norm(normal, axis=-1), 1) and np.allclose(normal[0, 0], [0, 0.6, 0.8])
 
 
 @pytest.mark.skipif("MARIGOLD" not in os.environ, reason="MARIGOLD names no checkout of prs-eth/Marigold")
@@ -199,16 +209,20 @@ def test_depth_scores_equal_marigold(space, figure):
     for _ in range(200):
         height, width = rng.integers(40, 120, 2)
         truth = rng.uniform(0.2, 12, (height, width)) * (rng.random((height, width)) > 0.25)
-        guess = np.abs((1 / np.maximum(truth, 0.3) if space == "disparity" else truth) * rng.uniform(0.5, 3) + rng.normal(1, 0.2, truth.shape)) + 1e-3
+        target = 1 / np.maximum(truth, 0.3) if space == "disparity" else truth
+        guess = np.abs(target * rng.uniform(0.5, 3) + rng.normal(1, 0.2, truth.shape)) + 1e-3
         valid = (truth > 1e-3) & (truth < 10)
         if space == "depth":
             theirs = alignment.align_depth_least_square(truth, guess, valid)[0]
         else:
-            theirs = alignment.align_depth_least_square(alignment.depth2disparity(truth), guess, valid)[0]
+            disparity = alignment.depth2disparity(truth)
+            theirs = alignment.align_depth_least_square(disparity, guess, valid)[0]
             theirs = alignment.disparity2depth(np.clip(theirs, 1e-3, None))
         p, g, mask = (torch.from_numpy(x) for x in (np.clip(theirs, 1e-3, 10), truth, valid))
-        want = dict(abs_rel=metric.abs_relative_difference(p, g, mask), rmse=metric.rmse_linear(p, g, mask), delta1=metric.delta1_acc(p, g, mask))
-        got = eval_depth.depth_scores(np.clip(eval_depth.align(guess, truth, valid, space), 1e-3, 10), truth, valid)
+        want = dict(abs_rel=metric.abs_relative_difference(p, g, mask), rmse=metric.rmse_linear(p, g, mask),
+                    delta1=metric.delta1_acc(p, g, mask))
+        ours = np.clip(eval_depth.align(guess, truth, valid, space), 1e-3, 10)
+        got = eval_depth.depth_scores(ours, truth, valid)
         worst = {k: max(worst.get(k, 0.0), abs(float(v) - float(got[k]))) for k, v in want.items()}
     figure(f"Marigold, 200 random maps with holes, {space} alignment: largest differences", worst)
     assert max(worst.values()) <= 1e-6
@@ -219,14 +233,19 @@ def test_depth_scores_equal_marigold(space, figure):
 
 def test_toy_command_reproduces_its_json(command, monkeypatch, tmp_path):
     monkeypatch.setattr(eval_depth, "mean_map", functools.partial(eval_depth.mean_map, 100))
-    run = lambda name, *more: command("eval_depth", "--toy", 6, *FEW, "--out", tmp_path / name, "--json", tmp_path / f"{name}.json", *more)
+
+    def run(name, *more):
+        return command("eval_depth", "--toy", 6, *FEW, "--out", tmp_path / name,
+                       "--json", tmp_path / f"{name}.json", *more)
+
     text = run("a", "--batch-size", 6, "--save-maps")
     run("b", "--batch-size", 4)
     a, b = (json.loads((tmp_path / f"{name}.json").read_text()) for name in "ab")
     for key in ("abs_rel", "delta1", "rmse", "normal_mean", "miou"):
         assert a[key] == pytest.approx(b[key], rel=1e-3) and key in text
-    assert a["ceiling"]["abs_rel"] < a["abs_rel"] < 3 * a["mean_map"]["abs_rel"] and a["ceiling"]["miou"] > 0.95
-    assert "abs_rel (disparity)" in text and len((tmp_path / "a/per_image.csv").read_text().splitlines()) == 7
+    assert a["ceiling"]["abs_rel"] < a["abs_rel"] < 3 * a["mean_map"]["abs_rel"]
+    assert a["ceiling"]["miou"] > 0.95 and "abs_rel (disparity)" in text
+    assert len((tmp_path / "a/per_image.csv").read_text().splitlines()) == 7
     assert (tmp_path / "a/grid.png").is_file() and len(list((tmp_path / "a/error_depth").iterdir())) == 6
     first = (tmp_path / "a.json").read_text()
     run("a", "--batch-size", 6)
@@ -235,7 +254,12 @@ def test_toy_command_reproduces_its_json(command, monkeypatch, tmp_path):
 
 def test_an_ensemble_of_samples(command, monkeypatch, tmp_path):
     monkeypatch.setattr(eval_depth, "mean_map", functools.partial(eval_depth.mean_map, 100))
-    run = lambda name, *more: (command("eval_depth", "--toy", 3, *FEW, "--out", tmp_path / name, "--save-maps", "--modality", "depth", *more), tmp_path / name)[1]
+
+    def run(name, *more):
+        command("eval_depth", "--toy", 3, *FEW, "--out", tmp_path / name, "--save-maps",
+                "--modality", "depth", *more)
+        return tmp_path / name
+
     one, three = run("one"), run("three", "--ensemble", 3)
     name = f"{toy_scenes.HELD_OUT}.npy"
     spread = np.load(three / "spread_depth" / name)
@@ -264,28 +288,37 @@ def scannet(tmp_path):
             Image.fromarray(s.rgb).resize((258, 192)).save(root / scene / "color" / f"{k:06d}.jpg")
             depth = np.pad((s.depth * 1000).round().astype(np.uint16), ((0, 0), (16, 16)))
             depth[:, :20] = 0  # holes
-            Image.fromarray(depth * (0 if (scene, k) == ("scene0001_00", 1) else 1)).save(root / scene / "depth" / f"{k:06d}.png")
+            if (scene, k) == ("scene0001_00", 1):
+                depth[:] = 0
+            Image.fromarray(depth).save(root / scene / "depth" / f"{k:06d}.png")
     return root
 
 
 def test_scannet_folder(command, scannet, tmp_path):
-    text = command("eval_depth", "--scannet", scannet, *FEW, "--out", tmp_path / "o", "--json", tmp_path / "o.json")
-    result = json.loads((tmp_path / "o.json").read_text())
-    assert result["no_valid_depth"] == ["scene0001_00/color/000001.jpg"] and "1 of 6 frames have no valid depth" in text
-    assert 0 < result["abs_rel"] < 1 and result["recipe"]["count"] == 6 and 0 <= result["ceiling"]["abs_rel"] < result["abs_rel"]
-    (scannet / "scene0000_00/color/000000.jpg").rename(scannet / "scene0000_00/color/0.jpg")
-    (scannet / "scene0000_00/depth/000000.png").rename(scannet / "scene0000_00/depth/0.png")
+    def run(out, *more):
+        text = command("eval_depth", "--scannet", scannet, *FEW, "--out", tmp_path / out,
+                       "--json", tmp_path / "o.json", *more)
+        return text, json.loads((tmp_path / "o.json").read_text())
+
+    text, result = run("o")
+    assert result["no_valid_depth"] == ["scene0001_00/color/000001.jpg"]
+    assert "1 of 6 frames have no valid depth" in text
+    assert 0 < result["abs_rel"] < 1 and result["recipe"]["count"] == 6
+    assert 0 <= result["ceiling"]["abs_rel"] < result["abs_rel"]
+    for folder, end in (("color", "jpg"), ("depth", "png")):
+        first = scannet / "scene0000_00" / folder / f"000000.{end}"
+        first.rename(first.with_name(f"0.{end}"))
     frames = tmp_path / "o/frames.txt"
-    command("eval_depth", "--scannet", scannet, *FEW, "--list", frames, "--num", 4, "--out", tmp_path / "l", "--json", tmp_path / "l.json")  # finds 0.jpg
+    run("l", "--list", frames, "--num", 4)  # finds 0.jpg
     frames.write_text("scene0000_00/color/7.jpg scene0000_00/depth/7.png")
     with pytest.raises(InputError, match="no such file; export this frame"):
-        command("eval_depth", "--scannet", scannet, *FEW, "--list", frames)
-    command("eval_depth", "--scannet", scannet, *FEW, "--out", tmp_path / "o")
+        run("l", "--list", frames)
+    run("o")
     assert len(frames.read_text().splitlines()) == 6
-    command("eval_depth", "--scannet", scannet, *FEW, "--num", 2, "--seed", 3, "--out", tmp_path / "p", "--json", tmp_path / "p.json")
+    run("p", "--num", 2, "--seed", 3)
     assert len((tmp_path / "p/frames.txt").read_text().splitlines()) == 2
-    command("eval_depth", "--scannet", scannet, *FEW, "--list", tmp_path / "p/frames.txt", "--out", tmp_path / "q", "--json", tmp_path / "q.json")
-    assert json.loads((tmp_path / "q.json").read_text())["recipe"]["count"] == 2
+    _, result = run("q", "--list", tmp_path / "p/frames.txt")
+    assert result["recipe"]["count"] == 2
 
 
 def write_pairs(root, modality, arrays, end=".npy"):
@@ -305,7 +338,7 @@ def pairs(tmp_path):
     write_pairs(gt, "depth", [(s.depth * 1000).round().astype(np.uint16) for s in scenes], ".png")
     write_pairs(pred, "depth", [1 / s.depth for s in scenes])
     write_pairs(gt, "normal", [s.normal for s in scenes])
-    write_pairs(pred, "normal", [((s.normal * 0.5 + 0.5) * 255).round().astype(np.uint8) for s in scenes], ".png")
+    write_pairs(pred, "normal", [MODALITIES["normal"].picture(s.normal) for s in scenes], ".png")
     write_pairs(gt, "seg", [s.seg for s in scenes], ".png")
     write_pairs(pred, "seg", [toy_scenes.PALETTE[s.seg] for s in scenes], ".png")
     (tmp_path / "palette.json").write_text(json.dumps(toy_scenes.PALETTE.tolist()))
@@ -314,36 +347,47 @@ def pairs(tmp_path):
 
 def test_predictions_against_truth_without_a_model(command, pairs, tmp_path):
     pred, gt, palette = pairs
-    run = lambda *more: json.loads((command("eval_depth", "--pred", pred, "--gt", gt, "--out", tmp_path / "o", "--json", tmp_path / "o.json", *more),
-                                    (tmp_path / "o.json").read_text())[1])
+    def run(*more):
+        command("eval_depth", "--pred", pred, "--gt", gt, "--out", tmp_path / "o",
+                "--json", tmp_path / "o.json", *more)
+        return json.loads((tmp_path / "o.json").read_text())
+
     result = run("--palette", palette)
-    assert result["abs_rel"] < 1e-3 and result["normal_mean"] < 0.3 and result["miou"] == 1 and result["recipe"]["alignment"].startswith("disparity")
+    assert result["abs_rel"] < 1e-3 and result["normal_mean"] < 0.3 and result["miou"] == 1
+    assert result["recipe"]["alignment"].startswith("disparity")
     assert run("--seg-mode", "instance")["ari"] == 1
     assert run("--modality", "normal", "--axes", "marigold")["normal_mean"] > 10
     swap = ("--pred", gt, "--gt", pred, "--modality", "depth", "--out", tmp_path / "o")
     with pytest.raises(InputError, match="add --alignment depth"):
         command("eval_depth", *swap)
     command("eval_depth", *swap, "--alignment", "depth")
-    wrong = command("eval_depth", "--pred", pred / "depth", "--gt", gt / "depth", "--modality", "depth", "--alignment", "depth", "--out", tmp_path / "o")
+    wrong = command("eval_depth", "--pred", pred / "depth", "--gt", gt / "depth", "--modality", "depth",
+                    "--alignment", "depth", "--out", tmp_path / "o")
     assert "abs_rel (depth)" in wrong
 
 
 def test_bad_predictions(command, pairs, tmp_path):
     pred, gt, palette = pairs
-    run = lambda *more: command("eval_depth", "--pred", pred, "--gt", gt, "--out", tmp_path / "o", "--json", tmp_path / "o.json", *more)
+
+    def run(*more):
+        command("eval_depth", "--pred", pred, "--gt", gt, "--out", tmp_path / "o",
+                "--json", tmp_path / "o.json", *more)
+
     with pytest.raises(InputError, match="colours without --palette"):
         run("--modality", "seg")
     (tmp_path / "bad.json").write_text('{"palette": [[1, 2]]}')
     with pytest.raises(InputError, match="not a list of up to 255 colours"):
         run("--palette", tmp_path / "bad.json")
     good = np.load(pred / "depth/c/1.npy")
-    for array, words in ((np.where(good > good.mean(), np.nan, good), "not finite"), (good[:60], "resize the prediction"), (good[None], "needs \\(H, W\\)")):
+    wrong = ((np.where(good > good.mean(), np.nan, good), "not finite"), (good[:60], "resize the prediction"),
+             (good[None], r"needs \(H, W\)"))
+    for array, words in wrong:
         np.save(pred / "depth/c/1.npy", array)
         with pytest.raises(InputError, match=words) as error:
             run("--modality", "depth")
         assert "1" in str(error.value)
     (pred / "depth/c/1.npy").write_bytes(b"\x93NUMPY junk")
-    with pytest.raises(InputError, match="not a readable .npy"):
+    with pytest.raises(InputError, match="1.npy: not readable"):
         run("--modality", "depth")
     (pred / "depth/c/1.npy").rename(pred / "depth/c/7.npy")
     with pytest.raises(InputError, match="no file with this stem on the other side"):
@@ -354,7 +398,7 @@ def test_bad_predictions(command, pairs, tmp_path):
     with pytest.raises(InputError, match="carry no unit"):
         run("--modality", "depth")
     (tmp_path / "empty/depth").mkdir(parents=True)
-    with pytest.raises(InputError, match="no pictures or arrays"):
+    with pytest.raises(InputError, match="no pictures in this folder"):
         command("eval_depth", "--pred", tmp_path / "empty", "--gt", gt, "--modality", "depth")
     assert not (tmp_path / "o.json").exists()
 
@@ -362,26 +406,40 @@ def test_bad_predictions(command, pairs, tmp_path):
 def test_folder_tree(command, tmp_path):
     for i in range(3):
         s = toy_scenes.render(toy_scenes.HELD_OUT + i, 64)
-        for m, array in (("rgb", s.rgb), ("seg", toy_scenes.PALETTE[s.seg]), ("depth", (s.depth * 1000).round().astype(np.uint16))):
+        millimetres = (s.depth * 1000).round().astype(np.uint16)
+        for m, array in (("rgb", s.rgb), ("seg", toy_scenes.PALETTE[s.seg]), ("depth", millimetres)):
             path = tmp_path / "tree" / m / "red_box" / f"{i}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(array).save(path)
-    command("eval_depth", "--data", tmp_path / "tree", *FEW, "--cfg", 2, "--out", tmp_path / "o", "--json", tmp_path / "o.json")
+    command("eval_depth", "--data", tmp_path / "tree", *FEW, "--cfg", 2, "--out", tmp_path / "o",
+            "--json", tmp_path / "o.json")
     result = json.loads((tmp_path / "o.json").read_text())
-    assert result["recipe"]["modalities"] == ["depth", "seg"] and result["abs_rel"] < 0.4 and result["miou"] > 0.3
+    assert result["recipe"]["modalities"] == ["depth", "seg"]
+    assert result["abs_rel"] < 0.4 and result["miou"] > 0.3
     assert result["ceiling"]["miou"] > 0.9
 
 
+def ceiling(size):
+    metrics = eval_depth.metrics_of(MODALITIES, Rules(palette=toy_scenes.PALETTE))
+    return eval_depth.Ceiling(Pixels(), size, metrics)
+
+
 def test_truth_is_resized_as_training_resizes_it():
-    """Normals keep their length, colour maps are smoothed, segments are not; an image without a score is no case."""
+    """Normals keep their length, colour maps are smoothed, segments are not."""
     scene = toy_scenes.render(3, 128)
-    normal = eval_depth.to_network("normal", scene.normal.astype(np.float32), 48, None)
+    normal = ceiling(48).pixels("normal", scene.normal.astype(np.float32))
     assert np.abs(np.linalg.norm(normal, axis=0) - 1).max() < 1e-5
-    edges = eval_depth.to_network("canny", MODALITIES["canny"].derive(scene.rgb), 64, None)
-    seg = eval_depth.to_network("seg", scene.seg, 64, toy_scenes.PALETTE)
-    assert len(np.unique(edges)) > 2 and len(np.unique(seg.reshape(3, -1), axis=1).T) <= len(toy_scenes.PALETTE)
-    key, picks = eval_depth.cases({0: {"name": "a", "miou": np.nan}, 1: {"name": "b", "miou": 0.1}, 2: {"name": "c", "miou": 0.9}}, 1)
-    assert key == "miou" and picks[0] == 2 and 0 not in picks
+    edges = ceiling(64).pixels("canny", MODALITIES["canny"].derive(scene.rgb))
+    seg = ceiling(64).pixels("seg", scene.seg)
+    assert len(np.unique(edges)) > 2
+    assert len(np.unique(seg.reshape(3, -1), axis=1).T) <= len(toy_scenes.PALETTE)
+
+
+def test_an_image_without_a_score_is_no_case():
+    metric = eval_depth.Semantic("seg", Rules())
+    metric.rows = {0: {"miou": np.nan}, 1: {"miou": 0.1}, 2: {"miou": 0.9}}
+    picks = eval_depth.cases(metric, 1)
+    assert picks[0] == 2 and 0 not in picks
 
 
 def test_a_tree_derives_what_it_has_no_folder_for(tmp_path):
@@ -390,12 +448,26 @@ def test_a_tree_derives_what_it_has_no_folder_for(tmp_path):
     scene = toy_scenes.render(3)
     Image.fromarray(scene.rgb).save(tmp_path / "rgb/a/x.png")
     Image.fromarray(toy_scenes.PALETTE[scene.seg]).save(tmp_path / "seg/a/x.png")
-    tree = eval_depth.Tree(types.SimpleNamespace(data=tmp_path, depth_space="depth"), dict(seg_mode="semantic", class_names=[]))
-    assert tree.modalities == ("seg", "canny") and (tree.frame(0).truth["canny"] == MODALITIES["canny"].derive(scene.rgb)).all()
+    tree = eval_depth.Tree(tmp_path, dict(seg_mode="semantic", class_names=["a"], palette=None))
+    assert tree.modalities == ["seg", "canny"] and tree.frame(0).class_id == 0
+    assert (tree.frame(0).truth["canny"] == MODALITIES["canny"].derive(scene.rgb)).all()
 
 
 def test_unknown_depth_is_filled_for_the_ceiling_only():
     depth = np.full((64, 64), 2.0, np.float32)
     depth[10:20] = 0
-    pixels = eval_depth.to_network("depth", depth, 64, None)
+    pixels = ceiling(64).pixels("depth", depth)
     assert np.isfinite(pixels).all() and torch.from_numpy(pixels).std() == 0
+
+
+def test_another_scripts_predictor():
+    """evaluate() with a predictor that gives the truth, and one that gives one modality alone."""
+    source = eval_depth.Toy(3)
+    source.modalities = ["normal", "seg"]
+    scored = eval_depth.evaluate(source, {
+        "value": lambda frames: [frame.truth for frame in frames],
+        "flat": lambda frames: [{"normal": np.ones_like(frame.truth["normal"])} for frame in frames],
+    }, Rules(palette=source.palette), batch_size=2)
+    perfect, flat = (eval_depth.results(scored[name]) for name in ("value", "flat"))
+    assert perfect["normal_mean"] < 1e-3 and perfect["miou"] == 1
+    assert flat["normal_mean"] > 20 and "miou" not in flat

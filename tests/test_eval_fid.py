@@ -1,4 +1,4 @@
-"""eval_fid.py against closed forms, a direct computation, and the reference packages where they are installed."""
+"""eval_fid.py against closed forms, a direct computation, and the reference packages where installed."""
 import json
 import math
 
@@ -62,29 +62,39 @@ def direct(path, array):
 
 
 def sample_distance(a, b):
-    """The Frechet distance from the features themselves: tr (S1 S2)^1/2 is the nuclear norm of the centred sets' product."""
+    """The Frechet distance from the features themselves: tr (S1 S2)^1/2 is the nuclear norm of the centred
+    sets' product.
+    """
     x, y = ((f - f.mean(0)) / np.sqrt(len(f) - 1) for f in (a, b))
-    return ((a.mean(0) - b.mean(0)) ** 2).sum() + (x ** 2).sum() + (y ** 2).sum() - 2 * scipy.linalg.svdvals(x @ y.T).sum()
+    shared = scipy.linalg.svdvals(x @ y.T).sum()
+    return ((a.mean(0) - b.mean(0)) ** 2).sum() + (x ** 2).sum() + (y ** 2).sum() - 2 * shared
 
 
 def brute_precision_recall(a, b, k=3):
-    distance = lambda x, y: ((x[:, None] - y[None]) ** 2).sum(-1)
-    radius = lambda x: np.sort(distance(x, x), 1)[:, k]
+    def distance(x, y):
+        return ((x[:, None] - y[None]) ** 2).sum(-1)
+
+    def radius(x):
+        return np.sort(distance(x, x), 1)[:, k]
+
     return (distance(a, b) <= radius(b)).any(1).mean(), (distance(b, a) <= radius(a)).any(1).mean()
 
 
 def test_whole_command_equals_a_direct_computation(command, inception, sets, tmp_path):
     folder, a, b = sets
     out = []
-    for name, processes, batch, metrics in (("one", 1, 16, ("fid", "sfid", "is", "precision", "recall")), ("two", 2, 7, ("is", "precision", "recall"))):
-        arguments = (folder / "a.npz", folder / "b.npz", "--inception", inception, "--batch-size", batch, "--metrics", *metrics,
+    without_frechet = ("is", "precision", "recall")
+    for name, processes, batch, metrics in (("one", 1, 16, eval_fid.DEFAULT), ("two", 2, 7, without_frechet)):
+        arguments = (folder / "a.npz", folder / "b.npz", "--inception", inception, "--batch-size", batch,
+                     "--metrics", *metrics,
                      "--json", tmp_path / f"{name}.json", "--save-stats", tmp_path / f"{name}.npz")
         if processes == 1:
             assert "rank-deficient" in command("eval_fid", *arguments)
         else:
             result = shell("eval_fid.py", *arguments, processes=processes)
             assert result.returncode == 0, result.stderr
-        out.append((json.loads((tmp_path / f"{name}.json").read_text()), dict(np.load(tmp_path / f"{name}.npz"))))
+        result = json.loads((tmp_path / f"{name}.json").read_text())
+        out.append((result, dict(np.load(tmp_path / f"{name}.npz"))))
     (got, stats), (again, stats_again) = out
     x, y = direct(inception, a), direct(inception, b)
     p = np.exp(torch.from_numpy(x["logits"]).log_softmax(1).numpy())
@@ -95,7 +105,8 @@ def test_whole_command_equals_a_direct_computation(command, inception, sets, tmp
     assert math.log(got["is"]) == pytest.approx(math.log(score), rel=1e-3) and score > 1.001
     assert (got["precision"], got["recall"]) == pytest.approx((precision, recall), abs=1e-12)
     assert got["rank_deficient"] is True and got["recipe"]["samples"]["count"] == 20
-    assert np.allclose(stats["mu"], x["pool"].mean(0), rtol=1e-5) and np.allclose(stats["sigma_s"], np.cov(x["spatial"], rowvar=False), atol=1e-5)
+    assert np.allclose(stats["mu"], x["pool"].mean(0), rtol=1e-5)
+    assert np.allclose(stats["sigma_s"], np.cov(x["spatial"], rowvar=False), atol=1e-5)
     for key in ("mu", "sigma", "mu_s", "sigma_s"):
         assert np.abs(stats[key] - stats_again[key]).max() <= 1e-9 * max(1, np.abs(stats[key]).max())
     for key in ("is", "precision", "recall"):
@@ -109,11 +120,15 @@ def test_saved_statistics_and_folders_stand_for_the_pictures(command, inception,
         Image.fromarray(picture).save(tmp_path / "b" / f"{i:03d}.png")
     np.savez_compressed(tmp_path / "b.npz", arr_0=b[:6])
     common = ("--inception", inception, "--metrics", "fid", "--json", tmp_path / "out.json")
-    read = lambda: json.loads((tmp_path / "out.json").read_text())
+
+    def read():
+        return json.loads((tmp_path / "out.json").read_text())
+
     command("eval_fid", tmp_path / "b", "--inception", inception, "--save-stats", tmp_path / "stats.npz")
     command("eval_fid", tmp_path / "b.npz", tmp_path / "stats.npz", *common)
     assert abs(read()["fid"]) < 1e-3 and read()["recipe"]["reference"]["count"] == 6
-    text = command("eval_fid", tmp_path / "b.npz", tmp_path / "stats.npz", "--inception", inception, "--metrics", "is", "precision", "--json", tmp_path / "out.json")
+    text = command("eval_fid", tmp_path / "b.npz", tmp_path / "stats.npz", "--inception", inception,
+                   "--metrics", "is", "precision", "--json", tmp_path / "out.json")
     assert read()["precision"] is None and "precision: left out" in text
 
 
@@ -123,13 +138,12 @@ def test_frechet_distance_closed_forms():
     sigma, mu = a @ a.T, torch.randn(64, generator=g, dtype=torch.float64)
     assert eval_fid.frechet(mu, sigma, mu + 0.5, sigma) == pytest.approx(64 * 0.25, abs=1e-6)
     d1, d2 = (torch.rand(64, generator=g, dtype=torch.float64) for _ in range(2))
-    assert eval_fid.frechet(mu, d1.diag(), mu, d2.diag()) == pytest.approx(float((d1.sqrt() - d2.sqrt()).square().sum()), abs=1e-9)
+    want = float((d1.sqrt() - d2.sqrt()).square().sum())
+    assert eval_fid.frechet(mu, d1.diag(), mu, d2.diag()) == pytest.approx(want, abs=1e-9)
 
 
 def test_inception_score_closed_forms(tmp_path, monkeypatch):
     class Fake:
-        id = {}
-
         def __init__(self, logits):
             self.logits = logits
 
@@ -141,11 +155,23 @@ def test_inception_score_closed_forms(tmp_path, monkeypatch):
     array[:, 0, 0, 0], array[:, 0, 0, 1] = np.divmod(np.arange(1008), 256)
     np.savez(tmp_path / "n.npz", arr_0=array)
     monkeypatch.setattr(eval_fid, "IS_CHUNK", 1008)
-    run = lambda logits: eval_fid.extract(tmp_path / "n.npz", eval_fid.Pictures(tmp_path / "n.npz"), Fake(logits), False, 100, 0, 1, torch.device("cpu")).inception_score
-    assert run(lambda rows: torch.zeros(len(rows), 1008)) == pytest.approx(1, abs=1e-9)
-    assert run(lambda rows: 1e4 * F.one_hot(rows, 1008).float()) == pytest.approx(1008, rel=1e-9)
-    monkeypatch.setattr(eval_fid, "IS_CHUNK", 300)  # chunks of 300, 300, 300 and 108 pictures, each of its own classes
-    assert run(lambda rows: 1e4 * F.one_hot(rows, 1008).float()) == pytest.approx((300 * 3 + 108) / 4, rel=1e-9)
+    source = eval_fid.open_source(tmp_path / "n.npz")
+    work = eval_fid.Work(0, 1, torch.device("cpu"), 100)
+
+    def score(logits):
+        known = eval_fid.extract(source, Fake(logits), set(), work)
+        return eval_fid.inception_score(*known["scores", "logits"])
+
+    def uniform(rows):
+        return torch.zeros(len(rows), 1008)
+
+    def one_hot(rows):
+        return 1e4 * F.one_hot(rows, 1008).float()
+
+    assert score(uniform) == pytest.approx(1, abs=1e-9)
+    assert score(one_hot) == pytest.approx(1008, rel=1e-9)
+    monkeypatch.setattr(eval_fid, "IS_CHUNK", 300)  # of 300, 300, 300 and 108 pictures, of classes of its own
+    assert score(one_hot) == pytest.approx((300 * 3 + 108) / 4, rel=1e-9)
 
 
 @pytest.mark.parametrize("size", (64, 256, 299, 300))
@@ -169,20 +195,127 @@ def test_pictures_of_any_kind(tmp_path):
     Image.fromarray(grey).save(tmp_path / "a 16 bit.png")
     Image.fromarray((grey // 257).astype(np.uint8)).save(tmp_path / "b.png")
     Image.new("RGBA", (10, 12), (255, 0, 0, 0)).save(tmp_path / "c.png")
-    pictures = eval_fid.Pictures(tmp_path)
-    a, b, c = pictures.read(range(3))
-    assert a.shape == (48, 64, 3) and np.abs(a.astype(int) - b).max() <= 1 and (c == 255).all() and c.shape == (12, 10, 3)
+    a, b, c = eval_fid.open_source(tmp_path).read(range(3))
+    assert a.shape == (48, 64, 3) and np.abs(a.astype(int) - b).max() <= 1
+    assert c.shape == (12, 10, 3) and (c == 255).all()
     assert eval_fid.tf_resize(torch.tensor(c).permute(2, 0, 1)[None].float()).shape == (1, 3, 299, 299)
 
 
 def test_latent_distance_is_never_called_fid(command, tmp_path):
     pictures(tmp_path / "a.npz", 20, 1, 64), pictures(tmp_path / "b.npz", 20, 2, 64)
-    text = command("eval_fid", tmp_path / "a.npz", tmp_path / "b.npz", "--features", "vae", "--json", tmp_path / "o.json")
+    text = command("eval_fid", tmp_path / "a.npz", tmp_path / "b.npz", "--metrics", "latent-fd",
+                   "--json", tmp_path / "o.json")
     result = json.loads((tmp_path / "o.json").read_text())
     assert result["latent_fd"] > 0 and "fid" not in result and "fid " not in text
     pictures(tmp_path / "c.npz", 20, 2, 32)
     with pytest.raises(InputError, match="one size for all"):
-        command("eval_fid", tmp_path / "a.npz", tmp_path / "c.npz", "--features", "vae")
+        command("eval_fid", tmp_path / "a.npz", tmp_path / "c.npz", "--metrics", "latent-fd")
+
+
+# ------------------------------------------------------------------------------------------------
+# Pairs.
+
+def folder_of(path, named):
+    """A folder of pictures {name: uint8 (H, W, 3)}."""
+    for name, picture in named.items():
+        file = path / f"{name}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture).save(file)
+    return path
+
+
+def strict(path):
+    """A JSON file, read as the standard has it: without NaN and Infinity."""
+    def refuse(constant):
+        raise ValueError(f"{constant} is not JSON")
+    return json.loads(path.read_text(), parse_constant=refuse)
+
+
+def test_psnr_closed_forms_and_valid_json(command, tmp_path):
+    grey = np.random.default_rng(0).integers(0, 200, (12, 9, 3)).astype(np.uint8)
+    truth = folder_of(tmp_path / "truth", {"n01/a": grey, "n01/b": grey, "n02/a": grey})
+    made = folder_of(tmp_path / "made", {"n01_a": grey + 1, "n01_b": grey + 8, "n02_a": grey})
+    command("eval_fid", made, truth, "--metrics", "psnr", "--json", tmp_path / "o.json")
+    result = strict(tmp_path / "o.json")
+    want = [20 * math.log10(255 / k) for k in (1, 8)]
+    assert result["psnr"] == pytest.approx(sum(want) / 2, rel=1e-12)
+    assert result["psnr_infinite"] == 1 and result["recipe"]["samples"]["count"] == 3
+    one = shell("eval_fid.py", made, truth, "--metrics", "psnr", "--json", tmp_path / "two.json", processes=2)
+    assert one.returncode == 0, one.stderr
+    assert strict(tmp_path / "two.json")["psnr"] == result["psnr"]
+    command("eval_fid", truth, truth, "--metrics", "psnr", "--json", tmp_path / "o.json")
+    result = strict(tmp_path / "o.json")
+    assert result["psnr"] is None and result["psnr_infinite"] == 3
+
+
+def drawn_lpips(folder):
+    """Random weights in the released files' formats -> the flags that name them."""
+    import timm
+    torch.manual_seed(0)
+    trunk = timm.create_model("vgg16", num_classes=0).features
+    torch.save({f"features.{key}": value for key, value in trunk.state_dict().items()}, folder / "vgg.pth")
+    heads = {f"lin{i}.model.1.weight": torch.rand(1, width, 1, 1)
+             for i, width in enumerate((64, 128, 256, 512, 512))}
+    torch.save(heads, folder / "heads.pth")
+    return "--vgg", folder / "vgg.pth", "--lpips-heads", folder / "heads.pth"
+
+
+def test_lpips_and_psnr_of_pairs(command, tmp_path):
+    weights = drawn_lpips(tmp_path)
+    a, b = pictures(tmp_path / "a.npz", 3, 1), pictures(tmp_path / "b.npz", 3, 2)
+    metrics = ("--metrics", "lpips", "psnr", "--json", tmp_path / "o.json")
+    command("eval_fid", tmp_path / "a.npz", tmp_path / "b.npz", *metrics, *weights)
+    result = strict(tmp_path / "o.json")
+    network = eval_fid.Lpips(eval_fid.Files(vgg=weights[1], lpips_heads=weights[3]),
+                             eval_fid.Work(0, 1, torch.device("cpu"), 1))
+    x, y = (torch.from_numpy(c).permute(0, 3, 1, 2).float() / 127.5 - 1 for c in (a, b))
+    with torch.inference_mode():
+        assert result["lpips"] == pytest.approx(float(network(x, y).mean()), rel=1e-5) and result["lpips"] > 0
+        assert network(x, x).abs().max() == 0
+    mse = ((a.astype(float) - b) ** 2).mean((1, 2, 3))
+    assert result["psnr"] == pytest.approx((10 * np.log10(255 ** 2 / mse)).mean(), rel=1e-9)
+    assert result["recipe"]["lpips"] == "v0.1 vgg" and len(result["recipe"]["heads_sha256"]) == 64
+    torch.save({}, tmp_path / "heads.pth")
+    with pytest.raises(InputError, match="lacks lin0.model.1.weight"):
+        command("eval_fid", tmp_path / "a.npz", tmp_path / "b.npz", *metrics, *weights)
+
+
+def test_pairs_that_do_not_pair(command, tmp_path):
+    picture = np.zeros((8, 8, 3), np.uint8)
+    a = folder_of(tmp_path / "a", {"x": picture, "y": picture})
+    wrong = {
+        "y only in one": folder_of(tmp_path / "b", {"x": picture}),
+        "must be equal": folder_of(tmp_path / "c", {"x": picture, "y": picture[:4]}),
+        "two pictures of one name": folder_of(tmp_path / "d", {"x": picture, "y/z": picture, "y_z": picture}),
+        "statistics alone": broken(tmp_path, "pytorch_fid"),
+    }
+    for words, other in wrong.items():
+        with pytest.raises(InputError, match=words):
+            command("eval_fid", a, other, "--metrics", "psnr")
+    for flags, words in ((("psnr", "fid"), "not sets"), (("lpips",), "lpips needs --vgg")):
+        with pytest.raises(InputError, match=words):
+            command("eval_fid", a, a, "--metrics", *flags)
+    with pytest.raises(InputError, match="give REF"):
+        command("eval_fid", a, "--metrics", "psnr", "--save-stats", tmp_path / "s.npz")
+
+
+def test_two_files_of_one_stem_are_two_pictures_of_a_set(tmp_path):
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "a.png")
+    Image.fromarray(np.full((8, 8, 3), 255, np.uint8)).save(tmp_path / "a.jpg")
+    white, black = eval_fid.open_source(tmp_path).read(range(2))
+    assert white.min() == 255 and black.max() == 0
+
+
+def test_a_metric_is_one_function_and_its_row(command, tmp_path, monkeypatch):
+    def gap(samples, reference):
+        return {"gap": float((samples.mean(0) - reference.mean(0)).norm()), "gap_number": len(samples)}
+
+    monkeypatch.setitem(eval_fid.METRICS, "gap", eval_fid.Metric("vae", ("features", "latent"), gap))
+    pictures(tmp_path / "a.npz", 5, 1, 64), pictures(tmp_path / "b.npz", 4, 2, 64)
+    command("eval_fid", tmp_path / "a.npz", tmp_path / "b.npz", "--metrics", "gap",
+            "--json", tmp_path / "o.json")
+    result = strict(tmp_path / "o.json")
+    assert result["gap"] > 0 and result["gap_number"] == 5 and result["rank_deficient"] is False
 
 
 # ------------------------------------------------------------------------------------------------
@@ -229,15 +362,18 @@ def broken(tmp_path, name):
 
 
 @pytest.mark.parametrize("name, words", (
-    ("nan", "not finite"), ("shapes", "do not belong together"), ("dimensions", "768 dimensions"), ("pytorch_fid", "never mix"), ("mode", "never mix"),
-    ("weights", "never mix"), ("float", "expected uint8"), ("nothing", "expected arr_0"), ("pickle", "not a readable"), ("empty", "no pictures"),
-    ("variance", "negative variances"), ("strings", "expected floats"), ("latent", "give pictures"), ("unfinished", "not complete"),
-    ("text", "not a readable"), ("absent", "no such file")))
+    ("nan", "not finite"), ("shapes", "do not belong together"), ("dimensions", "768 dimensions"),
+    ("pytorch_fid", "never mix"), ("mode", "never mix"), ("weights", "never mix"),
+    ("float", "expected uint8"), ("nothing", "expected arr_0"), ("pickle", "not readable"),
+    ("empty", "no pictures"), ("variance", "negative variances"), ("strings", "expected floats"),
+    ("latent", "give pictures"), ("unfinished", "not complete"), ("text", "not readable"),
+    ("absent", "no such file")))
 def test_bad_references(command, inception, tmp_path, name, words):
     pictures(tmp_path / "a.npz", 4, 1)
     path = broken(tmp_path, name)
     with pytest.raises(InputError, match=words) as error:
-        command("eval_fid", tmp_path / "a.npz", path, "--inception", inception, "--metrics", "fid", "--json", tmp_path / "o.json")
+        command("eval_fid", tmp_path / "a.npz", path, "--inception", inception, "--metrics", "fid",
+                "--json", tmp_path / "o.json")
     assert str(path) in str(error.value) and not (tmp_path / "o.json").exists()
 
 
@@ -269,20 +405,23 @@ def test_cut_array_is_named(command, inception, tmp_path):
 
 def test_inception_equals_pytorch_fid(inception, monkeypatch, figure):
     module = pytest.importorskip("pytorch_fid.inception")
-    monkeypatch.setattr(module, "load_state_dict_from_url", lambda *a, **k: torch.load(inception, weights_only=True))
+    released = torch.load(inception, weights_only=True)
+    monkeypatch.setattr(module, "load_state_dict_from_url", lambda *a, **k: released)
     theirs, ours = module.InceptionV3().eval(), eval_fid.Inception().eval()
     ours.load_state_dict(torch.load(inception, weights_only=True))
     x = torch.rand(2, 3, 64, 64)
     with torch.inference_mode():
         a, b = theirs(x)[0].flatten(1), ours(eval_fid.PREPROCESS["pytorch_fid"](x * 255))["pool"]
-    figure("pytorch-fid pool_3, random weights: largest difference, largest value", [float((a - b).abs().max()), float(a.abs().max())])
+    figure("pytorch-fid pool_3, random weights: largest difference, largest value",
+           [float((a - b).abs().max()), float(a.abs().max())])
     assert (a - b).abs().max() <= 1e-5 * a.abs().max()
 
 
 def test_frechet_equals_pytorch_fid(figure):
     module = pytest.importorskip("pytorch_fid.fid_score")
     rng = np.random.default_rng(0)
-    a, b = rng.standard_normal((500, 100)), rng.standard_normal((500, 100)) @ rng.standard_normal((100, 100)) / 10
+    a = rng.standard_normal((500, 100))
+    b = rng.standard_normal((500, 100)) @ rng.standard_normal((100, 100)) / 10
     moments = [(x.mean(0), np.cov(x, rowvar=False)) for x in (a, b)]
     try:
         theirs = module.calculate_frechet_distance(*moments[0], *moments[1])
@@ -295,36 +434,43 @@ def test_frechet_equals_pytorch_fid(figure):
 
 def test_inception_equals_torch_fidelity(inception, figure):
     module = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
-    theirs = module.FeatureExtractorInceptionV3("inception", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(inception))
+    theirs = module.FeatureExtractorInceptionV3("inception", ["2048", "logits_unbiased"],
+                                                feature_extractor_weights_path=str(inception))
     ours = eval_fid.Inception().eval()
     ours.load_state_dict(torch.load(inception, weights_only=True))
     for size in (64, 256):
         x = torch.randint(0, 256, (2, 3, size, size), dtype=torch.uint8)
         seen = []
-        hook = theirs.Mixed_6d.branch1x1.register_forward_hook(lambda module, given, out: seen.append(out))
+        branch = theirs.Mixed_6d.branch1x1
+        hook = branch.register_forward_hook(lambda module, given, out, seen=seen: seen.append(out))
         with torch.inference_mode():
             pool, logits = theirs(x)
             hook.remove()
             spatial = seen[0][:, :7].permute(0, 2, 3, 1).reshape(2, -1)
             mine = ours(eval_fid.PREPROCESS["adm"](x.float()))
-        gaps = [float((a - b).abs().max() / a.abs().max()) for a, b in ((pool, mine["pool"]), (logits, mine["logits"]), (spatial, mine["spatial"]))]
-        figure(f"torch-fidelity pool_3, logits, Mixed_6d.branch1x1 at {size} px, random weights: largest relative differences", gaps)
-        assert spatial.shape == (2, 2023) and (spatial - mine["spatial"]).abs().max() <= 1e-5 * spatial.abs().max()
-        assert (pool - mine["pool"]).abs().max() <= 1e-5 * pool.abs().max() and (logits - mine["logits"]).abs().max() <= 1e-5 * logits.abs().max()
+        pairs = ((pool, mine["pool"]), (logits, mine["logits"]), (spatial, mine["spatial"]))
+        gaps = [float((a - b).abs().max() / a.abs().max()) for a, b in pairs]
+        figure(f"torch-fidelity pool_3, logits, Mixed_6d.branch1x1 at {size} px, random weights: "
+               "largest relative differences", gaps)
+        assert spatial.shape == (2, 2023)
+        assert max(gaps) <= 1e-5
 
 
 def test_metrics_equal_torch_fidelity(figure):
     prc, kid = (pytest.importorskip(f"torch_fidelity.metric_{m}") for m in ("prc", "kid"))
     g = torch.Generator().manual_seed(0)
     a, b = torch.randn(1200, 64, generator=g), torch.randn(1100, 64, generator=g) * 1.1 + 0.1
-    theirs = prc.prc_features_to_metric(a, b, prc_neighborhood=3, prc_batch_size=500, save_cpu_ram=True, verbose=False)
+    theirs = prc.prc_features_to_metric(a, b, prc_neighborhood=3, prc_batch_size=500, save_cpu_ram=True,
+                                        verbose=False)
+    theirs = theirs["precision"], theirs["recall"]
     ours = eval_fid.precision_recall(a, b)
-    assert ours == pytest.approx((theirs["precision"], theirs["recall"]), abs=2e-3)  # distances through cdist, not squared
+    assert ours == pytest.approx(theirs, abs=2e-3)  # distances through cdist, not squared
     theirs_kid = kid.kid_features_to_metric(a.double(), b.double(), verbose=False)
-    mean, std = eval_fid.kernel_distance(a, b)
-    assert (mean, std) == pytest.approx(tuple(theirs_kid.values()), rel=1e-6)
-    figure("torch-fidelity precision, recall of 1200 and 1100 features: theirs, ours", [[theirs["precision"], theirs["recall"]], list(ours)])
-    figure("torch-fidelity KID: theirs, ours", [float(next(iter(theirs_kid.values()))), mean])
+    ours_kid = eval_fid.kernel_distance(a, b)
+    assert tuple(ours_kid.values()) == pytest.approx(tuple(theirs_kid.values()), rel=1e-6)
+    figure("torch-fidelity precision, recall of 1200 and 1100 features: theirs, ours",
+           [list(theirs), list(ours)])
+    figure("torch-fidelity KID: theirs, ours", [float(next(iter(theirs_kid.values()))), ours_kid["kid"]])
 
 
 def test_lpips_equals_the_package(tmp_path, figure):
@@ -335,10 +481,12 @@ def test_lpips_equals_the_package(tmp_path, figure):
     import pathlib
     heads = pathlib.Path(lpips.__file__).parent / "weights" / "v0.1" / "vgg.pth"
     theirs = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False).eval()
-    for module in (theirs.net.slice1, theirs.net.slice2, theirs.net.slice3, theirs.net.slice4, theirs.net.slice5):
+    slices = (getattr(theirs.net, f"slice{i}") for i in range(1, 6))
+    for module in slices:
         for name, layer in module.named_children():
             layer.load_state_dict(trunk.features[int(name)].state_dict())
-    ours = eval_fid.Lpips(tmp_path / "vgg.pth", heads).eval()
+    ours = eval_fid.Lpips(eval_fid.Files(vgg=tmp_path / "vgg.pth", lpips_heads=heads),
+                          eval_fid.Work(0, 1, torch.device("cpu"), 1))
     a, b = (torch.rand(3, 3, 64, 64) * 2 - 1 for _ in range(2))
     with torch.inference_mode():
         want, got = theirs(a, b).flatten(), ours(a, b)

@@ -1,19 +1,26 @@
 #!/bin/sh
 # The miniature study: every row with three seeds at equal steps, measured as soon as it is trained.
-#     python prep_latents.py --toy 6000 --batch-size 64 --out data/study && sh results/run_study.sh
-# Finished runs are not repeated; several copies of this script share the runs out. The figures land in results/study/.
+#     python prep_latents.py --toy 6000 --batch-size 64 --out data/study && sh studies/run_study.sh
+# Finished runs are not repeated; several copies of this script share the runs out. The figures land in
+# results/study/.
 set -e
 cd "$(dirname "$0")/.."
-DATA=${DATA:-data/study} RUNS=${RUNS:-runs/study} OUT=results/study STEPS=${STEPS:-2500}
-COMMON="--data $DATA --model T/2 --batch-size 16 --lr 5e-4 --compile --repa-weight 0"  # REPA doubles the cost of T/2: a row of its own
+DATA=${DATA:-data/study} RUNS=${RUNS:-runs/study} OUT=${OUT:-results/study} STEPS=${STEPS:-2500}
+TOY=${TOY:-128} GIVEN=${GIVEN:-64} GENERATE=${GENERATE:-192} SEEDS=${SEEDS:-0 1 2}
+# REPA doubles the cost of T/2: a row of its own.
+COMMON="--data $DATA --model T/2 --batch-size 16 --lr 5e-4 ${COMPILE---compile} --repa-weight 0"
+UNDERSTAND="--sampler euler --steps 2 --batch-size 64 --precision bf16"
 mkdir -p "$RUNS" "$OUT"
 
-measure() {  # name: RGB given; then, where the model generates all four, category samples and each modality given
-    python eval_depth.py --toy 128 --ckpt "$RUNS/$1" --sampler euler --steps 2 --batch-size 64 --precision bf16 --out "$RUNS/$1/evaluation" --json "$RUNS/$1/understand.json" $2
-    [ -n "$2" ] || python tests/measure_demo.py --ckpt "$RUNS/$1" --sampler euler --steps 2 --create euler 25 --guidance 1 --reader demo/mmgen.pt --num 64 --generate 192 --batch-size 64 --precision bf16 \
-        --understood "$RUNS/$1/understand.json" --json "$RUNS/$1/generate.json"
+measure() {  # name, flags: RGB given; then, where all four are generated, category samples and each given
+    run=$RUNS/$1
+    python eval_depth.py --toy "$TOY" --ckpt "$run" $UNDERSTAND --out "$run/evaluation" \
+        --json "$run/understand.json" $2
+    [ -n "$2" ] || python studies/measure_demo.py --ckpt "$run" $UNDERSTAND --create euler 25 --guidance 1 \
+        --reader demo/mmgen.pt --num "$GIVEN" --generate "$GENERATE" \
+        --understood "$run/understand.json" --json "$run/generate.json"
     for part in generate understand; do  # the last one says that the run is done
-        [ ! -f "$RUNS/$1/$part.json" ] || mv "$RUNS/$1/$part.json" "$OUT/$1_$part.json"
+        [ ! -f "$run/$part.json" ] || mv "$run/$part.json" "$OUT/$1_$part.json"
     done
 }
 
@@ -28,7 +35,7 @@ row() {  # name, seed, steps, modality (of single tasks) or "", flags
     ) 9> "$RUNS/$name.lock"
 }
 
-for seed in 0 1 2; do  # the paper's Table 4; one model for all against one for each at equal compute
+for seed in $SEEDS; do  # the paper's Table 4; one model for all against one for each at equal compute
     row mmgen $seed $STEPS ""
     row gen-only $seed $STEPS "" --mix gen-only
     row no-aug $seed $STEPS "" --mix no-aug
@@ -38,7 +45,7 @@ for seed in 0 1 2; do  # the paper's Table 4; one model for all against one for 
         row rgb-to-$m $seed $((STEPS / 3)) $m --modalities rgb $m --mix rgb2x
     done
 done
-for seed in 0 1 2; do
+for seed in $SEEDS; do
     row no-drop $seed $STEPS "" --mix no-drop
     row independent-t $seed $STEPS "" --mix independent-t
     row equal-weights $seed $STEPS "" --equal-weights

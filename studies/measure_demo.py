@@ -1,0 +1,228 @@
+"""Measure generation on the toy world: does it obey the class, do its modalities agree, does a given map come
+back?
+
+    python eval_depth.py --toy 256 --ckpt demo/mmgen.pt --sampler euler --steps 2 \\
+        --json results/demo_understand.json
+    python studies/measure_demo.py --sampler euler --steps 2 --understood results/demo_understand.json \\
+        --json results/demo_generate.json
+
+--sampler and --steps are those of understanding, --create those of generation. Remaining gap = (value -
+ceiling) / (mean map - ceiling), with the ceiling that eval_depth.py measured and the mean map scored against
+the same maps; a generated disparity of 1 and 0 is taken for NEAR and FAR. The latent Frechet distance is that
+of the autoencoder's mean latents, pooled to 4x4 places, to 2,000 held-out scenes; it is not FID.
+"""
+import colorsys
+import functools
+import json
+import pathlib
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from record import report
+from tqdm import tqdm
+
+import samplers
+import toy_scenes
+from distributed import command_parser, run, setup
+from eval_depth import Rules, mean_map, metrics_of, results
+from eval_fid import add_moments, finish_moments, frechet
+from modalities import MODALITIES, nearest_colour
+from vae import encoder_of
+from weights import DEMO, load_model
+
+TYPES, HUES, PALETTE = len(toy_scenes.TYPES), len(toy_scenes.HUES), toy_scenes.PALETTE
+FIRST = len(toy_scenes.SEGMENTS) - TYPES  # the segment of the first type
+KEYS = {"depth": "abs_rel", "normal": "normal_mean", "seg": "miou"}
+NEAR, FAR = 1.2, 5.7  # of held-out scenes in the mean: the depths that a disparity of 1 and 0 is taken for
+
+
+def main_object(segments):
+    """The type (index into TYPES) of the largest object in a map of segment indices, -1 for none."""
+    areas = [(segments == FIRST + k).sum() for k in range(TYPES)]
+    return int(np.argmax(areas)) if max(areas) else -1
+
+
+def hue_of(image, mask):
+    """The nearest hue family (index into HUES) of the median colour under the mask, -1 for none."""
+    if not mask.any():
+        return -1
+    hue = colorsys.rgb_to_hsv(*np.median(image[mask], 0) / 255)[0]
+    distance = [abs((hue - sum(span) / 2 + 0.5) % 1 - 0.5) for span in toy_scenes.HUES.values()]
+    return int(np.argmin(distance))
+
+
+def held_out(first, count):
+    """Scenes that no training has seen."""
+    return [toy_scenes.render(toy_scenes.HELD_OUT + first + i) for i in range(count)]
+
+
+def scene_pixels(modality, scenes):
+    """A modality of scenes as the network's pixels (n, 3, S, S)."""
+    row = MODALITIES[modality]
+    return torch.from_numpy(np.stack([row.to_pixels(toy_scenes.maps(scene)[modality]) for scene in scenes]))
+
+
+def truth_of(modality, scene):
+    """A map as eval_depth.py's metrics take it: depth in units."""
+    return scene.depth if modality == "depth" else toy_scenes.maps(scene)[modality]
+
+
+def scores(predicted, truth):
+    """{modality: maps} against {modality: maps} -> {score of KEYS: value}."""
+    metrics = metrics_of(truth, Rules(palette=PALETTE))
+    for m, metric in metrics.items():
+        for i, (map_, true) in enumerate(zip(predicted[m], truth[m])):
+            metric.add(i, str(i), true, map_)
+    found = results(metrics)
+    return {KEYS[m]: found[KEYS[m]] for m in truth}
+
+
+def share(hits):
+    return float(np.mean(hits))
+
+
+class Measure:
+    """What is measured of one checkpoint, which `sampling` lets understand. Pixels are (n, M, 3, S, S) in
+    [-1, 1].
+    """
+
+    def __init__(self, args, device):
+        self.sampling, self.device = samplers.from_flags(args), device
+        self.seed, self.batch_size = args.seed, args.batch_size
+        self.loaded = self.reader = self.open(args.ckpt or DEMO / "mmgen.pt", args.compile)
+        if args.reader:
+            self.reader = self.open(args.reader, args.compile)
+        self.encoder = encoder_of(self.loaded.meta, device, args.vae)
+        self.ceiling = json.loads(args.understood.read_text())["ceiling"]
+
+    def open(self, path, compile):
+        loaded = load_model(path, self.device)
+        samplers.prepare(loaded.model, self.sampling.precision, compile)
+        return loaded
+
+    @property
+    def classes(self):
+        return self.loaded.model.num_classes
+
+    def draw(self, sampling, labels, given=None, loaded=None):
+        """Samples of classes, given pixels of some modalities {modality: (n, 3, S, S)}."""
+        model, out = (loaded or self.loaded).model, []
+        for i in tqdm(range(0, len(labels), self.batch_size), leave=False):
+            rows = slice(i, i + self.batch_size)
+            y = torch.tensor(labels[rows], device=self.device)
+            noise = samplers.Noise(self.seed, range(i, i + len(y)), self.device)
+            held = {m: self.encoder.encode(pixels[rows], noise) for m, pixels in (given or {}).items()}
+            x = samplers.sample_latents(model, y, held, noise, sampling)
+            out.append(samplers.decode(self.encoder, x, precision=sampling.precision).cpu())
+        return torch.cat(out)
+
+    def understand(self, rgb):
+        labels = [self.reader.model.num_classes] * len(rgb)
+        return self.draw(self.sampling, labels, {"rgb": rgb}, self.reader)
+
+    def maps(self, pixels, modality):
+        at = self.loaded.model.modalities.index(modality)
+        return [MODALITIES[modality].from_pixels(sample[at].numpy()) for sample in pixels]
+
+    def segments(self, pixels):
+        return [nearest_colour(image, PALETTE) for image in self.maps(pixels, "seg")]
+
+    def agreement(self, predicted, truth):
+        """Scores of predicted maps {modality: maps} against true ones, of KEYS, the mean map's against the
+        same, and the remaining gaps.
+        """
+        values = scores(predicted, truth)
+        guess = scores({m: [mean_map()[m]] * len(maps) for m, maps in truth.items()}, truth)
+        gap = {key: (value - self.ceiling[key]) / (guess[key] - self.ceiling[key])
+               for key, value in values.items()}
+        return {**values, "mean_map": guess, "gap": gap}
+
+    @torch.inference_mode()
+    def moments(self, rgb):
+        """Mean and covariance of the mean latents of pixels (n, 3, S, S), pooled to 4x4 places."""
+        sums = None
+        for part in rgb.split(64):
+            mean, _ = self.encoder.vae.encode(part.to(self.device))
+            x = F.adaptive_avg_pool2d(mean, 4).flatten(1).cpu()
+            if sums is None:
+                sums = torch.zeros(1 + x.shape[1], x.shape[1], dtype=torch.float64)
+            add_moments(sums, x)
+        return finish_moments(sums, len(rgb))
+
+    @functools.cached_property
+    def reference(self):
+        """Moments of 2,000 held-out scenes."""
+        return self.moments(scene_pixels("rgb", held_out(10_000, 2000)))
+
+    def distance(self, rgb):
+        return frechet(*self.moments(rgb), *self.reference)
+
+    def generation(self, sampling, count):
+        """count category samples, the classes in turn: class, hue, agreement of the modalities, Frechet
+        distance.
+        """
+        labels = [i % self.classes for i in range(count)]
+        generated = self.draw(sampling, labels)
+        again = self.understand(generated[:, 0])
+        own, seen = self.segments(generated), self.segments(again)
+        rgb = self.maps(generated, "rgb")
+        hues = [hue_of(image, segments == FIRST + max(main_object(segments), 0))
+                for image, segments in zip(rgb, own)]
+        read, made = ({m: self.maps(pixels, m) for m in KEYS} for pixels in (again, generated))
+        made["depth"] = [1 / (1 / FAR + (1 / NEAR - 1 / FAR) * d.clip(0, 1)) for d in made["depth"]]
+        real = scene_pixels("rgb", held_out(20_000, count))
+        asked = [label // HUES for label in labels]
+        return {"class_in_segmentation": share([main_object(s) == a for s, a in zip(own, asked)]),
+                "class_from_rgb_alone": share([main_object(s) == a for s, a in zip(seen, asked)]),
+                "hue_in_rgb": share([hue == label % HUES for hue, label in zip(hues, labels)]),
+                "rgb_understood_against_generated": self.agreement(read, made),
+                "latent_fd": self.distance(generated[:, 0]),
+                "latent_fd_of_as_many_scenes": self.distance(real)}
+
+    def recovery(self, sampling, scenes, modalities=tuple(KEYS)):
+        """RGB generated from each given map, understood again, against that map."""
+        out, labels = {}, [self.classes] * len(scenes)
+        for m in modalities:
+            conditioned = self.draw(sampling, labels, {m: scene_pixels(m, scenes)})
+            read = self.maps(self.understand(conditioned[:, 0]), m)
+            out[m] = self.agreement({m: read}, {m: [truth_of(m, scene) for scene in scenes]})
+        return out
+
+    def recipe(self, args):
+        """What was measured, and how."""
+        reader = str(args.reader) if args.reader else None
+        return dict(**samplers.recipe(self.loaded, self.sampling, self.seed), reader=reader,
+                    guidance=args.guidance, held_out=args.num, generated=args.generate,
+                    torch=torch.__version__, device=self.device.type)
+
+
+def arguments(doc):
+    """The flags of the toy measurements."""
+    parser = command_parser(doc)
+    add = parser.add_argument
+    add("--num", type=int, default=256, help="held-out scenes for conditioned generation")
+    add("--generate", type=int, default=200, help="category samples")
+    add("--create", nargs=2, default=("euler", "50"), metavar=("SAMPLER", "STEPS"))
+    add("--guidance", type=float, default=2.0, help="of category generation")
+    add("--understood", type=pathlib.Path, required=True,
+        help="the JSON of eval_depth.py --toy: the autoencoder's ceiling")
+    add("--reader", help="checkpoint that understands the generated RGB; default: the same")
+    add("--json", type=pathlib.Path)
+    samplers.add_flags(parser)
+    return parser.parse_args()
+
+
+def main():
+    args = arguments(__doc__)
+    _, _, device = setup()
+    measure = Measure(args, device)
+    sampler, steps = args.create
+    creating = measure.sampling._replace(sampler=sampler, steps=int(steps), cfg=1.0)
+    result = {**measure.generation(creating._replace(cfg=args.guidance), args.generate),
+              "given_map_recovered": measure.recovery(creating, held_out(0, args.num))}
+    report(result, {**measure.recipe(args), "create": list(args.create)}, args.json)
+
+
+if __name__ == "__main__":
+    run(main)

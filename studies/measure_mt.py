@@ -1,0 +1,140 @@
+"""Measure an MT-Diffusion checkpoint on held-out toy scenes: restoration, label or feature vector, as its
+setting is.
+
+    python studies/measure_mt.py --ckpt runs/masked --num 128 --steps 50 --json results/mt_masked.json
+
+masked    PSNR inside of m random squares, pooled over the pixels of all scenes: restored, left grey, and by
+          SDEdit
+label     top-1 and top-5 of the head
+feature   mean cosine of the head's vector to the true one, beside the training set's mean vector
+Translation is measured by mt_sample.py --task evaluate.
+"""
+import json
+import pathlib
+import tempfile
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from measure_demo import held_out, scene_pixels
+from record import call, report
+
+import mt_diffusion
+import mt_sample
+import toy_scenes
+from distributed import InputError, command_parser, run, setup
+from modalities import read_rgb, stem_of, unit
+from samplers import Noise
+from vae import encoder_of
+from weights import load_model
+
+SQUARES = 5, 10, 15, 20
+
+
+def pixels_of(path):
+    return np.asarray(read_rgb(path)).astype(float)
+
+
+def psnr(errors):
+    """Arrays of errors in 8-bit levels -> dB over all of them."""
+    return float(10 * np.log10(255 ** 2 / np.mean(np.concatenate(errors) ** 2)))
+
+
+class Restored(NamedTuple):
+    """Over the pictures of a folder of restorations."""
+    filled: list   # errors under the mask, one array a picture
+    grey: list     # the same of the masked pictures
+    exact: bool    # all other pixels are as they were
+
+
+def compare(scenes, out):
+    """The scenes' RGB against what was restored into a folder -> Restored."""
+    filled, grey, exact = [], [], True
+    for path in sorted((scenes / "rgb").rglob("*.png")):
+        name = stem_of(path, scenes / "rgb").replace("/", "_") + ".png"
+        truth, masked = pixels_of(path), pixels_of(out / "masked_rgb" / name)
+        restored = pixels_of(out / "rgb" / name)
+        hidden = (masked != truth).any(-1)
+        exact &= bool((restored[~hidden] == truth[~hidden]).all())
+        filled.append((restored - truth)[hidden].ravel())
+        grey.append((masked - truth)[hidden].ravel())
+    return Restored(filled, grey, exact)
+
+
+def restoration(args, scenes, work):
+    """{"m = 5": {hidden: share of the pixels, PSNR of each way, other pixels exact}, ...}"""
+    result = {}
+    for m in SQUARES:
+        flags = ["--task", "restore", "--patches", m, "--image", scenes, "--ckpt", args.ckpt,
+                 "--steps", args.steps, "--seed", args.seed, "--batch-size", 64]
+        call(mt_sample, *flags, "--out", work / f"restored{m}")
+        call(mt_sample, *flags, "--out", work / f"sdedit{m}", "--sdedit", args.sdedit)
+        restored, sdedit = compare(scenes, work / f"restored{m}"), compare(scenes, work / f"sdedit{m}")
+        hidden = sum(map(len, restored.filled)) / 3 / len(restored.filled) / 64 ** 2
+        result[f"m = {m}"] = {"hidden": hidden, "restored": psnr(restored.filled),
+                              "left grey": psnr(restored.grey), "sdedit": psnr(sdedit.filled),
+                              "other pixels exact": restored.exact and sdedit.exact}
+    return result
+
+
+def classification(args, scenes, work):
+    """Top-1 and top-5."""
+    call(mt_sample, "--task", "classify", "--image", scenes, "--ckpt", args.ckpt, "--seed", args.seed,
+         "--out", work / "out")
+    found = json.loads((work / "out" / "meta.json").read_text())["scores"]
+    return {key: found[key] for key in ("top1", "top5")}
+
+
+def features(args, loaded, device):
+    """Cosines over held-out scenes; the mean vector is of 2,000 training scenes."""
+    encoder, scenes = encoder_of(loaded.meta, device), held_out(0, args.num)
+
+    def vectors(scenes):
+        return unit(np.stack([toy_scenes.teacher(scene, 1)[0] for scene in scenes]))
+
+    truth, mean = vectors(scenes), unit(vectors([toy_scenes.render(i) for i in range(2000)]).mean(0))
+    found = []
+    for start in range(0, args.num, 64):
+        part = scenes[start:start + 64]
+        noise = Noise(args.seed, range(start, start + len(part)), device)
+        z = encoder.encode(scene_pixels("rgb", part).to(device), noise)
+        found.append(loaded.model.recognise(z, noise).cpu().numpy())
+    return {"cosine": float((unit(np.concatenate(found)) * truth).sum(-1).mean()),
+            "mean vector": float((truth @ mean).mean())}
+
+
+def main():
+    parser = command_parser(__doc__)
+    add = parser.add_argument
+    add("--ckpt", required=True)
+    add("--num", type=int, default=128)
+    add("--steps", type=int, default=50)
+    add("--sdedit", type=float, default=0.5)
+    add("--seed", type=int, default=0)
+    add("--json", type=pathlib.Path)
+    args = parser.parse_args()
+    _, _, device = setup()
+    loaded = load_model(args.ckpt, device, method=mt_diffusion.Objective.method, build=mt_diffusion.build)
+    pair = loaded.model.pair
+    with tempfile.TemporaryDirectory() as folder:
+        work = pathlib.Path(folder)
+        scenes = work / "scenes"
+        if pair in ("masked", "label"):
+            call(toy_scenes, "--num", args.num, "--out", scenes)
+        if pair == "masked":
+            result = restoration(args, scenes, work)
+        elif pair == "label":
+            result = classification(args, scenes, work)
+        elif pair == "feature":
+            result = features(args, loaded, device)
+        else:
+            raise InputError(f"--ckpt {args.ckpt}: of --pair {pair}; translation is measured by "
+                             "mt_sample.py --task evaluate")
+    recipe = dict(checkpoint_sha256=loaded.sha256, step=loaded.step, setting=pair, train=loaded.train,
+                  held_out=args.num, steps=args.steps, sdedit=args.sdedit, seed=args.seed,
+                  torch=torch.__version__, device=device.type)
+    report(result, recipe, args.json)
+
+
+if __name__ == "__main__":
+    run(main)
