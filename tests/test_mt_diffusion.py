@@ -348,14 +348,17 @@ def test_a_hidden_x_is_not_seen_and_a_full_mask_is_ddpm(pair):
 # ------------------------------------------------------------------------------------------------
 # The commands.
 
-@pytest.fixture
-def trained(data, command, tmp_path):
-    """trained("masked") trains 2 steps of a setting -> run folder."""
-    def go(*pair, **flags):
-        run = tmp_path / "-".join(pair)
-        more = [word for name, value in flags.items() for word in (f"--{name.replace('_', '-')}", value)]
-        command("mt_diffusion", "--pair", *pair, "--data", data, "--run", run, "--model", "T/2", "--steps", 2,
-                "--batch-size", 8, "--log-every", 1, *more)
+@pytest.fixture(scope="module")
+def trained(data, tmp_path_factory):
+    """trained("masked") trains 2 steps of a setting, once, and draws a preview -> run folder."""
+    root = tmp_path_factory.mktemp("runs")
+
+    def go(*pair, head="middle"):
+        run = root / "-".join(pair)
+        if not run.exists():
+            start("mt_diffusion", "--pair", *pair, "--data", data, "--run", run, "--model", "T/2",
+                  "--steps", 2, "--batch-size", 8, "--log-every", 1, "--preview-every", 2, "--head", head)
+            assert (run / "previews/0000002.png").stat().st_size > 5000
         return run
     return go
 
@@ -398,8 +401,7 @@ def test_restoration_keeps_every_other_pixel(trained, command, tmp_path):
 
 
 def test_labels_and_vectors(trained, command, tmp_path):
-    run = trained("label", head="output", preview_every=2)
-    assert (run / "previews/0000002.png").stat().st_size > 5000
+    run = trained("label", head="output")
     names = load_checkpoint(run)["config"]["meta"]["class_names"]
 
     classify = ("--task", "classify", "--image", SCENES, "--ckpt", run, "--out", tmp_path / "c")
@@ -432,8 +434,7 @@ def test_labels_and_vectors(trained, command, tmp_path):
 
 
 def test_translation_does_not_depend_on_the_batch(trained, command, tmp_path):
-    run = trained("rgb", "seg", preview_every=2)
-    assert (run / "previews/0000002.png").stat().st_size > 5000
+    run = trained("rgb", "seg")
     flags = ("--task", "translate", "--image", SCENES, "--ckpt", run)
     for size in (1, 4):
         command("mt_sample", *flags, "--steps", 3, "--batch-size", size, "--out", tmp_path / str(size))
@@ -471,7 +472,7 @@ def test_the_other_methods_checkpoint_is_refused(data, trained, command, tmp_pat
         command("sample", "--task", "understand", "--ckpt", run, *out)
     with pytest.raises(InputError, match="mmgen.pt: is a checkpoint of mmgen; use sample.py"):
         command("mt_sample", "--task", "generate", "--ckpt", DEMO / "mmgen.pt", *out)
-    flags = ("--data", data, "--model", "T/2", "--steps", 2, "--batch-size", 8)
+    flags = ("--data", data, "--model", "T/2", "--steps", 1, "--batch-size", 4)
     with pytest.raises(InputError, match="was trained with"):
         command("train", *flags, "--run", run)
     command("train", *flags, "--modalities", "rgb", "--run", tmp_path / "mmgen")
