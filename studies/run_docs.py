@@ -216,7 +216,8 @@ def main():
                                       capture_output=True, text=True)
                 state = "FAILED" if done.returncode else "ok"
                 counts[state] += 1
-                print(f"{state:7s} {time.perf_counter() - start:4.0f} s  {page}: {command[:140]}", flush=True)
+                seconds = time.perf_counter() - start
+                print(f"{state:7s} {seconds:4.0f} s  {page}: {command[:140]}", flush=True)
                 if done.returncode:
                     print("   ran:", shlex.join(shortened(command)))
                     print("   ", (done.stderr.strip().splitlines() or [""])[-1], flush=True)
