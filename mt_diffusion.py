@@ -11,7 +11,6 @@ backbone's time is 1 - k/T. The paper's formulas as corrected in MT_DIFFUSION.md
 Algorithm 1's noise has variance b_k. Training is train.py's loop, with its flags, checkpoints and
 processes.
 """
-import functools
 from typing import NamedTuple
 
 import numpy as np
@@ -597,10 +596,6 @@ class Objective:
         about = torch.where(alone, 0.0, self.model.x_error(predicted, x)).sum()
         return torch.stack([error, about, e.square().flatten(1).mean(1).sum()])
 
-    @functools.cached_property
-    def encoder(self):
-        return encoder_of(self.meta, self.device)
-
     def preview(self, network, path):
         """Four rows of the cache: generated, translated where X is a picture of its own, and as they are."""
         rows, size = self.cache.rows[:4], self.meta["latent_size"]
@@ -608,7 +603,7 @@ class Objective:
         batch = {stem: x.to(self.device) for stem, x in batch.items()}
         blank = torch.zeros(len(rows), self.meta["latent_channels"], *size, device=self.device)
         data = [latents(batch[m], blank, self.meta) for m in self.sources]
-        chain, grids = Chain(steps=25), []
+        chain, grids, encoder = Chain(steps=25), [], encoder_of(self.meta, self.device)
         for title in ("generate", *(f"{m} given" for m in self.sources[1:]), "data"):
             if title == "data":
                 x = torch.cat(data, 1)
@@ -616,7 +611,7 @@ class Objective:
                 noise = Noise(0, range(len(rows)), self.device)
                 source = None if title == "generate" else data[1]
                 x = draw_images(network, batch["labels"], noise, chain, source)
-            samples = decode(self.encoder, x).cpu().numpy()
+            samples = decode(encoder, x).cpu().numpy()
             grids.append(draw_samples(samples, network.modalities, title))
         with whole_file(path) as file:
             draw_sheet(grids).save(file, "png")
