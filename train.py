@@ -136,7 +136,7 @@ def interpolate(x0, noise, t, channels):
 
 
 def velocity_error(v, target, supervised):
-    """v, target (N, M*C, H, W) -> mean squares of each row's modalities, 0 where unsupervised: (N, M) fp32."""
+    """v, target (N, M*C, H, W) -> the mean square of each row and modality, else 0: (N, M) fp32."""
     error = (v.float() - target).square().unflatten(1, (supervised.shape[1], -1))
     return torch.where(supervised, error.mean((2, 3, 4)), 0.0)
 
