@@ -323,7 +323,7 @@ class MTDiffusion(nn.Module):
     def unknown(self, noise, shape):
         """The random X of Algorithm 1, line 3."""
         if self.pair == "label":
-            return self.follow(noise((self.num_classes,)) * 0, "sample", noise)
+            return self.follow(noise((self.num_classes,)) * 0, "sample", noise)  # all classes alike
         return noise(shape if self.images else (self.features,))
 
     def sample(self, noise, known, x, chain, begin=None, size=None):
@@ -369,7 +369,7 @@ class Walk:
     def encoded(self, x):
         """E(X) of the rows whose z carries it."""
         if not self.carries.any():
-            return self.carries
+            return self.carries  # zeros
         with autocast(self.known.device, self.chain.precision):
             return self.carries * self.model.encode(x)
 
@@ -404,15 +404,15 @@ class Walk:
     def run(self, x, begin, size):
         model, schedule, known, noise = self.model, self.schedule, self.known, self.noise
         shape, K = (model.latent_channels, *size), self.chain.steps
-        moves = model.pair == "label" or not known.all()  # labels: whatever is known of the others
+        moves = model.pair == "label" or not known.all()  # labels: always, for equal noise
         if moves:
             guess = model.unknown(noise, shape)
             x = guess if x is None else torch.where(beside(known, guess), x, guess)
         e, z = self.encoded(x), noise(shape)
         if begin is not None:
-            z0, share = begin
+            origin, share = begin
             K = max(1, round(share * K))
-            z = schedule.q_sample(z0, [e], self.at(K - 1), z)
+            z = schedule.q_sample(origin, [e], self.at(K - 1), z)
         elif self.chain.start == "shifted":
             z = z + beside(known, z) * schedule.carried("shift", [e], self.at(K - 1))
         for i in reversed(range(K)):
