@@ -28,9 +28,13 @@ def files_of(out, stem, endings):
 def take_up(out, recipe, requests, endings):
     """Prepare OUT -> the requests still to be drawn: those without outputs newer than their inputs.
 
-    Samples of another recipe are removed at once, so that neither a later continuation nor an evaluation
-    takes them for this one's.
+    Samples of another recipe are removed at once, so that neither a later continuation nor an evaluation takes
+    them for this one's. Raises InputError where OUT holds what is given, or is no folder of samples.
     """
+    for request in requests:
+        for path in request.files.values():
+            check(out.resolve() not in path.resolve().parents, f"--out {out}: holds {path}, which is given; "
+                  "use another folder")
     try:
         old = json.loads((out / "meta.json").read_text())
     except FileNotFoundError:
