@@ -84,18 +84,21 @@ def test_another_learning_rate_is_taken_up_and_said(cache, trained, half, comman
 
 
 def test_what_is_not_the_runs_own_may_change(cache, trained, half, tmp_path, command):
-    """Every flag of runs.FREE, without a change of the weights."""
-    changes = {"data": tmp_path / "moved", "run": half, "micro_batch": 4, "log_every": 1, "ckpt_every": 2,
+    """Every flag of runs.FREE, without a change of the weights.
+
+    What shapes the network is compared as the model has it, not as the flags say it.
+    """
+    changes = {"data": tmp_path / "moved", "run": half, "micro_batch": 8, "log_every": 1, "ckpt_every": 2,
                "preview_every": 999, "init": tmp_path / "gone.pt", "lr": 1e-4, "steps": 6}
     switches = {"compile": "--no-compile", "checkpointing": "--checkpointing"}
     assert changes.keys() | switches.keys() == set(runs.FREE)
     shutil.copytree(cache, tmp_path / "moved")
     flags = [word for name, value in changes.items() for word in (f"--{name.replace('_', '-')}", value)]
-    command("train", *TRAIN, *flags, *switches.values())
-    assert gap(trained, half) < 1e-6  # in two micro-batches
+    command("train", *TRAIN, *flags, *switches.values(), "--modalities", "seg", "rgb", "normal", "depth")
+    assert gap(trained, half) == 0
     assert [entry["step"] for entry in log_of(half)] == [2, 3, 4, 5, 6]
     kept = load_checkpoint(half)["config"]["train"]
-    assert kept["micro_batch"] == 4 and kept["checkpointing"] and kept["data"] == str(tmp_path / "moved")
+    assert kept["micro_batch"] == 8 and kept["checkpointing"] and kept["data"] == str(tmp_path / "moved")
 
 
 @pytest.mark.parametrize("change, message", [
@@ -116,32 +119,22 @@ def test_what_is_the_runs_own_may_not(change, message, cache, trained, command):
     assert (trained / "log.jsonl").read_bytes() == before
 
 
-def test_a_run_may_name_its_modalities(cache, trained, half, command):
-    """What shapes the network is compared as the model has it, not as the flags say it."""
-    command("train", "--data", cache, "--run", half, *TRAIN, "--modalities", "seg", "rgb", "normal", "depth")
-    assert gap(trained, half) == 0
-
-
 # ------------------------------------------------------------------------------------------------
 # Older files.
 
-def test_a_run_of_before_a_flag_goes_on_with_its_default(cache, trained, half, command):
+def test_an_older_run_goes_on_with_the_defaults_of_what_it_does_not_say(cache, trained, half, command):
+    """Flags have the parser's defaults, options of the model the network's."""
     without(half, "train", "method", "mix", "precision", "equal_weights", "lr")
+    without(half, "model", "fusion", "task_embedding")
     for change, message in ((("--mix", "gen-only"), "mix = mmgen, this command has gen-only"),
-                            (("--precision", "fp32"), "precision = bf16, this command has fp32")):
+                            (("--precision", "fp32"), "precision = bf16, this command has fp32"),
+                            (("--fusion", "mlp"), "fusion = linear, this command has mlp")):
         with pytest.raises(InputError, match=f"was trained with {message}"):
             command("train", "--data", cache, "--run", half, *TRAIN, *change)
     command("train", "--data", cache, "--run", half, *TRAIN)
     assert gap(trained, half) == 0
-    assert load_checkpoint(half)["config"]["train"]["precision"] == "bf16"  # the next file says it
-
-
-def test_a_run_of_before_an_option_of_the_model_goes_on_with_its_default(cache, trained, half, command):
-    without(half, "model", "fusion", "task_embedding")
-    with pytest.raises(InputError, match="was trained with fusion = linear, this command has mlp"):
-        command("train", "--data", cache, "--run", half, *TRAIN, "--fusion", "mlp")
-    command("train", "--data", cache, "--run", half, *TRAIN)
-    assert gap(trained, half) == 0
+    config = load_checkpoint(half)["config"]  # the next file says it
+    assert config["train"]["precision"] == "bf16" and config["model"]["fusion"] == "linear"
 
 
 def test_a_run_with_what_this_version_has_not_is_refused(cache, half, command):

@@ -2,6 +2,7 @@
 import builtins
 import json
 import os
+import pathlib
 
 import numpy as np
 import pytest
@@ -92,7 +93,7 @@ def test_maps_that_do_not_align_are_refused(tmp_path):
 
 def test_samples_do_not_depend_on_batch_or_processes(command, tmp_path):
     flags = ("--task", "generate", "--num", 5, "--steps", 6, "--ckpt", CKPT)
-    for name, batch, world in (("a", 1, 1), ("b", 3, 1), ("c", 16, 2), ("d", 2, 2)):
+    for name, batch, world in (("a", 1, 1), ("b", 16, 1), ("c", 2, 2)):
         more = ("--batch-size", batch, "--out", tmp_path / name)
         if world == 1:
             command("sample", *flags, *more)
@@ -101,7 +102,7 @@ def test_samples_do_not_depend_on_batch_or_processes(command, tmp_path):
             assert result.returncode == 0, result.stderr
     a = read(tmp_path / "a")
     assert len(a) == 20
-    for other in "bcd":
+    for other in "bc":
         other = read(tmp_path / other)
         gaps = np.concatenate([np.abs(a[path] - other[path]).ravel() for path in a])
         assert gaps.max() <= 1 and (gaps > 0).mean() < 1e-3
@@ -121,8 +122,8 @@ def test_understand_shows_the_bundled_scenes_beside_the_truth(tmp_path, command)
     assert np.array_equal(pixels(tmp_path / "rgb" / f"{stem}.png"), pixels(given))
     truth = np.asarray(Image.open(given.replace("/rgb/", "/depth/")).convert("L")) / 255.0
     assert np.corrcoef(truth.ravel(), depth.ravel())[0, 1] > 0.8  # the demo weights do understand
-    truths = sample.truth_pictures({"rgb": SCENES / "rgb" / f"{stem}.png"}, MODALITIES, 64, "disparity")
-    assert {"depth", "normal", "seg"} <= truths.keys() and "rgb" not in truths
+    truths = sample.truth_pictures({"rgb": pathlib.Path(given)}, MODALITIES, 64, "disparity")
+    assert truths.keys() == {"depth", "normal", "seg"}
     labels = 4 + 3  # all modalities, and the truth of three of them
     assert Image.open(tmp_path / "grid.png").width == labels * 132 + 4
 
@@ -260,11 +261,11 @@ def test_an_interrupted_set_continues_to_the_same_file(command, monkeypatch, tmp
     cut, calls, one = tmp_path / "cut", [], sample.Drawing.sample
     command("sample", *flags(10), "--out", tmp_path / "whole")
 
-    def failing(self, batch, inputs):
+    def failing(self, batch, inputs, noise):
         if len(calls) == 2:
             raise KeyboardInterrupt
         calls.append(batch)
-        return one(self, batch, inputs)
+        return one(self, batch, inputs, noise)
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(sample.Drawing, "sample", failing)

@@ -150,12 +150,12 @@ def test_a_process_reads_its_rows_of_the_global_batches(cache):
 
 def test_any_number_of_processes_shares_the_batch():
     for world in (1, 3, 6, 8, 64):
-        parts = [train.split(256, 64, rank, world) for rank in range(world)]
+        parts = [dataset.part_of(256, rank, world, 4) for rank in range(world)]
         assert parts[0].start == 0 and parts[-1].stop == 256
         assert all(a.stop == b.start for a, b in zip(parts, parts[1:]))
         assert all((p.stop - p.start) % 4 == 0 and p.stop > p.start for p in parts)
     with pytest.raises(InputError, match="--batch-size 256 on 65 processes"):
-        train.split(256, 64, 0, 65)
+        dataset.part_of(256, 0, 65, 4)
 
 
 def test_a_damaged_cache_is_refused(cache, tmp_path, command):
@@ -194,18 +194,24 @@ def test_training_without_alignment_targets_says_so(cache, tmp_path, command):
     assert not any(key.startswith("projector") for key in load_checkpoint(tmp_path)["model"])
 
 
-def test_a_preview_is_drawn(cache, tmp_path, command, monkeypatch):
+def test_a_preview_is_drawn_where_the_autoencoder_is(cache, tmp_path, command, monkeypatch):
     monkeypatch.setattr(train, "Sampling", lambda sampler, steps: Sampling(sampler, 2))
-    command("train", "--data", cache, "--run", tmp_path, "--model", "T/2", "--steps", 1, "--batch-size", 4,
-            "--preview-every", 1)
-    assert (tmp_path / "previews" / "0000001.png").stat().st_size > 5000
+    flags = ("--model", "T/2", "--steps", 1, "--batch-size", 4, "--preview-every", 1)
+    command("train", *flags, "--data", cache, "--run", tmp_path / "with")
+    assert (tmp_path / "with/previews/0000001.png").stat().st_size > 5000
+    shutil.copytree(cache, tmp_path / "cache")
+    meta = json.loads((cache / "meta.json").read_text())
+    (tmp_path / "cache/meta.json").write_text(json.dumps({**meta, "vae": "gone.safetensors"}))
+    out = command("train", *flags, "--data", tmp_path / "cache", "--run", tmp_path / "without")
+    assert "no preview: --vae gone.safetensors: no such file" in out
+    assert (tmp_path / "without/latest.pt").exists()
 
 
 @pytest.mark.parametrize("change, message", [
-    (("--batch-size", "10"), "multiples of 4"),
+    (("--batch-size", "10"), "--batch-size 10 .* multiple of 4"),
     (("--batch-size", "2147483648"), "at most 65536"),
-    (("--micro-batch", "6"), "multiples of 4"),
-    (("--micro-batch", "-4"), "multiples of 4"),
+    (("--micro-batch", "6"), "--micro-batch 6: a multiple of 4"),
+    (("--micro-batch", "-4"), "--micro-batch -4: a multiple of 4"),
     (("--log-every", "0"), "at least 1"),
     (("--lr", "nan"), "finite"),
     (("--repa-weight", "nan"), "from 0 to 1000"),
