@@ -28,8 +28,8 @@ def files_of(out, stem, endings):
 def take_up(out, recipe, requests, endings):
     """Prepare OUT -> the requests still to be drawn: those without outputs newer than their inputs.
 
-    Samples of another recipe are removed at once, so that neither a later continuation nor an evaluation takes
-    them for this one's. Raises InputError where OUT holds what is given, or is no folder of samples.
+    Samples of another recipe are removed at once, so that neither a later run nor an evaluation takes them
+    for this one's. Raises InputError where OUT holds what is given, or is no folder of samples.
     """
     for request in requests:
         for path in request.files.values():
