@@ -174,7 +174,7 @@ def part_of(batch_size, rank, world, group):
     most = 2 ** 16  # every process draws the noise of the whole batch
     groups = batch_size // group
     check(batch_size % group == 0 and world <= groups and batch_size <= most,
-          f"--batch-size {batch_size} on {world} processes: must be a multiple of {group} (the task mix), "
+          f"--batch-size {batch_size} on {world} processes: must be a multiple of {group}, "
           f"with at least {group} rows for each process, at most {most}")
     return slice(groups * rank // world * group, groups * (rank + 1) // world * group)
 

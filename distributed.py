@@ -157,6 +157,7 @@ def whole_file(path):
     Neighbours that a killed process left of the same file are removed.
     """
     path = pathlib.Path(path)
+    check(path.name, f"{str(path)!r}: is no name of a file to write")
     path.parent.mkdir(parents=True, exist_ok=True)
     for stale in _leftovers(path.parent).pop(path.name, ()):
         stale.unlink(missing_ok=True)

@@ -130,6 +130,12 @@ def centre_crop(image, size, nearest=False):
     return image.crop((left, top, left + size, top + size))
 
 
+def enlarge(pixels, shape, nearest=False):
+    """(3, h, w) -> float32 (3, H, W): bilinear, or the nearest pixel."""
+    mode = dict(mode="nearest-exact") if nearest else dict(mode="bilinear", align_corners=False)
+    return F.interpolate(torch.from_numpy(pixels)[None].float(), tuple(shape), **mode)[0].numpy()
+
+
 # ------------------------------------------------------------------------------------------------
 # Kinds.
 
@@ -207,9 +213,7 @@ class Kind:
         """The user's array (h, w[, 3]) -> (H, W[, 3]): bilinear, of flat colours the nearest."""
         if array.shape[:2] == tuple(shape):
             return array
-        mode = dict(mode="nearest-exact") if self.nearest else dict(mode="bilinear", align_corners=False)
-        x = torch.from_numpy(np.atleast_3d(array)).float().permute(2, 0, 1)[None]
-        x = F.interpolate(x, tuple(shape), **mode)[0].permute(1, 2, 0).numpy()
+        x = enlarge(np.atleast_3d(array).transpose(2, 0, 1), shape, self.nearest).transpose(1, 2, 0)
         return (x if array.ndim == 3 else x[..., 0]).astype(array.dtype)
 
     def median(self, arrays):

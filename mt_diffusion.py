@@ -11,7 +11,6 @@ backbone's time is 1 - k/T. The paper's formulas as corrected in MT_DIFFUSION.md
 Algorithm 1's noise has variance b_k. Training is train.py's loop, with its flags, checkpoints and
 processes.
 """
-import functools
 from typing import NamedTuple
 
 import numpy as np
@@ -324,7 +323,7 @@ class MTDiffusion(nn.Module):
     def unknown(self, noise, shape):
         """The random X of Algorithm 1, line 3."""
         if self.pair == "label":
-            return self.follow(noise((self.num_classes,)) * 0, "sample", noise)
+            return self.follow(noise((self.num_classes,)) * 0, "sample", noise)  # all classes alike
         return noise(shape if self.images else (self.features,))
 
     def sample(self, noise, known, x, chain, begin=None, size=None):
@@ -370,7 +369,7 @@ class Walk:
     def encoded(self, x):
         """E(X) of the rows whose z carries it."""
         if not self.carries.any():
-            return self.carries
+            return self.carries  # zeros
         with autocast(self.known.device, self.chain.precision):
             return self.carries * self.model.encode(x)
 
@@ -405,15 +404,15 @@ class Walk:
     def run(self, x, begin, size):
         model, schedule, known, noise = self.model, self.schedule, self.known, self.noise
         shape, K = (model.latent_channels, *size), self.chain.steps
-        moves = model.pair == "label" or not known.all()  # labels: whatever is known of the others
+        moves = model.pair == "label" or not known.all()  # labels: always, for equal noise
         if moves:
             guess = model.unknown(noise, shape)
             x = guess if x is None else torch.where(beside(known, guess), x, guess)
         e, z = self.encoded(x), noise(shape)
         if begin is not None:
-            z0, share = begin
+            origin, share = begin
             K = max(1, round(share * K))
-            z = schedule.q_sample(z0, [e], self.at(K - 1), z)
+            z = schedule.q_sample(origin, [e], self.at(K - 1), z)
         elif self.chain.start == "shifted":
             z = z + beside(known, z) * schedule.carried("shift", [e], self.at(K - 1))
         for i in reversed(range(K)):
@@ -597,10 +596,6 @@ class Objective:
         about = torch.where(alone, 0.0, self.model.x_error(predicted, x)).sum()
         return torch.stack([error, about, e.square().flatten(1).mean(1).sum()])
 
-    @functools.cached_property
-    def encoder(self):
-        return encoder_of(self.meta, self.device)
-
     def preview(self, network, path):
         """Four rows of the cache: generated, translated where X is a picture of its own, and as they are."""
         rows, size = self.cache.rows[:4], self.meta["latent_size"]
@@ -608,7 +603,7 @@ class Objective:
         batch = {stem: x.to(self.device) for stem, x in batch.items()}
         blank = torch.zeros(len(rows), self.meta["latent_channels"], *size, device=self.device)
         data = [latents(batch[m], blank, self.meta) for m in self.sources]
-        chain, grids = Chain(steps=25), []
+        chain, grids, encoder = Chain(steps=25), [], encoder_of(self.meta, self.device)
         for title in ("generate", *(f"{m} given" for m in self.sources[1:]), "data"):
             if title == "data":
                 x = torch.cat(data, 1)
@@ -616,7 +611,7 @@ class Objective:
                 noise = Noise(0, range(len(rows)), self.device)
                 source = None if title == "generate" else data[1]
                 x = draw_images(network, batch["labels"], noise, chain, source)
-            samples = decode(self.encoder, x).cpu().numpy()
+            samples = decode(encoder, x).cpu().numpy()
             grids.append(draw_samples(samples, network.modalities, title))
         with whole_file(path) as file:
             draw_sheet(grids).save(file, "png")

@@ -1,9 +1,9 @@
 """MT-Diffusion's tasks (Sec. 4): images and X from noise, one from the other.
 
-    python mt_sample.py --task translate --image photo.jpg --ckpt runs/mt            # --pair SOURCE TARGET
-    python mt_sample.py --task restore --image photo.png --mask hole.png --ckpt RUN  # --pair masked
-    python mt_sample.py --task classify --image DIR --ckpt RUN                       # --pair label
-    python mt_sample.py --task generate --num 8 --ckpt RUN                           # all: an image and its X
+    python mt_sample.py --task translate --image photo.jpg --ckpt runs/mt            # of --pair SOURCE TARGET
+    python mt_sample.py --task restore --image photo.png --mask hole.png --ckpt RUN  # of --pair masked
+    python mt_sample.py --task classify --image DIR --ckpt RUN                       # of --pair label
+    python mt_sample.py --task generate --num 8 --ckpt RUN                           # of any: an image and X
     python mt_sample.py --task evaluate --data DIR --ckpt RUN                        # translations, scored
 
 Writes OUT/<modality>/<stem>.png, OUT/masked_rgb/, OUT/classes/<stem>.json (name, class, probability of the
@@ -27,9 +27,9 @@ import sample
 import samplers
 from dataset import to_unit
 from distributed import check, command_parser, run, setup, sha256, whole_file
-from modalities import MODALITIES, as_it_is, read_array, read_picture
+from modalities import MODALITIES, as_it_is, enlarge, read_array, read_picture
 from mt_diffusion import Chain, draw_images
-from produce import produce, sample_list, write_grid, write_meta
+from produce import SHOWN, produce, sample_list, write_grid, write_meta, write_npz
 from vae import encoder_of
 from weights import load_model, newest_checkpoint
 
@@ -91,9 +91,8 @@ def read_hidden(request, fit, full, patches, seed):
     image = white(file)
     check(image.size == raster.size, f"{file}: {image.width}x{image.height}, {path} is {raster.size[0]}x"
           f"{raster.size[1]}; they must be of one size")
-    hides = np.asarray(image).max() > 1e-3
-    check(hides, f"{file}: hides nothing; what is to be restored must be white (255)")
     mask = np.asarray(fit(image)) > 1e-3  # a pixel that shrinks away would count as known
+    check(mask.any(), f"{file}: hides nothing; what is to be restored must be white (255)")
     return Hidden({"rgb": pixels}, whole, mask, np.asarray(image) > 1e-3 if full else mask)
 
 
@@ -125,8 +124,7 @@ class Restoration(Images):
         z, _ = self.model.sample(noise, known, x, self.sampling, begin, x.shape[2:])
         for request, one, image in zip(batch, inputs, self.images(z)):
             if image.shape != one.whole.shape:
-                image = F.interpolate(torch.from_numpy(image)[None], one.whole.shape[1:], mode="bilinear",
-                                      align_corners=False)[0].numpy()
+                image = enlarge(image, one.whole.shape[1:])
             maps = {"rgb": np.where(one.whole_mask, image, one.whole),
                     "masked_rgb": np.where(one.whole_mask, np.float32(0), one.whole)}
             yield request, maps, None
@@ -207,7 +205,7 @@ class Outputs(sample.Maps):
 def report_classes(out, requests, num_classes):
     """Print the classes of the first requests -> {top1, top5} of the pictures whose class is known."""
     found = [json.loads((out / "classes" / f"{request.stem}.json").read_text()) for request in requests]
-    for request, best in list(zip(requests, found))[:12]:
+    for request, best in list(zip(requests, found))[:SHOWN]:
         print(f"{request.stem}: " + ", ".join(f"{name} {p:.3f}" for name, _, p in best))
     told = [(request.label, [i for _, i, _ in best]) for request, best in zip(requests, found)
             if request.files and request.label < num_classes]
@@ -251,7 +249,8 @@ def score(args, loaded, encoder, chain, rank):
     result = {**eval_depth.results(scored["value"]), "ceiling": eval_depth.results(scored["ceiling"])}
     eval_depth.print_table(scored["value"], result)
     if args.json:
-        recipe = dict(**source.recipe, count=len(source.names), **recipe_of(loaded, chain, args.seed))
+        recipe = dict(**source.recipe, count=len(source.names), 
+                      **recipe_of(loaded, args.seed, chain.steps, **chain._asdict()))
         with whole_file(args.json) as file:
             file.write(json.dumps({**result, "recipe": recipe}, indent=1).encode())
 
@@ -269,7 +268,7 @@ def arguments():
     samplers.checkpoint_flags(parser)
     sample.add_flags(parser)
     parser.add_argument("--start", choices=("shifted", "standard"), default="shifted",
-                        help="z_T around at_T E(X) where X is known, or N(0, 1) as the paper writes")
+                        help="around the share of a known X, or N(0, 1) as the paper writes")
     parser.add_argument("--x-update", choices=("mean", "sample", "argmax"),
                         help="how an unknown X follows its head; default: mean, of labels sample")
     parser.add_argument("--classifier-scale", type=float, default=0.0,
@@ -286,7 +285,8 @@ def arguments():
     samplers.check_flags(args)
     sample.check_flags(args)
     restoring = args.task == "restore"
-    check(restoring == ((args.mask is None) != (args.patches is None)) and (restoring or not args.sdedit),
+    hiding = (args.mask is not None) + (args.patches is not None)
+    check(hiding == restoring and (restoring or not args.sdedit),
           "--task restore, and it alone, takes one of --mask and --patches, and --sdedit")
     check(args.patches is None or args.patches >= 1, f"--patches {args.patches}: at least 1 square")
     check(args.sdedit is None or 0 < args.sdedit <= 1, f"--sdedit {args.sdedit}: a share above 0, up to 1")
@@ -294,7 +294,7 @@ def arguments():
     check(bool(args.image) == (args.task not in ("generate", "evaluate")), f"--task {args.task}: "
           f"{'takes no --image' if args.image else 'needs --image'}")
     scored = args.task == "evaluate"
-    check(scored == (bool(args.toy) != bool(args.data)) and (scored or not args.json),
+    check(bool(args.toy) + bool(args.data) == scored and (scored or not args.json),
           "--task evaluate, and it alone, takes one of --toy and --data, and --json")
     check(not (args.npz and args.task == "classify"), "--npz with --task classify: it makes no pictures")
     return args
@@ -308,7 +308,8 @@ def chain_of(args, pair):
     check(not args.classifier_scale or pair == "label", f"--classifier-scale {args.classifier_scale}: needs "
           f"a checkpoint of --pair label, this one is of {pair}")
     check(args.steps <= mt_diffusion.T, f"--steps {args.steps}: the chain has {mt_diffusion.T}")
-    return Chain(args.steps, args.start, args.x_update, args.cfg, args.classifier_scale, args.precision)
+    return Chain(steps=args.steps, start=args.start, x_update=args.x_update, cfg=args.cfg,
+                 classifier_scale=args.classifier_scale, precision=args.precision)
 
 
 def check_task(args, model):
@@ -322,7 +323,7 @@ def check_task(args, model):
           "nothing of classes")
 
 
-def with_masks(requests, mask):
+def with_masks(requests, mask, num):
     """Requests of photos with the mask of each: one file, or of a folder that of the photo's name."""
     if not mask.is_dir():
         return [request._replace(files={**request.files, "mask": mask}) for request in requests]
@@ -330,9 +331,9 @@ def with_masks(requests, mask):
     out = []
     for request in requests:
         photo = request.files["rgb"]
-        names = (request.stem, request.stem.rsplit("_", 1)[0], photo.stem)
-        found = [folder[name] for name in names if name in folder]
-        check(found, f"{photo}: no mask {request.stem} or {photo.stem} in {mask}")
+        place = request.stem.removesuffix(f"_{request.index % num}") if num > 1 else request.stem
+        found = [folder[name] for name in (place, photo.stem) if name in folder]
+        check(found, f"{photo}: no mask {place} or {photo.stem} in {mask}")
         out.append(request._replace(files={**request.files, "mask": found[0]}))
     return out
 
@@ -343,12 +344,13 @@ def requests_of(args, model, meta):
     if args.task == "generate":
         num = args.num or (len(read_features(args.features, model.features)) if args.features else None)
         requests = sample.of_classes(args.class_id, args.classes, num, classes, args.seed)
-        if model.pair == "label" and not args.class_id and args.classes == "random":
-            requests = [request._replace(label=classes) for request in requests]  # drawn with its picture
+        if not args.class_id and (model.pair != "label" or args.classes == "random"):
+            requests = [request._replace(label=classes) for request in requests]  # drawn, or none
         return requests
-    given = model.modalities[1] if args.task == "translate" else "rgb"
-    requests = sample.of_pictures([given], args.image, None, args.num or 1, meta)
-    return with_masks(requests, args.mask) if args.mask else requests
+    given = model.modalities[1] if args.task == "translate" else "rgb"  # 1: the source
+    locations = sample.locations_of(args.image, [given], args.task)
+    requests = sample.of_pictures([given], locations, None, args.num or 1, meta)
+    return with_masks(requests, args.mask, args.num or 1) if args.mask else requests
 
 
 def drawing(args, model, encoder, chain, wanted, meta):
@@ -393,10 +395,13 @@ def main():
     if rank == 0:
         print(f"{loaded.path}: MT-Diffusion, {model.pair}: {', '.join(model.modalities)}, "
               f"step {loaded.step}; {len(requests)} samples on {device}")
-    recipe = rank == 0 and dict(
-        task=args.task, **recipe_of(loaded, None if args.task == "classify" else chain, args.seed),
-        **extras_of(args), fit=args.fit, truncate=args.truncate, outputs=list(outputs.folders),
-        endings=outputs.endings, palette=meta["palette"], samples=samples_of(requests))
+    evaluations, walk = max(1, round((args.sdedit or 1) * chain.steps)), chain._asdict()
+    if args.task == "classify":
+        evaluations, walk = 1, dict(precision=chain.precision)
+    recipe = None if rank > 0 else dict(
+        task=args.task, **recipe_of(loaded, args.seed, evaluations, **walk), **extras_of(args),
+        fit=args.fit, truncate=args.truncate, outputs=list(outputs.folders), endings=outputs.endings,
+        palette=meta["palette"], samples=samples_of(requests))
     single = args.fit == "full" and args.task != "generate"  # pictures of different shapes do not stack
     drawn = produce(args.out, requests, draw, outputs, recipe, 1 if single else args.batch_size)
     if rank > 0:
@@ -405,20 +410,20 @@ def main():
     if beside == "classes":
         scores = {"scores": report_classes(args.out, requests, meta["num_classes"])}
     if folders:
-        names = sorted(folders, key=["masked_rgb", *model.modalities[1:], "rgb", *folders].index)
+        order = ["masked_rgb", *model.modalities[1:], *folders]  # the given first
+        names = sorted(folders, key=order.index)
         write_grid(args.out, requests, drawn, {name: name.replace("_", " ") for name in names})
     if args.npz:
-        sample.write_npz(args.out, requests)
+        write_npz(args.out, requests)
     write_meta(args.out, recipe, **scores, complete=True)
     print(args.out / ("grid.png" if folders else "classes"))
 
 
-def recipe_of(loaded, chain, seed):
-    """What drew samples; chain is None where nothing was walked."""
-    walk = chain._asdict() if chain else {}
+def recipe_of(loaded, seed, evaluations, **walk):
+    """What drew samples; walk: the fields of the Chain that matter."""
     return dict(checkpoint=loaded.path.name, checkpoint_sha256=loaded.sha256, method=loaded.train["method"],
-                step=loaded.step, weights="ema", evaluations=walk.get("steps", 1), seed=seed,
-                vae=loaded.meta["vae"], vae_sha256=loaded.meta["vae_sha256"], **walk)
+                step=loaded.step, weights="ema", evaluations=evaluations, seed=seed, vae=loaded.meta["vae"],
+                vae_sha256=loaded.meta["vae_sha256"], **walk)
 
 
 def extras_of(args):

@@ -1,4 +1,5 @@
-"""A folder of samples: drawn in batches, written in threads; what is there already is kept.
+"""A folder of samples: drawn in batches, written in threads. The same command continues, another one
+replaces.
 
     OUT/<folder>/<stem>.png, ...   what a command's outputs say
     OUT/meta.json                  what produced them, each sample, and whether they are complete
@@ -13,7 +14,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from distributed import barrier, broadcast, place, prefetch, share, whole_file
+from distributed import barrier, broadcast, check, place, prefetch, share, whole_file
 from modalities import draw_grid
 
 SHOWN = 12  # rows of the grid
@@ -27,15 +28,21 @@ def files_of(out, stem, endings):
 def take_up(out, recipe, requests, endings):
     """Prepare OUT -> the requests still to be drawn: those without outputs newer than their inputs.
 
-    Samples of another recipe are removed at once, so that neither a later continuation nor an evaluation
-    takes them for this one's.
+    Samples of another recipe are removed at once, so that neither a later run nor an evaluation takes them
+    for this one's. Raises InputError where OUT holds what is given, or is no folder of samples.
     """
+    for request in requests:
+        for path in request.files.values():
+            check(out.resolve() not in path.resolve().parents, f"--out {out}: holds {path}, which is given; "
+                  "use another folder")
     try:
         old = json.loads((out / "meta.json").read_text())
+    except FileNotFoundError:
+        old = {}
     except (OSError, ValueError):
         old = None
-    if not isinstance(old, dict) or "complete" not in old:  # none, or somebody else's file of that name
-        old = {}
+    check(old == {} or (isinstance(old, dict) and "complete" in old),
+          f"{out / 'meta.json'}: is not of samples; use another --out")
 
     def there(request, path):
         if not path.is_file():
@@ -49,9 +56,12 @@ def take_up(out, recipe, requests, endings):
         if len(left) < len(requests):
             print(f"{out}: {len(requests) - len(left)} of {len(requests)} samples are there; "
                   f"remove {out} to draw them again")
+        if left:
+            write_meta(out, recipe, complete=False)
         return left
     if old:
         print(f"{out}: replaces {len(old.get('samples', ()))} samples of another recipe")
+        write_meta(out, {**old, "complete": False})
     endings = old.get("endings") or {m: [".png", ".npy"] for m in old.get("outputs", ())}
     for sample in old.get("samples", ()):
         for path in files_of(out, sample["stem"], {**endings, "mesh": [".ply", ".png"]}):
@@ -96,7 +106,7 @@ def produce(out, requests, draw, outputs, recipe, batch_size):
     with concurrent.futures.ThreadPoolExecutor(4) as pool:  # compressed while the device draws the next ones
         for request, maps, shape in tqdm(draw(batches), total=total, desc="sample", disable=rank > 0):
             pending.append((request.index, pool.submit(outputs.write, out, request, maps, shape)))
-            settle(64)
+            settle(16)
         settle(0)
     barrier()
     return drawn

@@ -1,6 +1,6 @@
 """Stage 4: sample MMGen: generate, understand, condition, translate (Fig. 1 and 5).
 
-    python sample.py --task understand                                 # bundled weights, bundled scenes
+    python sample.py --task understand                                 # the bundled scenes
     python sample.py --task understand --image photo.jpg --ckpt runs/mmgen
     python sample.py --task generate --class-id 207 --num 8 --cfg 1.8 --cfg-interval 0 0.7
     python sample.py --task condition --given depth --image depth.png --mesh # its object as a PLY (Fig. 6)
@@ -8,7 +8,7 @@
 
 --ckpt defaults to the newest run, else the bundled demo. Under torchrun the samples are shared out. Noise is
 seeded per sample by (seed, index): the same pictures whatever the batch size and the number of processes.
-Writes OUT/<modality>/<stem>.png (.npy for depth and normals), OUT/grid.png and OUT/meta.json.
+Writes OUT/<folder>/<stem>.png (and .npy of depth, normals), OUT/grid.png and OUT/meta.json.
 """
 import functools
 import itertools
@@ -17,15 +17,14 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 
 import samplers
 from dataset import class_of
 from distributed import InputError, barrier, check, command_parser, prefetch, run, setup, whole_file
 from mesh import pick_segment, write_mesh
-from modalities import (MODALITIES, as_it_is, centre_crop, filter_of, nearest_colour, pictures_by_stem,
-                        segments, stem_of)
+from modalities import (MODALITIES, as_it_is, centre_crop, enlarge, filter_of, nearest_colour,
+                        pictures_by_stem, segments, stem_of)
 from produce import produce, read_rgb_file, sample_list, write_grid, write_meta, write_npz
 from vae import encoder_of
 from weights import DEMO, load_model, newest_checkpoint
@@ -40,15 +39,19 @@ MOST_TOKENS = 2 ** 14  # of a picture with --fit full
 class Request(NamedTuple):
     index: int   # global: seeds the noise
     stem: str    # of its outputs
-    label: int   # class; the number of classes is none
+    label: int   # class; num_classes: none
     files: dict  # {given modality: path}
+
+
+def check_classes(class_ids, num_classes):
+    """Raise InputError for classes that the checkpoint does not have."""
+    for label in class_ids or ():
+        check(0 <= label <= num_classes, f"--class-id {label}: this checkpoint has classes 0 to "
+              f"{num_classes - 1} ({num_classes} is the null class)")
 
 
 def of_classes(class_ids, classes, num, num_classes, seed):
     """Requests of `generate`: num of each class, or num of random or balanced ones."""
-    for label in class_ids or ():
-        check(0 <= label <= num_classes, f"--class-id {label}: this checkpoint has classes 0 to "
-              f"{num_classes - 1} ({num_classes} is the null class)")
     count = num or 8
     if class_ids:
         labels = [label for label in class_ids for _ in range(num or 1)]
@@ -63,9 +66,9 @@ def find_files(location, modality):
     """{stem: path} of a picture, or of all below a folder (its <modality>/ subfolder if it has one)."""
     location = pathlib.Path(location)
     if location.is_dir():
-        others = [m for m in MODALITIES if (location / m).is_dir()]
-        check(modality in others or not others or modality not in MODALITIES,
-              f"{location / modality}: no such folder; there are {', '.join(others)}")
+        there = [m for m in MODALITIES if (location / m).is_dir()]  # of a tree
+        if there and modality in MODALITIES:
+            check(modality in there, f"{location / modality}: no such folder; there are {', '.join(there)}")
         inner = location / modality
         return pictures_by_stem(inner if inner.is_dir() else location)
     check(location.is_file(), f"{location}: no such file or folder")
@@ -79,7 +82,7 @@ def of_pictures(given, locations, label, num, meta):
     together by their stems, single files by their order.
     """
     found = {m: find_files(location, m) for m, location in zip(given, locations)}
-    single, requests = not pathlib.Path(locations[0]).is_dir(), []
+    single, requests = not any(pathlib.Path(location).is_dir() for location in locations), []
     for stem, path in found[given[0]].items():
         files = {m: next(iter(found[m].values())) if single else found[m].get(stem) for m in given}
         for m, file in files.items():
@@ -139,7 +142,7 @@ def read_input(request, fit, full, space):
 class Drawing:
     """Draws all modalities of a request from what is given of it; again: a new RGB from each of them, too.
 
-    read(request) -> Input. Others override sample.
+    read(request) -> Input. Subclasses override sample.
     """
 
     def __init__(self, model, encoder, sampling, seed, wanted, read, given=(), again=False):
@@ -150,7 +153,8 @@ class Drawing:
 
     def __call__(self, batches):
         """Yield (request, maps {folder: pixels}, the shape of its outputs or None) of all requests."""
-        inputs = prefetch(self.read, itertools.chain(*batches), threads=8, ahead=32)
+        ahead = 2 * max(map(len, batches), default=1)
+        inputs = prefetch(self.read, itertools.chain(*batches), threads=8, ahead=ahead)
         for batch in batches:
             mine = list(itertools.islice(inputs, len(batch)))
             noise = samplers.Noise(self.seed, [request.index for request in batch], self.device)
@@ -204,10 +208,9 @@ class Maps:
         for name, row in self.folders.items():
             pixels = maps[name]
             if shape is not None and pixels.shape[1:] != tuple(shape):
-                mode = dict(mode="nearest") if row.nearest else dict(mode="bilinear", align_corners=False)
-                pixels = F.interpolate(torch.from_numpy(pixels)[None], tuple(shape), **mode)[0].numpy()
+                pixels = enlarge(pixels, tuple(shape), row.nearest)
             if self.truncate and not (row.floats or row.nearest):
-                pixels = np.floor((pixels + 1) * 127.5) / 127.5 - 1
+                pixels = np.floor((pixels + 1) * 127.5 + 1e-4) / 127.5 - 1  # a picture's own levels stay
             arrays[name] = row.from_pixels(pixels)
             pictures[name] = row.picture(arrays[name])
             with whole_file(out / name / f"{request.stem}.png") as file:
@@ -240,13 +243,13 @@ def truth_files(files, modalities):
     return {}
 
 
-def truth_pictures(files, modalities, resolution, space):
+def truth_pictures(files, modalities, fit, space):
     """{modality: picture} of the ground truth beside given files, as far as it can be read."""
     pictures = {}
     for m, path in truth_files(files, modalities).items():
         row = MODALITIES[m]
         try:
-            pixels = row.to_pixels(row.array(row.open(path), fit_of("crop", resolution, 1), space))
+            pixels = row.to_pixels(row.array(row.open(path), fit, space))
         except InputError as error:
             print(f"warning: ground truth left out of the grid: {error}")
         else:
@@ -265,6 +268,12 @@ def write_object(request, arrays, out, palette, segment, focal):
         return
     vertices, faces = write_mesh(path, arrays["normal"].astype(np.float32), mask, arrays["rgb"], focal)
     print(f"{path}: {vertices} vertices, {faces} faces")
+
+
+def read_arrays(out, request):
+    """What write_object needs of a sample that was written earlier."""
+    arrays = {name: read_rgb_file(out, name, request) for name in ("rgb", "seg")}
+    return {**arrays, "normal": np.load(out / "normal" / f"{request.stem}.npy")}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -346,8 +355,8 @@ def locations_of(images, given, task):
         images = [DEMO / "scenes"]
     if images and len(images) == 1 and pathlib.Path(images[0]).is_dir():
         images = images * len(given)
-    check(images and len(images) == len(given), f"--given {' '.join(given)} needs --image with {len(given)} "
-          "file(s) or folder(s), in the same order, or one tree")
+    check(images and len(images) == len(given), f"--task {task}: needs --image with {len(given)} file(s) or "
+          f"folder(s), for {', '.join(given)}, or one tree")
     return images
 
 
@@ -362,9 +371,11 @@ def main():
     encoder = encoder_of(meta, device, args.vae)
     given = given_of(args.task, args.given, model.modalities)
     again = args.task == "translate"
-    needed = {"--mesh": ("rgb", "normal", "seg") if args.mesh else (), "--npz": ("rgb",) if args.npz else (),
-              "--task translate": ("rgb",) if again else ()}
+    needs = (("--mesh", args.mesh, ("rgb", "normal", "seg")), ("--npz", args.npz, ("rgb",)),
+             ("--task translate", again, ("rgb",)))
+    needed = {flag: names for flag, asked, names in needs if asked}
     wanted = outputs_of(args.outputs, model.modalities, needed)
+    check_classes(args.class_id, meta["num_classes"])
     classes, num = meta["num_classes"], args.num or 1
     if given:
         check(len(args.class_id or ()) < 2, f"--class-id {args.class_id}: give one class for all pictures")
@@ -389,34 +400,28 @@ def main():
     mesh = functools.partial(write_object, out=args.out, palette=meta["palette"], segment=args.segment,
                              focal=args.focal)
     outputs = Maps(folders, args.truncate, mesh if args.mesh else None)
-    recipe = rank == 0 and dict(
+    recipe = None if rank > 0 else dict(
         task=args.task, given=given, **samplers.recipe(loaded, sampling, args.seed), fit=args.fit,
         truncate=args.truncate, outputs={m: MODALITIES[m].meaning for m in wanted}, endings=outputs.endings,
         palette=meta["palette"], samples=sample_list(requests))
     drawn = produce(args.out, requests, draw, outputs, recipe, 1 if full and given else args.batch_size)
     if args.mesh:
-        for request in requests[rank::world]:  # of an earlier run without --mesh
-            if not (args.out / "mesh" / f"{request.stem}.ply").exists() and request.index not in drawn:
+        for request in requests[rank::world]:
+            if request.index not in drawn:  # there already
                 mesh(request, read_arrays(args.out, request))
     barrier()
     if rank > 0:
         return
     labels = {name: f"{name} (given)" if name in given else name.replace("_", " ") for name in folders}
-    labels = dict(sorted(labels.items(), key=lambda item: item[0] not in given))
+    labels = {name: labels[name] for name in (*given, *folders) if name in labels}  # the given first
 
     def truth(request):
-        return truth_pictures(request.files, model.modalities, meta["resolution"], meta["depth_space"])
+        return truth_pictures(request.files, model.modalities, fit, meta["depth_space"])
     write_grid(args.out, requests, drawn, labels, truth)
     if args.npz:
         write_npz(args.out, requests)
     write_meta(args.out, recipe, complete=True)
     print(args.out / "grid.png")
-
-
-def read_arrays(out, request):
-    """What write_object needs of a sample that was written earlier."""
-    arrays = {name: read_rgb_file(out, name, request) for name in ("rgb", "seg")}
-    return {**arrays, "normal": np.load(out / "normal" / f"{request.stem}.npy")}
 
 
 if __name__ == "__main__":

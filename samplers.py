@@ -149,21 +149,22 @@ def sample_latents(model, y, given, noise, sampling):
     held = torch.cat([given.get(m, blank) for m in model.modalities], 1)                # (N, M*C, H, W)
     is_given = torch.tensor([m in given for m in model.modalities], device=y.device)    # (M,)
     mask = is_given.repeat_interleave(C)[None, :, None, None]                           # (1, M*C, 1, 1)
-    rows, null = is_given.expand(N, M), torch.full_like(y, model.num_classes)
+    flags, null = is_given.expand(N, M), torch.full_like(y, model.num_classes)
     shape = held.shape[1:]
     clamped = GIVEN_TIME * held + (1 - GIVEN_TIME) * noise(shape)
     low, high = sampling.cfg_interval
 
-    def network(x, t, y, rows):
+    def network(x, t, y, flags):
         with autocast(x.device, sampling.precision):
-            return model(x, t, y, rows)[0].float()
+            return model(x, t, y, flags)[0].float()
 
     def velocity(x, t):
         x = torch.where(mask, clamped, x)
-        times = torch.where(rows, GIVEN_TIME, t)                                        # (N, M)
+        times = torch.where(flags, GIVEN_TIME, t)                                        # (N, M)
         if sampling.cfg == 1.0 or not low <= 1 - t <= high:
-            return network(x, times, y, rows)
-        both = network(torch.cat([x, x]), torch.cat([times] * 2), torch.cat([y, null]), torch.cat([rows] * 2))
+            return network(x, times, y, flags)
+        twice = (torch.cat(pair) for pair in ((x, x), (times, times), (y, null), (flags, flags)))
+        both = network(*twice)
         v, v_null = both.chunk(2)
         return v_null + sampling.cfg * (v - v_null)
 

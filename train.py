@@ -3,8 +3,9 @@
     torchrun --nproc_per_node=8 train.py                                        # ImageNet cache in data/cache
     python train.py --data data/toy --model T/2 --steps 3000 --batch-size 64    # the toy world on a laptop
 
-The same command continues an interrupted run, bit for bit with the same number of processes: every random
-draw of a step is made for the whole global batch by one generator seeded with (seed, step), then sliced.
+The same command continues an interrupted run: on a CPU bit for bit with as many processes and threads, else
+up to rounding. A step's draws are a function of (seed, step) and the kind of device, made for the whole
+global batch and then sliced.
 """
 import argparse
 import contextlib
@@ -35,32 +36,33 @@ from weights import fit, load_checkpoint
 # The task mix. A row's role is its index in the global batch mod 4.
 
 class Role(NamedTuple):
-    given: str = "none"        # "none", "random" (one modality), "subset" (any number) or a modality's name
+    given: str = "none"        # "none", "random" (one), "subset" (one to all but one) or a modality's name
     supervise: str = "all"     # "all" or "rgb"; a condition is never supervised
-    drop: float = 0.0          # probability that a non-RGB modality's supervision is dropped
+    drop: float = 0.0          # probability that supervision is dropped, each non-RGB modality's by itself
     clean: float = 0.99        # the condition's t is uniform in [clean, 1]
     independent: bool = False  # one t per modality instead of one for all
     no_class: float = 0.1      # probability that the class is dropped
 
 
-RGB_ONLY = Role(supervise="rgb")
+ROLES = 4  # of a mix
+RGB_ONLY = Role(supervise="rgb")  # the others are noised and go in, without a loss
 JOINT, JOINT_FULL = Role(drop=0.5), Role()
 DECOUPLED, DECOUPLED_FULL = Role("random", drop=0.5), Role("random")
 INDEPENDENT = Role(drop=0.5, independent=True)
 FROM_RGB = Role("rgb", clean=1.0)
 PHOTO = Role("rgb", no_class=0.9)  # a picture whose class nobody tells
 
-TASK_MIX = {
+TASK_MIX = {  # four roles each; a run knows its mix by name: change no row in use
     "mmgen": (RGB_ONLY, RGB_ONLY, JOINT, DECOUPLED),                     # Sec. 3.3 and 4.5
     "gen-only": (RGB_ONLY, RGB_ONLY, JOINT, JOINT),                      # Table 4
     "no-aug": (JOINT_FULL, JOINT_FULL, DECOUPLED_FULL, DECOUPLED_FULL),  # Table 4
     "no-drop": (RGB_ONLY, RGB_ONLY, JOINT_FULL, DECOUPLED_FULL),
     "independent-t": (RGB_ONLY, RGB_ONLY, JOINT, INDEPENDENT),           # supplement 1.5
-    "rgb2x": (FROM_RGB,) * 4,                                            # released Hypersim recipe
+    "rgb2x": (FROM_RGB,) * 4,                                            # released: RGB to the rest
     "subset": (RGB_ONLY, JOINT_FULL, DECOUPLED_FULL, Role("subset")),    # ours: several given at once
     "photo": (JOINT_FULL, PHOTO, PHOTO, Role("random", no_class=0.5)),   # ours: for pictures without a class
 }
-TASK_MIX["joint"] = TASK_MIX["mmgen"]                                    # released Hypersim recipe: the same
+TASK_MIX["joint"] = TASK_MIX["mmgen"]                                    # released for Hypersim: the same
 
 
 class Draws(NamedTuple):
@@ -75,11 +77,11 @@ class Draws(NamedTuple):
 
 @functools.lru_cache(1)
 def mix_columns(mix, modalities, present, rows, device):
-    """The roles of N rows as {field: (N, 1)}, and the indices of the modalities present (k,).
+    """The roles of so many rows as {what: (rows, 1)}, present (M,) bool, the indices of those present (k,).
 
     Built once, so that a step copies nothing to the device. modalities and present are tuples.
     """
-    roles = [TASK_MIX[mix][i % 4] for i in range(rows)]
+    roles = [TASK_MIX[mix][i % ROLES] for i in range(rows)]
     fields = dict(
         fixed=[modalities.index(role.given) if role.given in modalities else -1 for role in roles],
         random=[role.given == "random" for role in roles],
@@ -100,28 +102,28 @@ def draw(seed, step, mix, modalities, present, shape, device):
     N, M = shape[0], len(modalities)
     role, present, choices = mix_columns(mix, tuple(modalities), tuple(present), N, torch.device(device))
     k = len(choices)
-    g = torch.Generator(device).manual_seed((seed * 0x9E3779B1 + step) % 2 ** 32)   # the CPU's reads 32 bits
+    g = torch.Generator(device).manual_seed((seed * 0x9E3779B1 + step) % 2 ** 32)  # a CPU's reads 32 bits
 
-    def rand(*size):
+    def rand(*size):  # new draws at the end: older runs go on with theirs
         return torch.rand(size, generator=g, device=device)
 
-    shared, separate, clean, drop, null = rand(N, 1), rand(N, M), rand(N, 1), rand(N, M), rand(N)
+    t_shared, t_each, u_clean, u_drop, u_class = rand(N, 1), rand(N, M), rand(N, 1), rand(N, M), rand(N)
     chosen = choices[(rand(N) * k).long().clamp(max=k - 1)]                     # (N,) the random condition
     posterior = torch.randn(shape, generator=g, device=device)
     noise = torch.randn(shape, generator=g, device=device)
-    lot = torch.where(present, rand(N, M), 2.0)                                 # the lowest are the subset
-    size = 1 + (rand(N, 1) * (k - 1)).long().clamp(max=max(k - 2, 0))           # (N, 1)
+    order = torch.where(present, rand(N, M), 2.0)  # absent ones last
+    size = 1 + (rand(N, 1) * (k - 1)).long().clamp(max=max(k - 2, 0))  # (N, 1): 1 to k - 1
 
     index = torch.arange(M, device=device)
     given = index == role["fixed"]
     given = given | (role["random"] & (index == chosen[:, None]))
-    given = given | (role["subset"] & (lot.argsort(1).argsort(1) < size))       # a lot's rank
-    t = torch.where(role["independent"], separate, shared)
-    t = torch.where(given, role["clean"] + (1 - role["clean"]) * clean, t)
-    is_rgb = index == 0
-    kept = (drop >= role["drop"]) | is_rgb
+    given = given | (role["subset"] & (order.argsort(1).argsort(1) < size))  # the first in a random order
+    t = torch.where(role["independent"], t_each, t_shared)
+    t = torch.where(given, role["clean"] + (1 - role["clean"]) * u_clean, t)
+    is_rgb = index == 0  # the first of the registry, and always there
+    kept = (u_drop >= role["drop"]) | is_rgb
     supervised = ~given & kept & present & (~role["rgb_only"] | is_rgb)
-    return Draws(t, given, supervised, null < role["no_class"][:, 0], posterior, noise)
+    return Draws(t, given, supervised, u_class < role["no_class"][:, 0], posterior, noise)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -134,19 +136,19 @@ def interpolate(x0, noise, t, channels):
 
 
 def velocity_error(v, target, supervised):
-    """v, target (N, M*C, H, W) -> a row's mean square, 0 where not supervised: (N, M) fp32."""
+    """v, target (N, M*C, H, W) -> the mean square of each row and modality, else 0: (N, M) fp32."""
     error = (v.float() - target).square().unflatten(1, (supervised.shape[1], -1))
     return torch.where(supervised, error.mean((2, 3, 4)), 0.0)
 
 
 def alignment_error(z, dino):
-    """REPA: the negative cosine of hidden states and targets (N, T, 768), mean over tokens: (N,) fp32."""
+    """REPA: the negative cosine of hidden states and targets (N, T, 768) of any scale: (N,) fp32."""
     cosine = (F.normalize(z.float(), dim=-1) * F.normalize(dino.float(), dim=-1)).sum(-1)  # (N, T)
     return -cosine.mean(1)
 
 
 def total_loss(sums, counts, weights):
-    """(K,) sums -> the scalar loss: each term's mean over the rows that it counts, weighted."""
+    """Sums (K,) over some rows, counts (K,) of the global batch -> their share of the loss: shares add up."""
     return (weights * sums / counts.clamp(min=1)).sum()
 
 
@@ -154,9 +156,11 @@ class MMGen:
     """The objective of the paper: velocities and REPA. What an objective brings to the loop of `train`:
 
     method      its name in checkpoints
-    shaping     the flags that its model's configuration tells; options, the defaults of that configuration
-    settings    what it has made of flags, for the checkpoint
+    shaping     flags that a resume compares through model.config instead
+    options     {name: default} of what an older file's model.config may lack
+    settings    flags as they came out (REPA's weight is 0 without targets): checkpoints keep these
     add_flags   (parser): its own flags
+    meta        the cache's meta.json
     model       the network; backbone, what of it has the transformer's blocks; summary(), for the first line
     terms       names of its K terms in log.jsonl; weights (K,) of them in the loss
     reads       the cache's arrays that it needs
@@ -169,7 +173,8 @@ class MMGen:
 
     method = "mmgen"
     shaping = ("model", "fusion", "modalities", "no_task_embedding")
-    options = {name: option.default for name, option in inspect.signature(MMDiT).parameters.items()}
+    options = {name: option.default for name, option in inspect.signature(MMDiT).parameters.items()
+               if option.default is not option.empty}
 
     @staticmethod
     def add_flags(parser):
@@ -199,13 +204,12 @@ class MMGen:
         self.weights = torch.tensor([*weights, repa_weight], device=device)
 
     def _check_mix(self, mix):
-        has = [m for m, here in zip(self.modalities, self.present) if here]
-        theirs, ours = ", ".join(self.cache.modalities), ", ".join(self.modalities)
-        check("rgb" in has and (mix != "rgb2x" or len(has) > 1),
-              f"modalities {ours} of a cache with {theirs}: rgb must be there, and for rgb2x another one")
+        has = {m for m, here in zip(self.modalities, self.present) if here}
         named = {role.given for role in TASK_MIX[mix]} - {"none", "random", "subset"}
-        check(named <= set(has), f"--mix {mix}: gives {', '.join(sorted(named))}, "
-              f"the cache has {theirs} and the model {ours}")
+        check({"rgb", *named} <= has and (mix != "rgb2x" or len(has) > 1),
+              f"--mix {mix}: gives {', '.join(sorted(named)) or 'none by name'}, the cache has "
+              f"{', '.join(self.cache.modalities)} and the model {', '.join(self.modalities)}; "
+              "rgb must be there, and for rgb2x another one")
 
     def summary(self):
         flops = training_flops(self.model.config)
@@ -236,25 +240,22 @@ class MMGen:
         with autocast(self.device, self.args.precision):
             v, z = network(rows["x"], rows["t"], rows["y"], rows["given"])
         velocity = velocity_error(v, rows["target"], rows["supervised"])                     # (n, M)
-        repa = velocity.new_zeros(1) if z is None else alignment_error(z, rows["dino"])      # (n,)
+        repa = velocity.new_zeros(len(v)) if z is None else alignment_error(z, rows["dino"])  # (n,)
         return torch.cat([velocity.sum(0), repa.sum(0, keepdim=True)])                       # (M+1,)
 
-    @functools.cached_property
-    def encoder(self):
-        return encoder_of(self.meta, self.device)
-
     def preview(self, network, path):
-        """Four rows of the cache: generated, from each modality, and as they are."""
+        """Four rows of the cache, their class told: generated, from each modality, and as they are."""
         rows, C = self.cache.rows[:4], self.meta["latent_channels"]
         blank = torch.zeros(len(rows), C, *self.meta["latent_size"], device=self.device)
         batch = {stem: x.to(self.device) for stem, x in self.cache.gather(rows, self.reads).items()}
         data = {m: latents(batch[m], blank, self.meta) if m in batch else blank for m in self.modalities}
-        drawings = {"generate": {}, **{f"{m} given": {m: data[m]} for m in self.modalities}, "data": data}
-        grids = []
+        each = {f"{m} given": {m: data[m]} for m in self.modalities if m in batch}
+        drawings = {"generate": {}, **each, "data": data}
+        grids, encoder = [], encoder_of(self.meta, self.device)
         for title, given in drawings.items():
             noise = Noise(0, range(len(rows)), self.device)
             x = sample_latents(network, batch["labels"], given, noise, Sampling("euler", 25))
-            samples = decode(self.encoder, x).cpu().numpy()
+            samples = decode(encoder, x).cpu().numpy()
             grids.append(draw_samples(samples, self.modalities, title))
         with whole_file(path) as file:
             draw_sheet(grids).save(file, "png")
@@ -263,15 +264,15 @@ class MMGen:
 # ------------------------------------------------------------------------------------------------
 # The loop.
 
-def train(args, cache, objective, world, defaults):
+def train(args, cache, objective, place, defaults):
     """Train, or continue an interrupted run: weights, then the loop with log, previews and checkpoints.
 
-    world: (rank, number of processes, device); defaults: the values of flags that an older checkpoint lacks.
+    place: (rank, number of processes, device); defaults: the values of flags that an older checkpoint lacks.
     """
-    rank, size, device = world
-    part = dataset.part_of(args.batch_size, rank, size, 4)  # groups of four roles
-    rows, micro, terms = part.stop - part.start, args.micro_batch, objective.terms
-    check(micro >= 4 and micro % 4 == 0, f"--micro-batch {micro}: a multiple of 4 (the task mix)")
+    rank, world, device = place
+    part = dataset.part_of(args.batch_size, rank, world, ROLES)
+    n, micro, terms = part.stop - part.start, args.micro_batch, objective.terms
+    check(micro >= ROLES and micro % ROLES == 0, f"--micro-batch {micro}: must be a multiple of {ROLES}")
     model, backbone = objective.model, objective.backbone
     config = {"model": model.config, "meta": cache.meta, "train": runs.flags_of(args, objective)}
     file, first = runs.latest(args.run), 0
@@ -288,18 +289,18 @@ def train(args, cache, objective, world, defaults):
         older = {"model": objective.options, "train": {**defaults, "method": "mmgen"}}
         checkpoint = runs.checkpoint_of(file, config, older, objective.shaping)
         first = runs.restore(checkpoint, model, ema, optimiser, args.lr)
-    check(all_reduce(torch.tensor(first, device=device)).item() == first * size, f"{args.run}: this process "
+    check(all_reduce(torch.tensor(first, device=device)).item() == first * world, f"{args.run}: this process "
           f"continues at step {first}, another one elsewhere; all nodes must share the folder's file system")
     if rank == 0:
-        runs.begin_log(args.run, first, {**vars(args), "world": size, "resumed_at": first})
+        runs.begin_log(args.run, first, {**vars(args), "world": world, "resumed_at": first})
         count = sum(p.numel() for p in model.parameters())
         print(f"{args.model}, {count:,} parameters, {objective.summary()}; {len(cache.rows)} samples, "
-              f"steps {first} to {args.steps}, lr {args.lr:g}, {size} x {rows} rows in micro-batches of "
-              f"{min(rows, micro)}, {device}")
-    if args.compile if args.compile is not None else device.type == "cuda":
+              f"steps {first} to {args.steps}, lr {args.lr:g}, {args.batch_size} rows on {world} processes, "
+              f"in micro-batches of {min(n, micro)}, {device}")
+    if args.compile or (args.compile is None and device.type == "cuda"):
         for block in backbone.blocks:
             block.compile(fullgraph=True)
-    wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True) if size > 1 else model
+    wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
 
     meter, steps = runs.Meter(len(terms), device), range(first, args.steps)
     data = dataset.batches(cache, objective.reads, args.seed, steps, args.batch_size, part, device)
@@ -307,12 +308,12 @@ def train(args, cache, objective, world, defaults):
     for step, batch in zip(steps, data):
         tensors, counts = objective.prepare(step, batch, part)
         total = torch.zeros(len(terms), device=device)
-        for i in range(0, rows, micro):
-            last = i + micro >= rows
-            with contextlib.nullcontext() if size == 1 or last else wrapped.no_sync():
+        for i in range(0, n, micro):
+            waits = world > 1 and i + micro < n  # gradients are reduced once
+            with wrapped.no_sync() if waits else contextlib.nullcontext():
                 sums = objective.loss(wrapped, {name: x[i:i + micro] for name, x in tensors.items()})
                 loss = total_loss(sums, counts, objective.weights)
-                (size * loss).backward()  # DDP averages
+                (world * loss).backward()  # shares add up over processes, DDP takes their mean
             total += sums.detach()
         norm, bad = update(parameters, optimiser)
         update_ema(ema, model, step)
@@ -345,7 +346,7 @@ def train(args, cache, objective, world, defaults):
 # ------------------------------------------------------------------------------------------------
 
 def add_flags(parser):
-    """The flags of all training commands. One line each: checkpoints keep it, older runs have its default."""
+    """All training commands' flags: runs.FREE may change on resume; older runs have a new one's default."""
     parser.add_argument("--data", type=pathlib.Path, default=dataset.DEFAULT, help="cache of prep_latents.py")
     parser.add_argument("--run", type=pathlib.Path, default="runs/mmgen", help="an unfinished run continues")
     parser.add_argument("--model", default="XL/2", choices=list(SIZES))
@@ -355,13 +356,13 @@ def add_flags(parser):
     parser.add_argument("--micro-batch", type=int, default=64, help="at most so many rows in a forward pass")
     parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--checkpointing", action="store_true", help="less memory, a third more time")
+    parser.add_argument("--checkpointing", action="store_true", help="recompute blocks: less memory")
     parser.add_argument("--precision", default="bf16", choices=("bf16", "fp32"))
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: on CUDA only")
     parser.add_argument("--ckpt-every", type=int, default=50_000)
     parser.add_argument("--preview-every", type=int, default=10_000)
     parser.add_argument("--log-every", type=int, default=100)
-    parser.add_argument("--init", type=pathlib.Path, help="start from the EMA of this checkpoint")
+    parser.add_argument("--init", type=pathlib.Path, help="the EMA that a new run starts from")
 
 
 def command(objective, doc):
@@ -374,12 +375,12 @@ def command(objective, doc):
         value = getattr(args, name)
         check(value >= 1, f"--{name.replace('_', '-')} {value}: must be at least 1")
     check(0 < args.lr < 1e3 and 0 <= args.seed < 2 ** 63, f"--lr {args.lr} --seed {args.seed}: "
-          "must be finite, and not negative")
-    world = setup()
+          "the lr must be finite and above 0, the seed not negative")
+    place = setup()
     cache = dataset.Cache(args.data)
-    torch.manual_seed(args.seed)
+    torch.manual_seed(args.seed)  # the initial weights, the same on every process
     defaults = {name: parser.get_default(name) for name in vars(args)}
-    train(args, cache, objective(args, cache, world[2]), world, defaults)
+    train(args, cache, objective(args, cache, place[2]), place, defaults)
 
 
 def main():

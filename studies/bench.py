@@ -693,10 +693,13 @@ def parts_of_writing(args, device):
     def write(threads):
         with (tempfile.TemporaryDirectory(dir=args.scratch) as folder,
               concurrent.futures.ThreadPoolExecutor(threads) as pool):
+            writing = []
             for i, image in enumerate(pixels):
                 request = sample.Request(i, str(i), 0, {})
-                pool.submit(outputs.write, pathlib.Path(folder), request, {"rgb": image}, None)
-            pool.shutdown()
+                job = outputs.write, pathlib.Path(folder), request, {"rgb": image}, None
+                writing.append(pool.submit(*job))
+            for one in writing:
+                one.result()  # raises what went wrong
 
     return {"one thread": lambda: write(1), "4 threads": lambda: write(4)}
 

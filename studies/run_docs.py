@@ -8,7 +8,6 @@ What the reader is to bring (ImageNet, ScanNet, photos, Inception, VGG) is made 
 weights; numbers of scenes, steps and rows are cut; what needs the network or a large GPU is listed with the
 reason.
 """
-import argparse
 import os
 import pathlib
 import re
@@ -29,6 +28,7 @@ sys.path.insert(0, str(ROOT))
 import eval_fid  # noqa: E402
 import toy_scenes  # noqa: E402
 import weights  # noqa: E402
+from distributed import command_parser  # noqa: E402
 from model import build_model  # noqa: E402
 
 DOCS = ("README.md", "RECIPES.md", "MT_DIFFUSION.md")
@@ -189,7 +189,7 @@ def first_cache(folder, environment):
 
 def main():
     """Run the commands in the pages' order, a line each; exit code 1 where one failed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("--only", default="", help="text of the commands to run; training is run anyway")
     args = parser.parse_args()
     counts = {"ok": 0, "FAILED": 0, "skipped": 0}
@@ -216,7 +216,8 @@ def main():
                                       capture_output=True, text=True)
                 state = "FAILED" if done.returncode else "ok"
                 counts[state] += 1
-                print(f"{state:7s} {time.perf_counter() - start:4.0f} s  {page}: {command[:140]}", flush=True)
+                seconds = time.perf_counter() - start
+                print(f"{state:7s} {seconds:4.0f} s  {page}: {command[:140]}", flush=True)
                 if done.returncode:
                     print("   ran:", shlex.join(shortened(command)))
                     print("   ", (done.stderr.strip().splitlines() or [""])[-1], flush=True)

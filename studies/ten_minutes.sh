@@ -1,6 +1,6 @@
 #!/bin/sh
-# With the bundled autoencoder, from nothing in ten minutes on two CPU cores: render and encode, train, evaluate,
-# draw.
+# With the bundled autoencoder, from nothing in ten minutes on two CPU cores: render and encode, train,
+# evaluate, draw.
 set -e
 cd "$(dirname "$0")/.."
 OUT=${OUT:-results} RUN=${RUN:-runs/ten} DATA=${DATA:-data/ten}
