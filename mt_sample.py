@@ -249,7 +249,7 @@ def score(args, loaded, encoder, chain, rank):
     result = {**eval_depth.results(scored["value"]), "ceiling": eval_depth.results(scored["ceiling"])}
     eval_depth.print_table(scored["value"], result)
     if args.json:
-        recipe = dict(**source.recipe, count=len(source.names), 
+        recipe = dict(**source.recipe, count=len(source.names),
                       **recipe_of(loaded, args.seed, chain.steps, **chain._asdict()))
         with whole_file(args.json) as file:
             file.write(json.dumps({**result, "recipe": recipe}, indent=1).encode())
@@ -343,6 +343,7 @@ def requests_of(args, model, meta):
     classes = meta["num_classes"]
     if args.task == "generate":
         num = args.num or (len(read_features(args.features, model.features)) if args.features else None)
+        sample.check_classes(args.class_id, classes)
         requests = sample.of_classes(args.class_id, args.classes, num, classes, args.seed)
         if not args.class_id and (model.pair != "label" or args.classes == "random"):
             requests = [request._replace(label=classes) for request in requests]  # drawn, or none

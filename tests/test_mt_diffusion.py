@@ -419,6 +419,9 @@ def test_labels_and_vectors(trained, command, tmp_path):
     for size in (1, 2):  # 12 is nobody's class: it is drawn
         command("mt_sample", *generate, "--class-id", 12, 3, "--cfg", 2, "--classifier-scale", 1,
                 "--batch-size", size, "--ckpt", run, "--out", tmp_path / f"g{size}")
+    for label in (13, -1):
+        with pytest.raises(InputError, match=f"--class-id {label}: this checkpoint has classes 0 to 11"):
+            command("mt_sample", *generate, "--class-id", label, "--ckpt", run, "--out", tmp_path / "g0")
     told = json.loads((tmp_path / "g1/classes/000001.json").read_text())
     assert told == [[names[3], 3, 1.0]]
     a, b = (pixels(tmp_path / name / "rgb/000001.png") for name in ("g1", "g2"))
@@ -483,7 +486,7 @@ def test_the_other_methods_checkpoint_is_refused(data, trained, command, tmp_pat
 
 def test_resume_and_processes(data, command, tmp_path):
     """2 steps = 1 + 1, and one process against two, fp32, in micro-batches."""
-    flags = ("--pair", "label", "--data", data, "--model", "T/2", "--batch-size", 16, "--micro-batch", 4,
+    flags = ("--pair", "label", "--data", data, "--model", "T/2", "--batch-size", 8, "--micro-batch", 4,
              "--precision", "fp32", "--ckpt-every", 1)
     for folder, steps in (("whole", 2), ("parts", 1), ("parts", 2)):
         command("mt_diffusion", *flags, "--steps", steps, "--run", tmp_path / folder)

@@ -46,7 +46,9 @@ def test_requests_of_classes():
     assert len(drawn) == 8 and set(drawn) <= set(range(12)) and labels(None, "random", 20)[:8] == drawn
     assert sample.of_classes([3], "random", 2, 12, 0)[1] == Request(1, "000001", 3, {})
     with pytest.raises(InputError, match=r"--class-id 13: .* classes 0 to 11 \(12 is the null class\)"):
-        labels([13], "random", 1)
+        sample.check_classes([13], 12)
+    sample.check_classes([12], 12)
+    sample.check_classes(None, 12)
 
 
 def test_requests_of_pictures(tmp_path):
@@ -122,7 +124,8 @@ def test_understand_shows_the_bundled_scenes_beside_the_truth(tmp_path, command)
     assert np.array_equal(pixels(tmp_path / "rgb" / f"{stem}.png"), pixels(given))
     truth = np.asarray(Image.open(given.replace("/rgb/", "/depth/")).convert("L")) / 255.0
     assert np.corrcoef(truth.ravel(), depth.ravel())[0, 1] > 0.8  # the demo weights do understand
-    truths = sample.truth_pictures({"rgb": pathlib.Path(given)}, MODALITIES, 64, "disparity")
+    crop = sample.fit_of("crop", 64, 8)
+    truths = sample.truth_pictures({"rgb": pathlib.Path(given)}, MODALITIES, crop, "disparity")
     assert truths.keys() == {"depth", "normal", "seg"}
     labels = 4 + 3  # all modalities, and the truth of three of them
     assert Image.open(tmp_path / "grid.png").width == labels * 132 + 4
@@ -191,7 +194,7 @@ def test_truncated_pixels_are_at_most_one_level_lower(command, tmp_path):
 
 @pytest.mark.parametrize("flags, message", [
     (("--task", "condition"), "needs --given"),
-    (("--task", "condition", "--given", "depth"), "--given depth needs --image with 1 file"),
+    (("--task", "condition", "--given", "depth"), "--task condition: needs --image with 1 file.* for depth"),
     (("--task", "condition", "--given", "depth", "seg", "--image", CKPT), "needs --image with 2 file"),
     (("--task", "condition", "--given", "depth", "--image", "nowhere.png"), "nowhere.png: no such file"),
     (("--task", "generate", "--class-id", "999"), "--class-id 999: this checkpoint has classes 0 to 11"),
@@ -301,6 +304,31 @@ def test_an_error_of_a_writing_thread_is_raised(tmp_path):
     (tmp_path / "rgb").unlink()
     drawn = produce.produce(tmp_path, requests, draw, outputs, {"seed": 0}, 1)
     assert (drawn[0]["rgb"] == 128).all() and (pixels(tmp_path / "rgb/a.png") == 128).all()
+
+
+def test_a_folder_of_samples_takes_nothing_but_samples(tmp_path):
+    """Nothing that is given is written over, no other command's meta.json; a set goes on incomplete."""
+    out, recipe, endings = tmp_path / "o", {"seed": 0}, {"rgb": [".png"]}
+    (out / "rgb").mkdir(parents=True)
+    given = Request(0, "a", 0, {"rgb": out / "rgb" / "a.png"})
+    with pytest.raises(InputError, match="holds .*a.png, which is given; use another folder"):
+        produce.take_up(out, recipe, [given], endings)
+    requests = [Request(i, name, 0, {}) for i, name in enumerate("ab")]
+    for text in ('{"modalities": ["rgb"]}', "[1]", "not JSON"):
+        (out / "meta.json").write_text(text)
+        with pytest.raises(InputError, match="meta.json: is not of samples; use another --out"):
+            produce.take_up(out, recipe, requests, endings)
+    (out / "meta.json").unlink()
+    assert produce.take_up(out, recipe, requests, endings) == requests
+    (out / "rgb/a.png").write_bytes(b"drawn")
+    produce.write_meta(out, recipe, complete=True)
+    assert produce.take_up(out, recipe, requests, endings) == requests[1:]
+    assert json.loads((out / "meta.json").read_text()) == {"seed": 0, "complete": False}
+    written = dict(seed=0, samples=produce.sample_list(requests), endings=endings)
+    produce.write_meta(out, written, complete=True)
+    (out / "rgb/mine.png").write_bytes(b"not a sample")
+    assert produce.take_up(out, {"seed": 1}, requests, endings) == requests  # another recipe
+    assert [path.name for path in (out / "rgb").iterdir()] == ["mine.png"]
 
 
 def test_a_changed_picture_is_sampled_again(command, tmp_path):

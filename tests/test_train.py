@@ -150,12 +150,12 @@ def test_a_process_reads_its_rows_of_the_global_batches(cache):
 
 def test_any_number_of_processes_shares_the_batch():
     for world in (1, 3, 6, 8, 64):
-        parts = [dataset.part_of(256, rank, world, 4) for rank in range(world)]
+        parts = [dataset.part_of(256, rank, world, train.ROLES) for rank in range(world)]
         assert parts[0].start == 0 and parts[-1].stop == 256
         assert all(a.stop == b.start for a, b in zip(parts, parts[1:]))
         assert all((p.stop - p.start) % 4 == 0 and p.stop > p.start for p in parts)
     with pytest.raises(InputError, match="--batch-size 256 on 65 processes"):
-        dataset.part_of(256, 0, 65, 4)
+        dataset.part_of(256, 0, 65, train.ROLES)
 
 
 def test_a_damaged_cache_is_refused(cache, tmp_path, command):
@@ -210,8 +210,8 @@ def test_a_preview_is_drawn_where_the_autoencoder_is(cache, tmp_path, command, m
 @pytest.mark.parametrize("change, message", [
     (("--batch-size", "10"), "--batch-size 10 .* multiple of 4"),
     (("--batch-size", "2147483648"), "at most 65536"),
-    (("--micro-batch", "6"), "--micro-batch 6: a multiple of 4"),
-    (("--micro-batch", "-4"), "--micro-batch -4: a multiple of 4"),
+    (("--micro-batch", "6"), "--micro-batch 6: must be a multiple of 4"),
+    (("--micro-batch", "-4"), "--micro-batch -4: must be a multiple of 4"),
     (("--log-every", "0"), "at least 1"),
     (("--lr", "nan"), "finite"),
     (("--repa-weight", "nan"), "from 0 to 1000"),
