@@ -411,13 +411,21 @@ def main():
     if beside == "classes":
         scores = {"scores": report_classes(args.out, requests, meta["num_classes"])}
     if folders:
-        order = ["masked_rgb", *model.modalities[1:], *folders]  # the given first
-        names = sorted(folders, key=order.index)
-        write_grid(args.out, requests, drawn, {name: name.replace("_", " ") for name in names})
+        names = dict.fromkeys(("masked_rgb", *draw.given, *folders))  # the given first
+        labels = {name: name.replace("_", " ") + " (given)" * (name in draw.given)
+                  for name in names if name in folders}
+        truth = truth_beside(model, encoder, meta) if args.task == "translate" else None
+        write_grid(args.out, requests, drawn, labels, truth)
     if args.npz:
         write_npz(args.out, requests)
     write_meta(args.out, recipe, **scores, complete=True)
     print(args.out / ("grid.png" if folders else "classes"))
+
+
+def truth_beside(model, encoder, meta):
+    """The function that reads the target beside a given picture."""
+    fit = sample.fit_of("crop", meta["resolution"], model.patch_size * encoder.factor)
+    return lambda request: sample.truth_pictures(request.files, model.modalities, fit, meta["depth_space"])
 
 
 def recipe_of(loaded, seed, evaluations, **walk):

@@ -209,8 +209,8 @@ class Maps:
             pixels = maps[name]
             if shape is not None and pixels.shape[1:] != tuple(shape):
                 pixels = enlarge(pixels, tuple(shape), row.nearest)
-            if self.truncate and not (row.floats or row.nearest):
-                pixels = np.floor((pixels + 1) * 127.5 + 1e-4) / 127.5 - 1  # a picture's own levels stay
+            if self.truncate and name not in request.files and not (row.floats or row.nearest):
+                pixels = np.floor((pixels + 1) * 127.5) / 127.5 - 1
             arrays[name] = row.from_pixels(pixels)
             pictures[name] = row.picture(arrays[name])
             with whole_file(out / name / f"{request.stem}.png") as file:
