@@ -180,13 +180,6 @@ def copy_project(folder):
 
 # ------------------------------------------------------------------------------------------------
 
-def first_cache(folder, environment):
-    """data/cache, data/mt and data/toy, that commands of other pages have made before."""
-    for name in ("cache", "mt", "toy"):
-        argv = ["prep_latents.py", "--toy", "16", "--out", f"data/{name}", "--feature", "toy-teacher"]
-        subprocess.run([sys.executable, *argv], cwd=folder, env=environment, check=True, capture_output=True)
-
-
 def main():
     """Run the commands in the pages' order, a line each; exit code 1 where one failed."""
     parser = command_parser(__doc__)
@@ -198,7 +191,6 @@ def main():
         copy_project(folder)
         bring(folder)
         environment = {**os.environ, "TORCH_HOME": str(folder / "hub"), "HF_HUB_OFFLINE": "1"}
-        first_cache(folder, environment)
         seen = set()
         for page in DOCS:
             for command in commands((ROOT / page).read_text()):
