@@ -52,6 +52,7 @@ MORE = {  # script: flags that it gets where the command does not have them
     "sample.py": {"--steps": "2"},
     "mt_sample.py": {"--steps": "2"},
     "eval_depth.py": {"--steps": "2"},
+    "studies/measure_demo.py": {"--num": "8", "--generate": "12"},
 }
 BROUGHT = {  # names in the text: the stand-in that has the right files
     "eval_fid.py samples ": "eval_fid.py generated ",
