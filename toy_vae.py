@@ -18,6 +18,8 @@ from distributed import autocast, check, command_parser, run, setup, whole_file
 from modalities import MODALITIES
 from vae import TOY_CONFIG, AutoencoderKL, load_vae
 
+HELD_OUT = 64  # scenes of the printed PSNR
+
 
 def images(start, count, device):
     """The maps of `count` scenes -> pixels (4 * count, 3, 64, 64), those of a scene one after the other.
@@ -88,7 +90,7 @@ def main():
     _, _, device = setup()
     torch.manual_seed(args.seed)
     data = images(0, args.scenes, device)
-    held_out = images(toy_scenes.HELD_OUT, 64, device).float()
+    held_out = images(toy_scenes.HELD_OUT, HELD_OUT, device).float()
     vae = load_vae(args.init) if args.init else AutoencoderKL(**TOY_CONFIG)
     vae = vae.to(device, memory_format=torch.contiguous_format).train()
     learning = nn.ModuleList([vae.decoder, vae.post_quant_conv] if args.init else [vae])
