@@ -40,6 +40,7 @@ SKIPPED = {  # text of a command: why it is not run
     "--nnodes": "two nodes",
     "run_study.sh": "hours; its commands are run one by one",
     "ten_minutes.sh": "ten minutes; its commands are run one by one",
+    "measure_steps.py": "an hour: settings of up to 250 evaluations",
     "XL/2": "a GPU",
 }
 SMALL = {"--toy": "8", "--num": "8", "--batch-size": "8", "--micro-batch": "4", "--steps": "2",
