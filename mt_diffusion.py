@@ -402,6 +402,7 @@ class Walk:
 
     @torch.no_grad()
     def run(self, x, begin, size):
+        """-> z0 (N, C, *size) and X; x, begin as of MTDiffusion.sample."""
         model, schedule, known, noise = self.model, self.schedule, self.known, self.noise
         shape, K = (model.latent_channels, *size), self.chain.steps
         moves = model.pair == "label" or not known.all()  # labels: always, for equal noise

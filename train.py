@@ -221,6 +221,7 @@ class MMGen:
         return fit(self.model, self.meta, checkpoint, path)
 
     def prepare(self, step, batch, part):
+        """n rows of the step: draws of the whole batch, sliced; noised latents and targets (n, M*C, H, W)."""
         C, N, M = self.meta["latent_channels"], self.args.batch_size, len(self.modalities)
         shape = (N, M * C, *self.meta["latent_size"])
         draws = draw(self.args.seed, step, self.args.mix, self.modalities, self.present, shape, self.device)
