@@ -8,6 +8,7 @@
     done.npy        uint8 (n,): 0 not encoded yet, 1 done, 2 broken and left out
     names.txt, meta.json
 """
+import errno
 import io
 import json
 import os
@@ -57,7 +58,7 @@ def create(folder, meta, names, labels=None):
     if path.exists():
         return same_meta(folder, meta)
     with whole_file(folder / "names.txt") as file:
-        file.write("\n".join(names).encode() + b"\n")
+        file.write(os.fsencode("\n".join(names)) + b"\n")
     for stem, (dtype, shape) in schema(meta).items():
         with whole_file(folder / f"{stem}.npy") as file:
             if stem == "labels" and labels is not None:
@@ -76,7 +77,11 @@ def _reserve(file, dtype, shape):
     length = file.tell() + int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
     file.truncate(length)
     if hasattr(os, "posix_fallocate"):
-        os.posix_fallocate(file.fileno(), 0, length)
+        try:
+            os.posix_fallocate(file.fileno(), 0, length)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # network drives cannot reserve
+                raise
 
 
 def same_meta(folder, meta):
@@ -190,9 +195,3 @@ def batches(cache, stems, seed, steps, batch_size, part, device):
 
     for batch in prefetch(read, steps, threads=4, ahead=4):
         yield {stem: x.to(device, non_blocking=True) for stem, x in batch.items()}
-
-
-def class_of(folder, class_names):
-    """The class named by a folder's name, if it is one of them, else None."""
-    names = {name.replace(" ", "_"): i for i, name in enumerate(class_names)}
-    return names.get(folder.replace(" ", "_"))

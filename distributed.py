@@ -13,7 +13,9 @@ import hashlib
 import itertools
 import os
 import pathlib
+import platform
 import sys
+import threading
 import time
 
 import torch
@@ -111,6 +113,12 @@ def gather(value):
     return values
 
 
+def say(line):
+    """Print a line once, not on every process."""
+    if place()[0] == 0:
+        print(line, flush=True)
+
+
 def autocast(device, precision):
     """The context of a forward pass: bf16 autocast for precision "bf16", nothing for "fp32"."""
     if precision == "bf16":
@@ -143,25 +151,41 @@ def prefetch(function, jobs, threads=2, ahead=2):
 
 @functools.cache
 def _leftovers(folder):
-    """{file name: temporaries that killed processes left of it}, listed once for 50,000 pictures."""
+    """{what a temporary's name says of its file: such temporaries}, listed once for 50,000 pictures."""
     found = collections.defaultdict(list)
     for path in folder.glob(".*.tmp"):
         found[path.name[1:].rsplit(".", 2)[0]].append(path)
     return found
 
 
+def _is_dead(temporary):
+    """Whether the process that a temporary's name tells is gone."""
+    try:
+        os.kill(int(temporary.name.split(".")[-2]), 0)
+    except (ProcessLookupError, ValueError):
+        return True
+    except OSError:  # it lives, and is somebody else's
+        pass
+    return False
+
+
 @contextlib.contextmanager
 def whole_file(path):
     """Open a temporary neighbour of path for writing bytes; it takes the final name only when complete.
 
-    Neighbours that a killed process left of the same file are removed.
+    Neighbours that dead processes of this host left of the same file are removed. The temporary's name is
+    short: the file's may be as long as the file system allows.
     """
     path = pathlib.Path(path)
     check(path.name, f"{str(path)!r}: is no name of a file to write")
     path.parent.mkdir(parents=True, exist_ok=True)
-    for stale in _leftovers(path.parent).pop(path.name, ()):
-        stale.unlink(missing_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    who = f"{path.name}/{platform.node()}"
+    mark = hashlib.sha256(os.fsencode(who)).hexdigest()[:16]
+    leftovers = _leftovers(path.parent)
+    for left in leftovers.pop(mark, []) + leftovers.pop(path.name, []):  # the name: older versions'
+        if _is_dead(left):
+            left.unlink(missing_ok=True)
+    temporary = path.with_name(f".{mark}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
             yield file
@@ -183,6 +207,99 @@ def sha256(path):
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+# ------------------------------------------------------------------------------------------------
+# What may be written.
+
+STALE = 120  # seconds without a heartbeat after which a writer counts as dead
+
+
+def check_apart(outputs, inputs):
+    """Raise InputError where a file to be written is a file that is read; either may be None."""
+    for out in filter(None, outputs):
+        for given in filter(None, inputs):
+            same = os.path.realpath(out) == os.path.realpath(given)
+            if os.path.exists(out) and os.path.exists(given):
+                same = os.path.samefile(out, given)
+            check(not same, f"{out}: would be overwritten, and is read ({given}); give another file")
+
+
+def check_folder(out, walked):
+    """Raise InputError where a folder to be written equals, contains or lies in one whose pictures are
+    read.
+    """
+    out = pathlib.Path(out).resolve()
+    for folder in walked:
+        inner = pathlib.Path(folder).resolve()
+        apart = out != inner and out not in inner.parents and inner not in out.parents
+        check(apart, f"--out {out}: is, holds or lies in {folder}, whose pictures are read; "
+              "use another folder")
+
+
+def _kernel_lock(path):
+    """Lock a file -> its descriptor, None where another process holds it. OSError where the file system has
+    no locks.
+    """
+    import fcntl  # not on every system
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.exists(path) and os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                return descriptor
+        except BlockingIOError:
+            os.close(descriptor)
+            return None
+        except OSError:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)  # its last holder has removed it meanwhile
+
+
+def _heartbeat(path):
+    """Take a file that says by its time that its writer lives -> an event that ends it, None where another
+    one's is fresh.
+    """
+    if path.exists() and path.stat().st_size and time.time() - path.stat().st_mtime < STALE:
+        return None
+    path.touch()
+    ended = threading.Event()
+
+    def beat():
+        while not ended.wait(STALE / 6):
+            path.touch()
+    threading.Thread(target=beat, daemon=True).start()
+    return ended
+
+
+@contextlib.contextmanager
+def only_writer(folder):
+    """Hold a folder as the only command that writes into it, for all its processes; released by death.
+
+    Raises InputError, naming the other one's process and host, where it is held.
+    """
+    folder = pathlib.Path(folder)
+    path = folder / ".writer"
+    folder.mkdir(parents=True, exist_ok=True)
+    if place()[0] > 0:
+        yield
+        return
+    try:
+        held, release = _kernel_lock(path), os.close
+    except (ImportError, OSError):
+        held, release = _heartbeat(path), threading.Event.set
+    if held is None:
+        other = path.read_text(errors="replace").strip() or "another process"
+        raise InputError(f"{folder}: {other} is writing into it; wait for its end, or use another folder")
+    try:
+        path.write_text(f"process {os.getpid()} on {platform.node()}")
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        release(held)
+        with contextlib.suppress(OSError):
+            folder.rmdir()  # where nothing was written
 
 
 # ------------------------------------------------------------------------------------------------
@@ -210,6 +327,7 @@ def _one_line(error):
 
 def run(main):
     """Run a command's main: an InputError or a failing disk ends it with one line and exit code 2."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
     try:
         main()
     except (InputError, OSError, RuntimeError, KeyboardInterrupt) as error:

@@ -2,12 +2,14 @@
 
     python eval_depth.py --toy 256 --sampler euler --steps 2    # held-out toy scenes, with the VAE's ceiling
     torchrun --nproc_per_node=8 -- eval_depth.py --ckpt 0600000.pt --scannet scans --num 5000 --json t3.json
-    python eval_depth.py --data DIR --depth-space depth         # <root>/{rgb,depth,normal,seg}/<class>/<name>
+    python eval_depth.py --data DIR                             # <root>/{rgb,depth,normal,seg}/<class>/<name>
     python eval_depth.py --pred samples --gt truth --modality depth    # no model: files matched by stem
 
-Ground truth is cropped to its centre square and never resampled; predictions are brought to its size. Depth:
-.npy, or 16-bit PNG in millimetres; values outside --depth-range are not scored. Writes OUT/per_image.csv and
-OUT/grid.png (best, median and worst cases).
+Ground truth is cropped to its centre square and never resampled; predictions are brought to its size. What
+depth files hold is said by DIR/tree.json or --depth-space: disparity (of 8 or 16 bits, or floats) or depth
+(floats in metres, 16 bits in millimetres), by default disparity of --data and depth of --gt. Depths outside
+--depth-range and unknown pixels are not scored. Writes OUT/per_image.csv and OUT/grid.png (best, median and
+worst cases).
 
 A source gives frames with their truth, a predictor maps for frames, a metric scores the maps of one modality;
 evaluate() brings them together and knows nothing else of them.
@@ -18,6 +20,7 @@ import hashlib
 import io
 import json
 import math
+import os
 import random
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -31,15 +34,15 @@ from tqdm import tqdm
 
 import samplers
 import toy_scenes
-from dataset import class_of
-from distributed import (InputError, barrier, check, command_parser, gather, place, reading, run, setup,
-                         share, whole_file)
-from modalities import (MODALITIES, draw_grid, find_pictures, nearest_colour, pictures_by_stem, read_array,
-                        read_picture, read_rgb, segments, unit)
+from distributed import (InputError, barrier, check, check_apart, check_folder, command_parser, gather,
+                         only_writer, place, reading, run, setup, share, whole_file)
+from modalities import (MODALITIES, PLAIN, VOID, check_turned, draw_grid, fill_unknown, is_array,
+                        label_colour, nearest_colour, segments, unit)
+from trees import facts_of, find_pictures, flat_name, folders_of, pictures_by_stem, read_palette
 from vae import encoder_of
-from weights import load_model, newest_checkpoint
+from weights import classes_of, load_model, newest_checkpoint
 
-IGNORE = 255                            # segmentation label that is not scored
+UNKNOWN = -1                            # label of pixels that are not scored
 ANGLES = (5, 7.5, 11.25, 22.5, 30)      # degrees whose share is reported
 BINS = 1_800_000                        # of the pooled median: 1e-4 degrees each
 THRESHOLDS = np.arange(1, 20) / 20      # of a soft edge map
@@ -136,12 +139,14 @@ def f_score(counts):
     return np.where(all_a + all_b == 0, 1.0, mean)
 
 
-def instance_scores(prediction, truth):
+def instance_scores(prediction, truth, known=None):
     """Segment indices (H, W) -> Hungarian-matched mIoU over the true segments, mean best overlap, ARI,
-    boundary F.
+    boundary F; of the pixels that are known, bool (H, W).
     """
-    table = np.zeros((truth.max() + 1, prediction.max() + 1), np.int64)
-    np.add.at(table, (truth.ravel(), prediction.ravel()), 1)
+    known = np.ones(truth.shape, bool) if known is None else known
+    p, g = (np.unique(index[known], return_inverse=True)[1] for index in (prediction, truth))
+    table = np.zeros((g.max() + 1, p.max() + 1), np.int64)
+    np.add.at(table, (g, p), 1)
     rows, columns = table.sum(1), table.sum(0)
     iou = table / (rows[:, None] + columns - table)
     matched = iou[linear_sum_assignment(iou, maximize=True)].sum() / len(rows)
@@ -150,9 +155,10 @@ def instance_scores(prediction, truth):
         return (counts * (counts - 1.0) / 2).sum()
 
     both, most = pairs(table), (pairs(rows) + pairs(columns)) / 2
-    expected = pairs(rows) * pairs(columns) / max(pairs(np.array([truth.size])), 1)
+    expected = pairs(rows) * pairs(columns) / max(pairs(np.array([len(g)])), 1)
     ari = (both - expected) / (most - expected) if most != expected else 1.0
-    edges = f_score(matches(boundary(prediction), boundary(truth)))
+    inner = ndimage.binary_erosion(known, border_value=1)  # a hole's rim is no edge
+    edges = f_score(matches(boundary(prediction) & inner, boundary(truth) & inner))
     return {"miou": matched, "best_overlap": iou.max(1).mean(), "ari": ari, "boundary_f": float(edges)}
 
 
@@ -192,9 +198,14 @@ class Metric:
         self.rows, self.pooled = {}, {}  # {index of an image: its scores}, {what: sum over the images}
 
     @staticmethod
-    def read(kind, path):
-        """A file of truth or of a prediction in the user's units."""
-        return kind.array(kind.open(path))
+    def read(kind, raster):
+        """A file of truth -> the user's array, unknown pixels as the metric marks them."""
+        return kind.array(raster)
+
+    @classmethod
+    def read_prediction(cls, kind, raster):
+        """A file of a prediction, likewise."""
+        return cls.read(kind, raster)
 
     def target(self, truth):
         """The truth as the map that a perfect model predicts."""
@@ -269,27 +280,37 @@ class Depth(Metric):
         return f" ({self.rules.alignment})"
 
     @staticmethod
-    def read(kind, path):
-        """.npy floats (H, W), or a 16-bit picture in millimetres, 0 = unknown -> float (H, W), NaN where
-        unknown.
+    def read(kind, raster):
+        """-> metres, float64 (H, W), NaN where unknown; of disparity without a unit its inverse.
+
+        Raises InputError for depth without a unit.
         """
-        if path.suffix == ".npy":
-            depth = read_floats(path)
-            check(depth.ndim == 2, f"{path}: shape {depth.shape}; depth needs (H, W)")
-            return depth
-        image = read_picture(path)
-        check(image.info.get("scale") == "16 bit", f"{path}: pictures of mode {image.mode} carry no unit; "
-              "give depth as .npy or as 16-bit PNG in millimetres")
-        depth = np.round(np.asarray(image, np.float64) * 65535) / 1000
-        return np.where(depth > 0, depth, np.nan)
+        values, facts = raster.values, raster.facts
+        known = np.ones(values.shape, bool) if raster.known is None else raster.known
+        if facts.depth_space == "disparity":
+            disparity = kind.array(raster).astype(np.float64)
+            known = known & (disparity > 0)
+            return np.where(known, 1 / np.where(known, disparity, 1), np.nan)
+        depth = values.astype(np.float64)
+        if values.dtype.kind in "iu":
+            check(facts.depth_unit or values.dtype == np.uint16, f"{raster.path}: {values.dtype} levels "
+                  "carry no unit of depth; give floats in metres, 16-bit PNG in millimetres, or depth_unit "
+                  "in tree.json; or --depth-space disparity")
+            depth = depth * facts.depth_unit if facts.depth_unit else depth / 1000
+        return np.where(known, depth, np.nan)
+
+    @classmethod
+    def read_prediction(cls, kind, raster):
+        """-> float64 (H, W) of any scale, NaN where unknown."""
+        values = raster.values.astype(np.float64)
+        return values if raster.known is None else np.where(raster.known, values, np.nan)
 
     def target(self, depth):
         """Disparity; unknown pixels take the nearest known depth."""
         known = np.isfinite(depth) & (depth > 0)
         if not known.any():
             return np.ones_like(depth)
-        nearest = ndimage.distance_transform_edt(~known, return_distances=False, return_indices=True)
-        return 1 / depth[tuple(nearest)]
+        return 1 / fill_unknown(depth, known)
 
     def valid(self, depth):
         low, high = self.rules.depth_range
@@ -327,20 +348,11 @@ class Normal(Metric):
     headline = "normal_mean"
 
     @staticmethod
-    def read(kind, path):
-        """.npy (H, W, 3) or (3, H, W), or a picture xyz * 0.5 + 0.5 -> float (H, W, 3), unit length, 0 where
-        unknown (zero, black).
-        """
-        if path.suffix != ".npy":
-            pixels = np.asarray(read_rgb(path))
-            return np.where(pixels.any(-1, keepdims=True), unit(pixels / 255.0 * 2 - 1), 0)
-        normal = read_floats(path)
-        if normal.ndim == 3 and normal.shape[2] != 3:
-            normal = normal.transpose(1, 2, 0)
-        check(normal.ndim == 3 and normal.shape[2] == 3 and np.isfinite(normal).all(),
-              f"{path}: shape {normal.shape}; normals need (H, W, 3) of finite values")
-        known = np.linalg.norm(normal, axis=-1, keepdims=True) > 1e-6
-        return np.where(known, unit(normal), 0)
+    def read(kind, raster):
+        """-> floats (H, W, 3) of unit length, 0 where unknown."""
+        values = raster.values
+        normal = unit(values / 255.0 * 2 - 1 if raster.top else values)
+        return normal if raster.known is None else np.where(raster.known[..., None], normal, 0)
 
     def scores(self, name, truth, prediction):
         angle = angles(prediction, truth)
@@ -369,29 +381,39 @@ class Normal(Metric):
 
 
 class Segmentation(Metric):
-    """What both metrics of segmentation share: files of labels (H, W) or of colours uint8 (H, W, 3)."""
+    """What both metrics of segmentation share: maps of labels (H, W), UNKNOWN where they are not known, or
+    of colours uint8 (H, W, 3).
+    """
 
     headline, rising = "miou", True
 
-    def __init__(self, modality, rules):
-        super().__init__(modality, rules)
-        self.colours = rules.palette
-        if self.colours is None:  # labels have to be shown in some colours
-            self.colours = np.random.default_rng(0).integers(30, 256, (256, 3)).astype(np.uint8)
-
     @staticmethod
-    def read(kind, path):
-        """Labels of a grey or palette picture of 8 or 16 bits, colours of any other."""
-        colours = np.asarray(read_rgb(path))  # says what is wrong with the file, if anything
-        with Image.open(path) as raw:
-            labels = raw.mode in ("L", "P", "1") or raw.mode.startswith("I")
-            return np.asarray(raw).astype(np.int64) if labels else colours
+    def read(kind, raster):
+        """Labels of a file of labels, or of which not all is known, else colours."""
+        labels, palette = raster.labels, raster.facts.palette
+        if labels is None and raster.known is None:
+            return kind.array(raster)
+        if labels is None:
+            colours = kind.array(raster)
+            labels = segments(colours) if palette is None else nearest_colour(colours, palette)
+        return labels if raster.known is None else np.where(raster.known, labels, UNKNOWN)
 
     def look(self, image):
-        """Labels or colours -> colours."""
-        return self.colours[np.minimum(image, len(self.colours) - 1)] if image.ndim == 2 else image
+        """Labels or colours -> colours, black where unknown."""
+        if image.ndim == 3:
+            return image
+        colours = label_colour(image.clip(0))
+        if self.rules.palette is not None:
+            colours = self.rules.palette[image.clip(0, len(self.rules.palette) - 1)]
+        return np.where((image == UNKNOWN)[..., None], np.uint8(0), colours)
 
-    target = look
+    def target(self, image):
+        """Colours; unknown pixels take the nearest known label's."""
+        return self.look(fill_unknown(image, image != UNKNOWN) if image.ndim == 2 else image)
+
+    def known(self, image):
+        """bool (H, W)"""
+        return image != UNKNOWN if image.ndim == 2 else np.ones(image.shape[:2], bool)
 
 
 class Semantic(Segmentation):
@@ -406,12 +428,13 @@ class Semantic(Segmentation):
             check(palette is not None, f"{name}: a picture of colours without --palette FILE (JSON list of "
                   "colours, or sample.py's meta.json); or compare segments with --seg-mode instance")
             return nearest_colour(image, palette)
-        top = IGNORE if palette is None else len(palette)
-        known = image[image != IGNORE]
-        check(image.min() >= 0 and (known < top).all(), f"{name}: label {known.max(initial=0)}, labels go "
-              f"from 0 to {top - 1} ({IGNORE} is not scored); bring the palette of all classes, or compare "
-              "segments with --seg-mode instance")
-        return image.astype(np.int64)
+        top = 255 if palette is None else len(palette)
+        image = np.where(image == VOID, UNKNOWN, image.astype(np.int64))
+        known = image[image != UNKNOWN]
+        low, high = known.min(initial=0), known.max(initial=0)
+        check(low >= 0 and high < top, f"{name}: labels {low} to {high}, they go from 0 to {top - 1} (255 is "
+              "not scored); bring the palette of all classes, or compare segments with --seg-mode instance")
+        return image
 
     def combine(self, maps):
         """The vote, and the share of the samples that voted otherwise."""
@@ -424,10 +447,11 @@ class Semantic(Segmentation):
 
     def scores(self, name, truth, prediction):
         p, g = self.labels(name, prediction), self.labels(name, truth)
-        p, g = p[g != IGNORE], g[g != IGNORE]
-        lost = (p == IGNORE).sum()
-        check(not lost, f"{name}: the prediction has the label {IGNORE} at {lost} scored pixels; "
-              "label every pixel")
+        p, g = p[g != UNKNOWN], g[g != UNKNOWN]
+        if not len(g):
+            return {}
+        lost = (p == UNKNOWN).sum()
+        check(not lost, f"{name}: the prediction is unknown at {lost} scored pixels; label every pixel")
         confusion = np.bincount(g * 256 + p, minlength=65536).reshape(256, 256)
         self.pool(confusion=confusion)
         return self.of_confusion(confusion)
@@ -436,25 +460,26 @@ class Semantic(Segmentation):
         """semantic_scores of the palette's classes; without one, of those up to the highest label."""
         K = np.nonzero(confusion + confusion.T)[0].max(initial=0) + 1
         if self.rules.palette is not None:
-            K = len(self.colours)
+            K = len(self.rules.palette)
         return semantic_scores(confusion[:K, :K], self.rules.eps)
 
     def over_set(self):
         return self.of_confusion(self.pooled["confusion"])
 
     def error(self, truth, prediction):
-        p, g = (nearest_colour(self.look(x), self.colours) for x in (prediction, truth))
-        return p != g, 1
+        p, g = (self.labels("", image) for image in (prediction, truth))
+        return (p != g) & (g != UNKNOWN), 1
 
 
 class Instance(Segmentation):
     """Segments by whatever colours, matched in each image."""
 
     def scores(self, name, truth, prediction):
-        return instance_scores(segments(prediction), segments(truth))
+        known = self.known(truth)
+        return instance_scores(segments(prediction), segments(truth), known) if known.any() else {}
 
     def error(self, truth, prediction):
-        return boundary(segments(truth)) ^ boundary(segments(prediction)), 1
+        return (boundary(segments(truth)) ^ boundary(segments(prediction))) & self.known(truth), 1
 
 
 class Edges(Metric):
@@ -478,28 +503,21 @@ SEGMENTATION = {"semantic": Semantic, "instance": Instance}
 
 def metrics_of(modalities, rules):
     """{modality: a Metric without scores}, in the registry's order."""
-    table = METRICS | {"seg": SEGMENTATION[rules.seg_mode]}
-    return {m: table.get(m, Metric)(m, rules) for m in MODALITIES if m in modalities}
+    return {m: metric_class(m, rules.seg_mode)(m, rules) for m in MODALITIES if m in modalities}
 
 
 # ------------------------------------------------------------------------------------------------
 # Files of truth and predictions.
 
-def read_floats(path):
-    array = read_array(path)
-    return array if array.dtype.kind == "f" else array.astype(np.float32)
+def metric_class(modality, seg_mode="semantic"):
+    """The row of METRICS that scores a modality."""
+    return SEGMENTATION[seg_mode] if modality == "seg" else METRICS.get(modality, Metric)
 
 
-def read_map(modality, path):
-    """A file of a modality in the user's units. Raises InputError for what cannot be scored."""
-    return METRICS.get(modality, Metric).read(MODALITIES[modality], path)
-
-
-def stems(base, modality):
-    """Files of a modality below a folder -> {stem, with _ for /: path}."""
-    base = base / modality if (base / modality).is_dir() else base
+def stems(base):
+    """Files below a folder -> {stem as one name: path}."""
     found = pictures_by_stem(base)
-    files = {stem.replace("/", "_"): path for stem, path in found.items()}
+    files = {flat_name(stem): path for stem, path in found.items()}
     check(len(files) == len(found), f"{base}: two files have the same path with _ for /; rename one")
     return files
 
@@ -523,6 +541,14 @@ def dense():
     return [m for m in MODALITIES if m != "rgb"]
 
 
+def sampled(folder):
+    """Whether sample.py made a folder: it says so in meta.json."""
+    try:
+        return "checkpoint_sha256" in json.loads((folder / "meta.json").read_text())
+    except (OSError, ValueError, TypeError):
+        return False
+
+
 def available(given):
     """Those that are given or can be derived of the RGB."""
     return [m for m in dense() if m in given or MODALITIES[m].derive]
@@ -540,11 +566,11 @@ class Frame(NamedTuple):
 
 
 class Source:
-    """Frames with truth. It says names, recipe, the modalities of its truth (a caller may narrow them), what
-    its segmentation is, and load(i) -> Frame.
+    """Frames with truth. It says names, recipe, the folders that it reads, the modalities of its truth (a
+    caller may narrow them), what its segmentation is, and load(i) -> Frame.
     """
 
-    palette, seg_mode = None, "semantic"
+    palette, seg_mode, folders = None, "semantic", ()
     axes = "ours"  # of the true normals
 
     def frame(self, i):
@@ -553,6 +579,10 @@ class Source:
         if self.axes == "marigold" and "normal" in frame.truth:
             frame.truth["normal"] = frame.truth["normal"] * [-1, 1, 1]
         return frame
+
+    def stem(self, i):
+        """The name of frame i's maps."""
+        return flat_name(self.names[i])
 
     def truth(self, given, rgb):
         """The modalities' maps: given ones, and what is derived of the RGB."""
@@ -583,22 +613,28 @@ def square(array):
 
 
 class Files(Source):
-    """Frames of files: {modality: path} of each."""
+    """Frames of files: {modality: path} of each; facts: what they hold; classes {name: class}."""
 
-    class_names, space = (), "depth"  # space: what depth files hold
+    facts, classes = PLAIN, {}
+
+    def told(self):
+        """The facts by which files are read."""
+        return self.facts._replace(palette=self.palette if self.seg_mode == "semantic" else None)
 
     def load(self, i):
         """RGB is brought to the truth's size, and both are cut to the centre square; without RGB nothing is.
 
         Raises InputError where they differ in shape.
         """
-        name, files = self.names[i], self.files[i]
-        truth = {m: read_map(m, files[m]) for m in self.modalities if m in files}
-        if self.space == "disparity" and "depth" in truth:
-            truth["depth"] = 1 / np.where(truth["depth"] > 0, truth["depth"], np.nan)
+        name, files, facts = self.names[i], self.files[i], self.told()
+        read = [m for m in ("rgb", *self.modalities) if m in files]
+        rasters = {m: MODALITIES[m].open(files[m], facts) for m in read}
+        check_turned(list(rasters.values()))
+        truth = {m: metric_class(m, self.seg_mode).read(MODALITIES[m], raster)
+                 for m, raster in rasters.items() if m != "rgb"}
         if "rgb" not in files:
             return Frame(i, name, truth)
-        rgb = read_rgb(files["rgb"])
+        rgb = Image.fromarray(MODALITIES["rgb"].array(rasters["rgb"]))
         truth = self.truth(truth, np.asarray(rgb))
         for m, array in truth.items():
             height, width = array.shape[:2]
@@ -606,7 +642,7 @@ class Files(Source):
                   f"{rgb.width}x{rgb.height}, its {m} {width}x{height}; they must show the same view")
         if rgb.size != (width, height):
             rgb = rgb.resize((width, height), Image.Resampling.BICUBIC)
-        label = class_of(files["rgb"].parent.name, self.class_names)
+        label = self.classes.get(name)
         truth = {m: square(array) for m, array in truth.items()}
         return Frame(i, name, truth, square(np.asarray(rgb)), label)
 
@@ -619,19 +655,22 @@ class ScanNet(Files):
     are drawn with the seed. list: the frames taken, in the same format.
     """
 
-    seg_mode = "instance"
+    seg_mode, facts = "instance", PLAIN._replace(depth_space="depth", said="ScanNet's millimetres")
 
     def __init__(self, root, listed=None, count=None, seed=0):
-        self.root, self.modalities = root, ["depth"]
+        self.root, self.modalities, self.folders = root, ["depth"], [root]
         pairs = self._listed(listed) if listed else self._found()
         count = count or (len(pairs) if listed else 5000)
         if count < len(pairs):
             pairs = sorted(random.Random(seed).sample(pairs, count))
         self.names = [rgb for rgb, _ in pairs]
         self.files = [{"rgb": root / rgb, "depth": root / depth} for rgb, depth in pairs]
-        self.list = "".join(f"{rgb}\t{depth}\n" for rgb, depth in pairs).encode()
+        self.list = os.fsencode("".join(f"{rgb}\t{depth}\n" for rgb, depth in pairs))
         digest = hashlib.sha256(self.list).hexdigest()
         self.recipe = dict(source="scannet", frames_sha256=digest, list=listed and listed.name)
+
+    def stem(self, i):
+        return flat_name(PurePosixPath(self.names[i]).with_suffix("").as_posix())
 
     def _found(self):
         """All frames below the root: (RGB file, depth file), each relative to it."""
@@ -659,7 +698,8 @@ class ScanNet(Files):
             return found[0].as_posix()
 
         with reading(f"--list {listed}", "give a text file"):
-            lines = [line for line in listed.read_text().splitlines() if line.strip()]
+            lines = os.fsdecode(listed.read_bytes()).splitlines()
+        lines = [line for line in lines if line.strip()]
         pairs = [line.split("\t" if "\t" in line else None)[:2] for line in lines]
         check(pairs and all(len(pair) == 2 for pair in pairs),
               f"--list {listed}: each line names an RGB file and a depth file below {self.root}")
@@ -667,37 +707,58 @@ class ScanNet(Files):
 
 
 class Tree(Files):
-    """A folder tree as prep_latents.py reads it, with truth in units; meta: the checkpoint's."""
+    """A folder tree as prep_latents.py reads it; meta: the checkpoint's; facts: what the files hold."""
 
-    def __init__(self, root, meta, depth_space="depth"):
-        found = {m: stems(root, m) for m in MODALITIES if (root / m).is_dir()}
+    def __init__(self, root, meta, facts=PLAIN):
+        folders = folders_of(root)
+        found = {m: stems(folder) for m, folder in folders.items()}
         check("rgb" in found and len(found) > 1, f"--data {root}: needs rgb/ and one of "
               f"{', '.join(dense())}; found {', '.join(found) or 'none'}")
         self.names, self.files = matched(found)
-        self.modalities, self.space = available(found), depth_space
-        self.seg_mode, self.class_names = meta["seg_mode"], meta["class_names"]
-        if meta["palette"]:
+        self.modalities, self.facts, self.folders = available(found), facts, list(folders.values())
+        self.seg_mode, self.palette = meta["seg_mode"], facts.palette
+        if self.palette is None and meta["palette"]:
             self.palette = np.array(meta["palette"], np.uint8)
-        self.recipe = dict(source="folder", folder=root.name, depth_space=depth_space)
+        within = {name: path.relative_to(folders["rgb"]).parent.as_posix()
+                  for name, path in found["rgb"].items()}
+        known = classes_of(set(within.values()), meta["class_names"])
+        self.classes = {name: known[folder] for name, folder in within.items()}
+        self.recipe = dict(source="folder", folder=root.name, depth_space=facts.depth_space)
 
 
 class Pairs(Files):
     """Truth and predictions of a folder each, matched by stem; nothing is cropped or resized."""
 
-    def __init__(self, pred, gt, modalities=None, alignment="disparity"):
-        both = [m for m in dense() if (pred / m).is_dir() and (gt / m).is_dir()]
-        self.modalities = modalities or both
+    def __init__(self, pred, gt, modalities=None, alignment="disparity", facts=PLAIN):
+        """facts: what the truth holds."""
+        of_pred, of_gt = folders_of(pred), folders_of(gt)
+        both = [m for m in dense() if m in of_pred and m in of_gt]
+        self.modalities, self.facts, self.alignment = modalities or both, facts, alignment
         alone = len(self.modalities) == 1  # its files may lie in the folders themselves
         check(alone or (both and set(self.modalities) <= set(both)),
               f"--pred {pred} --gt {gt}: no {'/ '.join(dense())}/ folder in both; name one with --modality "
               "when the files lie in the folders themselves")
-        truth = {m: stems(gt, m) for m in self.modalities}
-        predictions = {f"predicted_{m}": stems(pred, m) for m in self.modalities}
-        for path in predictions.get("predicted_depth", {}).values():
-            check(alignment == "depth" or path.suffix == ".npy", f"{path}: a picture in millimetres holds "
-                  "depth, not disparity; add --alignment depth")
+        truth = {m: stems(of_gt.get(m, gt)) for m in self.modalities}
+        predictions = {f"predicted_{m}": stems(of_pred.get(m, pred)) for m in self.modalities}
+        self.folders = [folder.get(m, base) for m in self.modalities
+                        for folder, base in ((of_gt, gt), (of_pred, pred))]
+        self._check_space(pred, predictions.get("predicted_depth", {}).values())
         self.names, self.files = matched(truth | predictions)
-        self.recipe = dict(source="predictions", pred=pred.name, gt=gt.name)
+        self.recipe = dict(source="predictions", pred=pred.name, gt=gt.name, depth_space=facts.depth_space)
+
+    def _check_space(self, pred, files):
+        """Raise InputError where depth is predicted in another space than the alignment's, or in which one
+        nobody says.
+        """
+        facts = facts_of(pred)
+        space = None if facts.said == PLAIN.said else facts.depth_space
+        if space is None and sampled(pred):
+            space = "disparity"
+        check(not files or space in (None, self.alignment), f"--pred {pred}: holds {space} ({facts.said}); "
+              f"add --alignment {space}")
+        for path in files if space is None else ():
+            check(self.alignment == "depth" or is_array(path), f"{path}: a picture may be in millimetres, "
+                  f"which is depth; if so, add --alignment depth; of disparity say so in {pred}/tree.json")
 
     def predict(self, frames):
         """A predictor."""
@@ -706,7 +767,10 @@ class Pairs(Files):
     def _prediction(self, frame, modality):
         files = self.files[frame.index]
         path = files[f"predicted_{modality}"]
-        found = read_map(modality, path)
+        kind, facts = MODALITIES[modality], self.told()
+        space = "disparity" if is_array(path) else self.alignment  # a zero of an array is a value
+        raster = kind.open(path, facts._replace(depth_space=space))
+        found = metric_class(modality, self.seg_mode).read_prediction(kind, raster)
         size, wanted = found.shape[:2], frame.truth[modality].shape[:2]
         check(size == wanted, f"{path}: size {size}, its truth {files[modality]} has {wanted}; "
               "resize the prediction, never the truth")
@@ -870,11 +934,11 @@ def save_array(path, array):
             np.save(file, array.astype(np.float32))
 
 
-def save_maps(out, metrics, frame, maps):
+def save_maps(out, metrics, source, frame, maps):
     """OUT/<modality>/<stem>.png and .npy, OUT/error_<modality>/<stem>.png,
     OUT/spread_<modality>/<stem>.npy.
     """
-    stem = PurePosixPath(frame.name).with_suffix("").as_posix().replace("/", "_")
+    stem = source.stem(frame.index)
     for m, (_, shown, error, values) in panels_of(metrics, frame, maps).items():
         spread = f"spread_{m}"
         save_array(out / m / f"{stem}.png", shown)
@@ -883,6 +947,23 @@ def save_maps(out, metrics, frame, maps):
             save_array(out / m / f"{stem}.npy", values)
         if spread in maps:
             save_array(out / spread / f"{stem}.npy", maps[spread])
+
+
+def claim_maps(out, source):
+    """Note in OUT/maps.json whose maps OUT holds. Raises InputError where there are others already."""
+    path = out / "maps.json"
+    own = {}
+    if path.is_file():
+        with reading(path, "use another --out"):
+            own = json.loads(path.read_text())
+    folders = [f"{before}{m}" for m in source.modalities for before in ("", "error_", "spread_")]
+    stems = [source.stem(i) for i in range(len(source.names))]
+    there = [out / folder / f"{stem}{end}" for folder in folders if (out / folder).is_dir()
+             for stem in set(stems) - set(own.get("stems", ())) for end in (".png", ".npy")]
+    for file in there:
+        check(not file.exists(), f"{file}: is there, and not by an evaluation; use another --out")
+    with whole_file(path) as file:
+        file.write(json.dumps({"stems": sorted({*stems, *own.get("stems", ())})}).encode())
 
 
 def write_table(path, names, metrics):
@@ -897,7 +978,7 @@ def write_table(path, names, metrics):
     writer.writeheader()
     writer.writerows(rows)
     with whole_file(path) as file:
-        file.write(text.getvalue().encode())
+        file.write(text.getvalue().encode(errors="backslashreplace"))
 
 
 def write_grid(path, source, predict, metrics):
@@ -946,7 +1027,8 @@ def arguments():
     flag("--alignment", choices=SPACES, default="disparity", help="in which scale and shift are fitted")
     flag("--depth-range", type=float, nargs=2, default=(1e-3, 10.0), metavar=("MIN", "MAX"),
          help="depths that are scored")
-    flag("--depth-space", choices=SPACES, default="depth", help="--data: what the depth files hold")
+    flag("--depth-space", choices=SPACES, help="what true depth files hold; default: what their tree.json "
+         "says, else disparity of --data, depth of --gt")
     flag("--axes", choices=("ours", "marigold"), default="ours",
          help="of the true normals; marigold: +x right")
     flag("--seg-mode", choices=list(SEGMENTATION), help="default: the checkpoint's; semantic for --pred")
@@ -966,23 +1048,29 @@ def arguments():
     check(scenes and args.ensemble >= 1 and 0 <= low < high, f"--ensemble {args.ensemble} --toy {args.toy} "
           f"--depth-range {low} {high}: counts from 1 to a million, 0 <= MIN < MAX")
     check(args.scannet or not (args.list or args.num), "--list and --num belong to --scannet")
+    check_apart([args.json], [args.ckpt, args.list, args.palette])
     return args
 
 
-def read_palette(path):
-    """Colours uint8 (K, 3) of a JSON list, or under the key "palette"; None where that is null, as instance
-    segmentation's is.
-    """
-    with reading(f"--palette {path}", "give a JSON list of colours [r, g, b]"):
-        found = json.loads(path.read_text())
-        found = found["palette"] if isinstance(found, dict) else found
-        if found is None:
-            return None
-        colours = np.array(found)
-        shaped = colours.shape[1:] == (3,) and len(colours) <= 255
-        check(shaped and colours.min() >= 0 and colours.max() <= 255,
-              f"--palette {path}: not a list of up to 255 colours [r, g, b]")
-        return colours.astype(np.uint8)
+def truth_of(args, meta):
+    """The Source of the flags; meta: the checkpoint's, None without a model."""
+    if args.toy:
+        return Toy(args.toy)
+    if args.scannet:
+        return ScanNet(args.scannet, args.list, args.num, args.seed)
+    facts = facts_of(args.data or args.gt, args.depth_space)
+    if args.data:
+        return Tree(args.data, meta, facts)
+    if facts.said == PLAIN.said:
+        facts = facts._replace(depth_space="depth")
+    return Pairs(args.pred, args.gt, args.modality, args.alignment, facts)
+
+
+def finite(value):
+    """A result for JSON, which has no NaN: None in its place."""
+    if isinstance(value, dict):
+        return {key: finite(inner) for key, inner in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def main():
@@ -995,24 +1083,15 @@ def main():
     rank, _, device = setup()
     loaded, palette = None, args.palette
     if args.pred:
-        source = Pairs(args.pred, args.gt, args.modality, args.alignment)
-        beside = args.pred / "meta.json"  # of sample.py
-        palette = palette or (beside if beside.is_file() else None)
+        source = truth_of(args, None)
+        palette = palette or (args.pred / "meta.json" if sampled(args.pred) else None)
     else:
         loaded = load_model(args.ckpt or newest_checkpoint(), device)
         known = loaded.model.modalities
         check("rgb" in known, f"{loaded.path}: does not take RGB as a condition ({', '.join(known)})")
         samplers.prepare(loaded.model, args.precision, args.compile)
         encoder = encoder_of(loaded.meta, device, args.vae)
-        if args.toy:
-            source = Toy(args.toy)
-        elif args.scannet:
-            source = ScanNet(args.scannet, args.list, args.num, args.seed)
-            if rank == 0:
-                with whole_file(args.out / "frames.txt") as file:
-                    file.write(source.list)
-        else:
-            source = Tree(args.data, loaded.meta, args.depth_space)
+        source = truth_of(args, loaded.meta)
         source.modalities = [m for m in source.modalities if m in known]
     both, total = source.modalities, len(source.names)
     asked = args.modality or both
@@ -1021,7 +1100,10 @@ def main():
     source.modalities, source.axes = asked, args.axes  # nothing else is read
     if palette:
         source.palette = read_palette(palette)
-    seg_mode = args.seg_mode or source.seg_mode
+    seg_mode = source.seg_mode = args.seg_mode or source.seg_mode
+    check_folder(args.out, source.folders)
+    if rank == 0 and "depth" in asked and isinstance(source, Files):
+        print(f"true depth files hold {source.facts.depth_space} ({source.facts.said})")
     rules = Rules(args.alignment, args.depth_range, seg_mode, source.palette, args.eps)
     recipe = dict(**source.recipe, count=total, modalities=asked,
                   alignment=f"{args.alignment}, least squares per image", depth_range=args.depth_range,
@@ -1037,20 +1119,32 @@ def main():
         predictors = {"value": source.predict}
     if args.toy:
         predictors["mean_map"] = guess
-    save = functools.partial(save_maps, args.out, fresh) if args.save_maps else None
-    scored = evaluate(source, predictors, rules, args.batch_size, save)
-    if rank > 0:
-        return
+    with only_writer(args.out):
+        if rank == 0 and args.save_maps:
+            claim_maps(args.out, source)
+        barrier()
+        save = functools.partial(save_maps, args.out, fresh, source) if args.save_maps else None
+        scored = evaluate(source, predictors, rules, args.batch_size, save)
+        if rank == 0:
+            report(args, source, predictors["value"], scored, recipe)
+
+
+def report(args, source, predict, scored, recipe):
+    """Print the scores of {predictor: {modality: Metric}} and write OUT's files and --json.
+
+    Raises InputError where nothing was scored.
+    """
+    asked, total = source.modalities, len(source.names)
     found = {name: results(metrics) for name, metrics in scored.items()}
     metrics, result = scored["value"], found.pop("value")
     check(result, f"none of the {total} frames has a valid truth in {', '.join(asked)} "
-          f"(depth between {args.depth_range[0]} and {args.depth_range[1]})")
+          f"(depth between {args.depth_range[0]} and {args.depth_range[1]}; unknown pixels are not scored)")
     result |= found
     if args.toy:
         ceiling, guessed = found["ceiling"], found["mean_map"]
         headlines = [metric.headline for metric in metrics.values()]
         result["gap"] = {key: (result[key] - ceiling[key]) / (guessed[key] - ceiling[key])
-                         for key in headlines if key in guessed}
+                         for key in headlines if key in guessed and guessed[key] != ceiling[key]}
     valid = metrics["depth"].rows if "depth" in asked else range(total)
     unknown = [name for i, name in enumerate(source.names) if i not in valid]
     result |= dict(no_valid_depth=unknown, recipe=recipe)
@@ -1059,10 +1153,13 @@ def main():
         print(f"{len(unknown)} of {total} frames have no valid depth and are left out of the depth figures: "
               f"{', '.join(unknown[:10])}{' ...' if len(unknown) > 10 else ''}")
     write_table(args.out / "per_image.csv", source.names, metrics)
-    write_grid(args.out / "grid.png", source, predictors["value"], metrics)
+    write_grid(args.out / "grid.png", source, predict, metrics)
+    if args.scannet:
+        with whole_file(args.out / "frames.txt") as file:
+            file.write(source.list)
     if args.json:
         with whole_file(args.json) as file:
-            file.write(json.dumps(result, indent=1).encode())
+            file.write(json.dumps(finite(result), indent=1, allow_nan=False).encode())
 
 
 if __name__ == "__main__":

@@ -29,7 +29,8 @@ from tqdm import tqdm
 
 from distributed import all_reduce, barrier, check, command_parser, gather, prefetch
 from distributed import reading, run, setup, share, whole_file
-from modalities import centre_crop, find_pictures, read_rgb, stem_of
+from modalities import centre_crop, read_rgb
+from trees import find_pictures, flat_name, stem_of
 from vae import load_vae, sha256
 
 INCEPTION = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
@@ -760,9 +761,9 @@ def _both(sets):
 
 
 def _by_name(source):
-    """{name of a picture, "/" as "_" as sample.py writes it: its range of one index}"""
+    """{name of a picture, as sample.py writes it: its range of one index}"""
     check(source.pictures, f"{source.path}: holds statistics alone; pairs need pictures")
-    names = [name.replace("/", "_") for name in source.pictures.names]
+    names = [flat_name(name) for name in source.pictures.names]
     check(len(set(names)) == len(names), f"{source.path}: two pictures of one name; pairs need one of each")
     return {name: range(i, i + 1) for i, name in enumerate(names)}
 

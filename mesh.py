@@ -14,8 +14,8 @@ from scipy import sparse
 from scipy.ndimage import label
 from scipy.sparse.linalg import cg
 
-from distributed import check, command_parser, run, whole_file
-from modalities import read_array, read_rgb
+from distributed import check, check_apart, command_parser, run, whole_file
+from modalities import MODALITIES, read_mask, read_rgb
 
 
 def integrate(normal, mask, focal=None, sharpness=2.0, iterations=100, tolerance=1e-5):
@@ -185,25 +185,27 @@ def main():
     """
     parser = command_parser(__doc__)
     add = parser.add_argument
-    add("--normal", type=pathlib.Path, required=True, help=".npy (H, W, 3)")
+    add("--normal", type=pathlib.Path, required=True, help=".npy (H, W, 3), or a picture")
     add("--rgb", type=pathlib.Path, required=True)
     add("--mask", type=pathlib.Path, help="white is the object; default: where normals are not zero")
     add("--focal", type=float, help="in half-widths of the picture; default: orthographic")
     add("--out", type=pathlib.Path, required=True)
     args = parser.parse_args()
-    normal = read_array(args.normal)
-    check(normal.ndim == 3 and normal.dtype.kind == "f" and np.isfinite(normal).all(),
-          f"{args.normal}: normals are finite floats of shape (H, W, 3)")
+    preview = args.out.with_suffix(".png")
+    check_apart([args.out, preview], [args.normal, args.rgb, args.mask])
+    check(args.out.exists() or not preview.exists(),
+          f"{preview}: the views would overwrite it, and it is of no mesh; use another --out")
+    row = MODALITIES["normal"]
+    raster = row.open(args.normal)
+    normal = row.array(raster) if raster.top else raster.values
+    known = np.ones(normal.shape[:2], bool) if raster.known is None else raster.known
     check(args.focal is None or args.focal > 0,
           f"--focal {args.focal}: must be positive, in half-widths of the picture")
     rgb = np.asarray(read_rgb(args.rgb))
-    if args.mask is None:
-        mask = np.linalg.norm(normal, axis=-1) > 0.5
-    else:
-        mask = np.asarray(read_rgb(args.mask).convert("L")) > 127
+    mask = known if args.mask is None else read_mask(args.mask)
     check(normal.shape == rgb.shape and mask.shape == rgb.shape[:2], f"{args.normal}: normals "
           f"{normal.shape}, picture {rgb.shape}, mask {mask.shape}; they must be of one size")
-    vertices, faces = write_mesh(args.out, normal, mask, rgb, args.focal)
+    vertices, faces = write_mesh(args.out, normal, mask & known, rgb, args.focal)
     print(f"{args.out}: {vertices} vertices, {faces} faces")
 
 

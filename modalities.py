@@ -10,14 +10,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 
 from distributed import InputError, check, reading
 
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 MAX_PIXELS = 100_000_000  # a larger picture is refused before it is decoded
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS
+VOID = 255  # the label of unknown pixels
 
 
 def as_it_is(image, nearest=False):
@@ -26,76 +26,133 @@ def as_it_is(image, nearest=False):
 
 
 # ------------------------------------------------------------------------------------------------
-# Files.
+# Files: what they hold, unscaled.
 
-def stem_of(path, base):
-    """The name by which files of several modalities belong together: below base, without ending."""
-    return path.relative_to(base).with_suffix("").as_posix()
-
-
-def find_pictures(folder, arrays=False):
-    """The pictures below a folder, with arrays also .npy files, sorted. InputError where there is none."""
-    folder = pathlib.Path(folder)
-    check(folder.is_dir(), f"{folder}: no such folder")
-    endings = (*PICTURES, ".npy") if arrays else PICTURES
-    found = [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in endings and path.is_file()]
-    check(found, f"{folder}: no pictures in this folder")
-    return found
+class Facts(NamedTuple):
+    """What the files of a data set hold, where that can be read in two ways."""
+    depth_space: str = "disparity"  # or "depth"
+    depth_unit: float = None        # metres of a level of integer depth; None: a millimetre, of 16 bits
+    focal: float = None             # focal length in half-widths of the picture
+    seg_mode: str = None            # "semantic" or "instance"; None: nobody says
+    palette: np.ndarray = None      # colours of labels, uint8 (K, 3)
+    void: int = None                # label of unknown pixels; None: VOID
+    upright: bool = False           # maps were made of the pictures as their orientation tags turn them
+    said: str = "by default"        # who says what depth files hold
 
 
-def pictures_by_stem(folder):
-    """{stem: path} of the pictures and arrays below a folder, sorted; an array counts before its picture.
+PLAIN = Facts()  # of files of which nobody says anything
+TOPS = {np.dtype(np.uint8): 255, np.dtype(np.uint16): 65535}  # the level that stands for 1
 
-    Raises InputError where a stem is there twice.
-    """
-    files = {}
-    for path in find_pictures(folder, arrays=True):
-        stem = stem_of(path, folder)
-        other = files.get(stem, path)
-        same_kind = other is not path and (other.suffix == ".npy") == (path.suffix == ".npy")
-        check(not same_kind, f"{path}: the stem {stem} is there twice ({other.name}); keep one")
-        if stem not in files or path.suffix == ".npy":
-            files[stem] = path
-    return files
+
+def is_array(path):
+    """Whether a file is an array, not a picture."""
+    return pathlib.Path(path).suffix.lower() == ".npy"
+
+
+class Picture(NamedTuple):
+    """A picture file as it is, but turned as its orientation tag says."""
+    values: np.ndarray          # (H, W), of a palette the indices, or uint8 (H, W, 3)
+    mode: str                   # Pillow's
+    palette: np.ndarray = None  # uint8 (256, 3)
+    alpha: np.ndarray = None    # uint8 (H, W), 0 = transparent
+    turned: int = 1             # the orientation tag
+
+    @property
+    def colours(self):
+        """uint8 (H, W, 3) of 8 bits a channel, else None."""
+        if self.palette is not None:
+            return self.palette[self.values]
+        if self.values.dtype != np.uint8 or self.values.ndim == 3:
+            return self.values if self.values.ndim == 3 else None
+        grey = self.values * np.uint8(255) if self.mode == "1" else self.values
+        return np.repeat(grey[..., None], 3, 2)
+
+
+TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
+         4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270,
+         7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90}  # orientation tag: what undoes it
+
+
+def _orientation(image):
+    """The orientation tag, 1 where there is none that can be read; no other tag is looked at."""
+    try:
+        tag = image.getexif().get(0x0112)
+    except Exception:  # cameras write tags that Pillow cannot parse
+        return 1
+    return tag if isinstance(tag, int) and tag in TURNS else 1
 
 
 def read_picture(path):
-    """A picture file as PIL image in mode RGB or, for a single channel of more than 8 bits, F with values
-    in [0, 1].
+    """A picture file -> Picture.
 
-    Orientation tags are applied, transparency is laid over white, CMYK and palettes are converted.
     Raises InputError naming the file when it is missing, empty, cut short, too large or no picture.
     """
     with reading(path, "replace or remove it"), Image.open(path) as image:
         check(image.width * image.height <= MAX_PIXELS, f"{path}: {image.width}x{image.height} is over "
               f"{MAX_PIXELS / 1e6:.0f} megapixels; make it smaller")
         image.load()
-        image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I") or image.mode == "F":  # 16-bit files arrive as I;16 or I
-            return _deep(path, image)
-        if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB")
+        turned = _orientation(image)
+        if turned > 1:
+            image = image.transpose(TURNS[turned])
+        return _unpacked(image)._replace(turned=turned)
 
 
-def _deep(path, image):
-    """A channel of 16 bits over 65535, another over its own maximum: info["scale"] says which."""
-    values = np.asarray(image, np.float32)
-    check(np.isfinite(values).all(), f"{path}: holds values that are not finite; replace them")
-    sixteen = image.mode.startswith("I") and values.max() <= 65535
-    top = 65535 if sixteen else max(float(values.max()), 1e-8)
-    picture = Image.fromarray(values.clip(0) / top)
-    picture.info["scale"] = "16 bit" if sixteen else "own"
-    return picture
+def _unpacked(image):
+    """A loaded PIL image -> Picture."""
+    mode, key = image.mode, image.info.get("transparency")
+    if mode in ("P", "PA"):
+        palette = np.zeros((256, 3), np.uint8)
+        colours = np.array(image.getpalette("RGB"), np.uint8).reshape(-1, 3)
+        palette[:len(colours)] = colours
+        clear = mode == "PA" or key is not None
+        alpha = np.asarray(image.convert("RGBA"))[..., 3] if clear else None
+        return Picture(np.asarray(image.getchannel(0)), mode, palette, alpha)
+    if mode in ("LA", "La"):
+        values, alpha = np.moveaxis(np.asarray(image.convert("LA")), -1, 0)
+        return Picture(values, mode, alpha=alpha)
+    if mode in ("1", "L", "F") or mode.startswith("I"):
+        values = np.asarray(image)
+        values = values.astype(np.uint8 if mode == "1" else values.dtype.newbyteorder("="))
+        if mode.startswith("I") and values.min() >= 0 and values.max() <= 65535:
+            values = values.astype(np.uint16)  # 16-bit files arrive as I;16 or I
+        alpha = np.where(values == key, np.uint8(0), np.uint8(255)) if isinstance(key, int) else None
+        return Picture(values, mode, alpha=alpha)
+    if mode in ("RGBA", "RGBa") or key is not None:
+        values = np.asarray(image.convert("RGBA"))
+        return Picture(values[..., :3], mode, alpha=values[..., 3])
+    return Picture(np.asarray(image.convert("RGB")), mode)
+
+
+def _to_rgb(path, picture):
+    """A Picture -> uint8 (H, W, 3), what is transparent laid over white.
+
+    Raises InputError for values of no scale.
+    """
+    colours = picture.colours
+    if colours is None:
+        held = picture.values
+        check(held.dtype == np.uint16, f"{path}: holds {held.dtype} from {held.min():.4g} to "
+              f"{held.max():.4g}, which have no scale as colours; give 8 or 16 bits")
+        colours = np.repeat((held / np.float32(65535) * 255).round().astype(np.uint8)[..., None], 3, 2)
+    if picture.alpha is None:
+        return colours
+    image = Image.fromarray(np.dstack([colours, picture.alpha]))
+    return np.asarray(Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB"))
 
 
 def read_rgb(path):
-    """A picture file as PIL image in mode RGB, whatever it holds."""
-    image = read_picture(path)
-    if image.mode == "F":
-        image = Image.fromarray((np.asarray(image) * 255).round().astype(np.uint8))
-    return image.convert("RGB")
+    """A picture file as PIL image in mode RGB, whatever it holds. Raises InputError as read_picture does, and
+    for values without a scale.
+    """
+    return Image.fromarray(_to_rgb(path, read_picture(path)))
+
+
+def read_mask(path):
+    """A picture of a mask -> bool (H, W): where it is white; what is transparent is not."""
+    picture = read_picture(path)
+    image = Image.fromarray(_to_rgb(path, picture._replace(alpha=None)))
+    white = np.asarray(image.convert("L")) > 127
+    return white if picture.alpha is None else white & (picture.alpha > 127)
 
 
 def read_array(path):
@@ -109,6 +166,29 @@ def read_array(path):
 
 
 # ------------------------------------------------------------------------------------------------
+# Unknown pixels.
+
+def fill_unknown(values, known):
+    """Values (H, W[, 3]) with the nearest known ones where known (H, W) is False; zeros if none is known."""
+    if known.all():
+        return values
+    if not known.any():
+        return np.zeros_like(values)
+    near = ndimage.distance_transform_edt(~known, return_distances=False, return_indices=True)
+    return values[tuple(near)]
+
+
+def label_colour(labels):
+    """Labels (...,) from 0 to 2^24 -> uint8 (..., 3): the colour map of Pascal VOC, all different."""
+    labels = np.asarray(labels, np.int64)
+    channels = []
+    for channel in range(3):  # its bits are every third one of the label's, the lowest becomes the highest
+        bits = sum((labels >> (3 * k + channel) & 1) << (7 - k) for k in range(8))
+        channels.append(bits)
+    return np.stack(channels, -1).astype(np.uint8)
+
+
+# ------------------------------------------------------------------------------------------------
 # Sizes. A fit brings a PIL image (RGB, or F a channel) to the wanted size; nearest: without new values.
 
 def filter_of(image, nearest):
@@ -118,8 +198,19 @@ def filter_of(image, nearest):
     return Image.Resampling.BILINEAR if image.mode == "F" else Image.Resampling.BICUBIC
 
 
+def _shortened(image, most=64):
+    """The middle of a very thin picture: what is cropped away in the end is not enlarged before."""
+    width, height = image.size
+    longest = most * min(width, height)
+    if max(width, height) <= longest:
+        return image
+    left, top = max(0, width - longest) // 2, max(0, height - longest) // 2
+    return image.crop((left, top, left + min(width, longest), top + min(height, longest)))
+
+
 def centre_crop(image, size, nearest=False):
     """ADM's centre crop of a PIL image to size x size: halve by boxes, then resize, then crop."""
+    image = _shortened(image)
     halving = Image.Resampling.NEAREST if nearest else Image.Resampling.BOX
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), halving)
@@ -145,20 +236,47 @@ def unit(vectors):
 
 
 class Raster(NamedTuple):
-    """A file that was read once: one picture in mode RGB or F, or of an array an F image for each channel."""
+    """A file that was read once: its values at its own size, unknown ones filled from the nearest known."""
     path: pathlib.Path
-    images: list
-    is_array: bool
+    values: np.ndarray          # (H, W) or (H, W, 3), numbers of any type
+    known: np.ndarray = None    # bool (H, W); None: all
+    top: int = None             # the level that stands for 1: 255, 65535; None: values are as they are
+    labels: np.ndarray = None   # (H, W), of a picture of labels
+    facts: Facts = PLAIN
+    turned: int = 1             # its orientation tag
 
     @property
     def size(self):
         """(width, height)"""
-        return self.images[0].size
+        return self.values.shape[1::-1]
 
-    def fitted(self, fit, nearest):
-        """Its values through a fit: (H, W) of one channel, else (H, W, 3)."""
-        arrays = [np.asarray(fit(image, nearest)) for image in self.images]
+    def fitted(self, fit, nearest=False):
+        """Its values through a fit: (h, w) or (h, w, 3), uint8 or float32; of 16 bits in [0, 1]."""
+        if self.values.dtype == np.uint8:
+            return np.asarray(fit(Image.fromarray(self.values), nearest))
+        values = self.values.astype(np.float32) / np.float32(self.top or 1)
+        layers = np.atleast_3d(values).transpose(2, 0, 1)
+        arrays = [np.asarray(fit(Image.fromarray(np.ascontiguousarray(layer)), nearest)) for layer in layers]
         return arrays[0] if len(arrays) == 1 else np.stack(arrays, -1)
+
+    def known_at(self, fit):
+        """Where its pixels are known through a fit: bool (h, w), None for all."""
+        if self.known is None:
+            return None
+        return np.asarray(fit(Image.fromarray(self.known.astype(np.uint8)), True)) > 0
+
+
+def check_turned(rasters):
+    """Raise InputError where an orientation tag turns one of the rasters alone, and their shapes do not tell
+    whether the others were made before or after.
+    """
+    for other in rasters[1:]:
+        first = rasters[0]
+        sides = [(raster.turned > 4, raster.size) for raster in (first, other)]
+        told = sides[0][0] != sides[1][0] and first.size[0] != first.size[1]  # else of another aspect
+        check(first.turned == other.turned or told or other.facts.upright, f"{other.path}: its orientation "
+              f"tag is {other.turned}, that of {first.path} is {first.turned} (1: none); one alone would be "
+              "turned: make both upright")
 
 
 class Kind:
@@ -170,33 +288,46 @@ class Kind:
 
     nearest = False  # resized without new values
     floats = False   # an array of floats is worth keeping beside the picture
-    channels, limit = 3, 255  # of an array file, and of its values
 
     def __init__(self, loss_weight, meaning, derive=None):
         self.loss_weight, self.meaning, self.derive = loss_weight, meaning, derive
 
-    def open(self, path):
-        """A file of this kind -> Raster. Raises InputError for what is unreadable or of another shape."""
-        path = pathlib.Path(path)
-        if path.suffix != ".npy":
-            return Raster(path, [read_picture(path)], False)
-        array = read_array(path).astype(np.float32)
-        wanted = "(H, W)" if self.channels == 1 else f"(H, W, {self.channels})"
-        fits = array.ndim == 2 if self.channels == 1 else array.ndim == 3 and array.shape[2] == self.channels
-        largest = np.abs(array).max()
-        check(fits and np.isfinite(array).all() and largest <= self.limit,
-              f"{path}: shape {array.shape}, largest value {largest:.4g}; "
-              f"needs {wanted} of finite values up to {self.limit}")
-        layers = np.atleast_3d(array).transpose(2, 0, 1)
-        return Raster(path, [Image.fromarray(np.ascontiguousarray(layer)) for layer in layers], True)
+    def open(self, path, facts=PLAIN):
+        """A file of this kind -> Raster.
 
-    def array(self, raster, fit=as_it_is, space="disparity"):
-        """A Raster through a fit -> the user's array. space: what depth files hold."""
+        Raises InputError for what is unreadable, of another shape, or can be read in two ways.
+        """
+        path = pathlib.Path(path)
+        if is_array(path):
+            raster = self.of_array(path, read_array(path), facts)
+        else:
+            picture = read_picture(path)
+            raster = self.of_picture(path, picture, facts)._replace(turned=picture.turned)
+        known = raster.known
+        if known is None or known.all():
+            return raster._replace(known=None, facts=facts)
+        return raster._replace(values=fill_unknown(raster.values, known), facts=facts)
+
+    def of_array(self, path, array, facts):
+        """An array file -> Raster, not filled."""
         raise NotImplementedError
 
-    def pixels(self, raster, fit=as_it_is, space="disparity"):
-        """A Raster through a fit -> the network's pixels. Raises InputError for values out of [-1, 1]."""
-        pixels = self.to_pixels(self.array(raster, fit, space))
+    def of_picture(self, path, picture, facts):
+        """A Picture -> Raster, not filled."""
+        raise NotImplementedError
+
+    def array(self, raster, fit=as_it_is):
+        """A Raster through a fit -> the user's array."""
+        raise NotImplementedError
+
+    def pixels(self, raster, fit=as_it_is):
+        """A Raster through a fit -> the network's pixels. Raises InputError for values out of [-1, 1], and
+        where nothing is known.
+        """
+        known = raster.known_at(fit)
+        check(known is None or known.any(), f"{raster.path}: none of its pixels is known "
+              "(zero, not finite, transparent or void); leave it out")
+        pixels = self.to_pixels(self.array(raster, fit), known)
         check(np.abs(pixels).max() <= 1.01, f"{raster.path}: becomes pixels from {pixels.min():.3g} to "
               f"{pixels.max():.3g}, they must lie in [-1, 1]; {self.meaning}")
         return pixels
@@ -221,16 +352,30 @@ class Kind:
         return np.median(arrays, 0)
 
 
+def _held(array):
+    """What an array holds, for a message."""
+    return f"{array.dtype} {array.shape} from {array.min():.4g} to {array.max():.4g}"
+
+
 class Colour(Kind):
     """A picture: uint8 (H, W, 3)."""
 
-    def array(self, raster, fit=as_it_is, space="disparity"):
+    def of_array(self, path, array, facts):
+        """(H, W, 3) of 0 to 255; floats up to 1 could be levels or shares of them."""
+        shaped = array.ndim == 3 and array.shape[2] == 3 and np.isfinite(array).all()
+        whole = array.dtype.kind in "iu" or array.max() > 1 or not array.any()
+        check(shaped and whole and 0 <= array.min() and array.max() <= 255,
+              f"{path}: holds {_held(array)}; needs (H, W, 3) of levels from 0 to 255, best as uint8")
+        return Raster(path, array if array.dtype == np.uint8 else array.astype(np.float32))
+
+    def of_picture(self, path, picture, facts):
+        return Raster(path, _to_rgb(path, picture))
+
+    def array(self, raster, fit=as_it_is):
         values = raster.fitted(fit, self.nearest)
-        if values.ndim == 2:  # a 16-bit grey picture
-            values = np.repeat((values * 255)[..., None], 3, 2)
         return values if values.dtype == np.uint8 else values.round().clip(0, 255).astype(np.uint8)
 
-    def to_pixels(self, image):
+    def to_pixels(self, image, known=None):
         return image.astype(np.float32).transpose(2, 0, 1) / 127.5 - 1
 
     def from_pixels(self, pixels):
@@ -241,33 +386,82 @@ class Colour(Kind):
 
 
 class Flat(Colour):
-    """Flat colours, one a class or segment: uint8 (H, W, 3)."""
+    """Flat colours, one a class or segment: uint8 (H, W, 3). Pictures of one channel and of a palette, and
+    arrays (H, W), are labels: their colours are facts.palette, else the file's own, else label_colour.
+    """
 
     nearest = True
 
+    def of_array(self, path, array, facts):
+        if array.ndim == 2 and array.dtype.kind in "iub":
+            return self._labelled(path, array.astype(np.int64), facts)
+        return super().of_array(path, array, facts)
+
+    def of_picture(self, path, picture, facts):
+        seen = None if picture.alpha is None else picture.alpha > 0
+        if picture.values.ndim == 2:
+            check(picture.values.dtype.kind in "iu", f"{path}: holds {_held(picture.values)}; labels are "
+                  "whole numbers")
+            raster = self._labelled(path, picture.values.astype(np.int64), facts, picture.palette)
+            return raster if seen is None else raster._replace(known=raster.known & seen)
+        if facts.palette is not None and facts.void is not None and facts.void < len(facts.palette):
+            there = (picture.values != facts.palette[facts.void]).any(-1)
+            seen = there if seen is None else seen & there
+        return Raster(path, picture.values, seen)
+
+    def _labelled(self, path, labels, facts, own=None):
+        """Labels (H, W), and the colours that the file itself gives them -> Raster."""
+        void, told = facts.void, facts.palette
+        used = np.unique(labels)
+        sure = void is not None or own is not None or used.tolist() != [0, VOID]
+        check(sure, f"{path}: holds 0 and {VOID} alone, and a label {VOID} is unknown; if this is a mask, "
+              "write labels 0 and 1, or colours")
+        void = VOID if void is None else void
+        used = used[used != void]
+        if told is None:
+            colours = label_colour(labels) if own is None else own[labels.clip(0, 255)]
+            return Raster(path, colours, labels != void, labels=labels)
+        place = {tuple(colour): k for k, colour in reversed(list(enumerate(told.tolist())))}
+        if own is not None and all(tuple(own[k].tolist()) in place for k in used):
+            table = np.full(256, void)  # the file numbers the colours in an order of its own
+            table[used] = [place[tuple(own[k].tolist())] for k in used]
+            labels, used = table[labels], np.unique(table[used])
+        check(not len(used) or (used[0] >= 0 and used[-1] < len(told)), f"{path}: labels from "
+              f"{used.min(initial=0)} to {used.max(initial=0)}, the palette has {len(told)} colours; bring "
+              "the palette of all classes")
+        return Raster(path, told[labels.clip(0, len(told) - 1)], labels != void, labels=labels)
+
 
 class Scalar(Kind):
-    """One value in [0, 1]: float32 (H, W). Pictures of 8 and 16 bits, an .npy as it is."""
+    """One value in [0, 1]: float32 (H, W). Levels of 8 and 16 bits are scaled, floats are as they are."""
 
     floats = True
-    channels, limit = 1, np.inf
-    any_scale = False
 
-    def open(self, path):
-        raster = super().open(path)
-        if raster.is_array:
-            return raster
-        image = raster.images[0]
-        scaled = self.any_scale or image.info.get("scale") != "own"
-        check(scaled, f"{path}: a picture of floats or of 32 bits has no fixed scale; "
-              "give 8 or 16 bits, or .npy")
-        return raster._replace(images=[image if image.mode == "F" else image.convert("L")])
+    def known(self, values, facts):
+        """Where values (H, W) are known."""
+        return np.isfinite(values)
 
-    def array(self, raster, fit=as_it_is, space="disparity"):
-        value = raster.fitted(fit, False).astype(np.float32)
-        return value / 255 if raster.images[0].mode == "L" else value
+    def of_array(self, path, array, facts):
+        check(array.ndim == 2, f"{path}: shape {array.shape}; needs (H, W)")
+        return Raster(path, array, self.known(array, facts), TOPS.get(array.dtype))
 
-    def to_pixels(self, value):
+    def of_picture(self, path, picture, facts):
+        values, colours = picture.values, picture.colours
+        if colours is not None:
+            spread = np.ptp(colours.astype(np.int16), 2).max()
+            check(spread <= 16, f"{path}: is in colours (mode {picture.mode}, channels up to {spread} levels "
+                  "apart); one grey channel of values is needed, not a colour map or packed bytes")
+            values = np.asarray(Image.fromarray(colours).convert("L"))
+        known = self.known(values, facts)
+        if picture.alpha is not None:
+            known = known & (picture.alpha > 0)
+        return Raster(path, values, known, TOPS.get(values.dtype))
+
+    def array(self, raster, fit=as_it_is):
+        value = raster.fitted(fit)
+        return value / np.float32(255) if value.dtype == np.uint8 else value
+
+    def to_pixels(self, value, known=None):
         return np.repeat((value * 2 - 1)[None].astype(np.float32), 3, 0)
 
     def from_pixels(self, pixels):
@@ -278,32 +472,70 @@ class Scalar(Kind):
 
 
 class Disparity(Scalar):
-    """Relative disparity, near is bright: files of any scale; the network's is stretched to its range."""
+    """Relative disparity, near is bright: files of any scale, which hold it or, of facts.depth_space "depth",
+    depth; the network's is stretched to the range of the known pixels.
+    """
 
-    any_scale = True
+    def known(self, values, facts):
+        """In files of depth zero and, of 16 bits, the highest level are unknown."""
+        known = np.isfinite(values)
+        if facts.depth_space == "depth":
+            known &= values > 0
+            if values.dtype == np.uint16:
+                known &= values < 65535
+        return known
 
-    def array(self, raster, fit=as_it_is, space="disparity"):
-        value = raster.fitted(fit, False).astype(np.float32)
-        if space == "depth":
+    def array(self, raster, fit=as_it_is):
+        value = super().array(raster, fit)
+        if raster.facts.depth_space == "depth":
             return np.where(value > 0, 1 / np.where(value > 0, value, 1), 0)
         return value
 
-    def to_pixels(self, disparity):
-        low, high = disparity.min(), disparity.max()
+    def to_pixels(self, disparity, known=None):
+        there = disparity if known is None else disparity[known]
+        low, high = there.min(), there.max()
         scaled = (disparity - low) / max(high - low, 1e-8) * 2 - 1
+        scaled = scaled if known is None else scaled.clip(-1, 1)
         return np.repeat(scaled[None].astype(np.float32), 3, 0)
 
 
 class Vector(Kind):
-    """Unit vectors: float32 (H, W, 3) in [-1, 1]; in pictures xyz * 0.5 + 0.5."""
+    """Unit vectors: float32 (H, W, 3) in [-1, 1], zero where unknown; in pictures xyz * 0.5 + 0.5."""
 
     floats = True
-    limit = 1.01
 
-    def array(self, raster, fit=as_it_is, space="disparity"):
-        if raster.is_array:
-            return unit(raster.fitted(fit, False))
-        return unit(Colour.array(self, raster, fit).astype(np.float32) / 127.5 - 1)
+    def of_array(self, path, array, facts):
+        """(H, W, 3) or (3, H, W): floats in [-1, 1], or uint8 as in a picture."""
+        if array.ndim == 3 and array.shape[2] != 3 and array.shape[0] == 3:
+            array = array.transpose(1, 2, 0)
+        check(array.ndim == 3 and array.shape[2] == 3 and array.dtype.kind in "fu",
+              f"{path}: holds {array.dtype} {array.shape}; normals are floats (H, W, 3)")
+        if array.dtype == np.uint8:
+            return self.of_picture(path, Picture(array, "RGB"), facts)
+        vectors = np.where(np.isfinite(array).all(-1, keepdims=True), array, 0)
+        length = np.linalg.norm(vectors.astype(np.float64), axis=-1)
+        known = length > 1e-3
+        check(array.dtype.kind == "f" and np.abs(vectors).max() <= 1.01,
+              f"{path}: holds {_held(vectors)}; normals are floats in [-1, 1]")
+        odd = np.abs(length[known] - 1) > 0.05
+        check(vectors.min() < 0 or not len(odd) or odd.mean() < 0.3, f"{path}: holds values in [0, 1] that "
+              "are no unit vectors: as a picture holds them? Give xyz in [-1, 1]")
+        return Raster(path, vectors, known)
+
+    def of_picture(self, path, picture, facts):
+        """Black, and what decodes to nearly no length, is unknown."""
+        colours = picture.colours
+        check(colours is not None and picture.mode not in ("1", "L", "LA", "La"), f"{path}: is of mode "
+              f"{picture.mode}; normals need three channels, xyz * 0.5 + 0.5")
+        length = np.linalg.norm(colours / 127.5 - 1, axis=-1)
+        known = (length > 0.05) & colours.any(-1)
+        if picture.alpha is not None:
+            known &= picture.alpha > 0
+        return Raster(path, colours, known, 255)
+
+    def array(self, raster, fit=as_it_is):
+        values = raster.fitted(fit)
+        return unit(values.astype(np.float32) / 127.5 - 1 if raster.top else values)
 
     def crop(self, array, size):
         return unit(super().crop(array, size))  # resizing shortens them
@@ -314,7 +546,7 @@ class Vector(Kind):
     def median(self, arrays):
         return unit(super().median(arrays))
 
-    def to_pixels(self, vectors):
+    def to_pixels(self, vectors, known=None):
         return vectors.astype(np.float32).transpose(2, 0, 1)
 
     def from_pixels(self, pixels):

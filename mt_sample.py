@@ -26,10 +26,12 @@ import mt_diffusion
 import sample
 import samplers
 from dataset import to_unit
-from distributed import check, command_parser, run, setup, sha256, whole_file
-from modalities import MODALITIES, as_it_is, enlarge, read_array, read_picture
+from distributed import (check, check_apart, check_folder, command_parser, only_writer, run, setup,
+                         sha256, whole_file)
+from modalities import MODALITIES, as_it_is, enlarge, read_array, read_mask
 from mt_diffusion import Chain, draw_images
-from produce import SHOWN, produce, sample_list, write_grid, write_meta, write_npz
+from produce import SHOWN, finish, produce, write_grid, write_npz
+from trees import facts_of, flat_name, stem_of
 from vae import encoder_of
 from weights import load_model, newest_checkpoint
 
@@ -65,14 +67,6 @@ class Hidden(NamedTuple):
     whole_mask: np.ndarray  # (H, W) bool
 
 
-def white(path):
-    """A mask's picture -> PIL image of floats, above 0 where it is white."""
-    image = read_picture(path)
-    if image.mode == "F":
-        return image
-    return Image.fromarray((np.asarray(image.convert("L")) > 127).astype(np.float32))
-
-
 def read_hidden(request, fit, full, patches, seed):
     """A photo and its mask, or so many random squares. InputError for a mask that does not fit."""
     row, path = MODALITIES["rgb"], request.files["rgb"]
@@ -88,7 +82,7 @@ def read_hidden(request, fit, full, patches, seed):
         large = F.interpolate(squares, whole.shape[1:])[0, 0].numpy() < 1
         return Hidden({"rgb": pixels}, whole, mask, large)
     file = request.files["mask"]
-    image = white(file)
+    image = Image.fromarray(read_mask(file).astype(np.float32))
     check(image.size == raster.size, f"{file}: {image.width}x{image.height}, {path} is {raster.size[0]}x"
           f"{raster.size[1]}; they must be of one size")
     mask = np.asarray(fit(image)) > 1e-3  # a pixel that shrinks away would count as known
@@ -236,7 +230,8 @@ def score(args, loaded, encoder, chain, rank):
     model, meta = loaded.model, loaded.meta
     target, origin = model.modalities
     check(origin == "rgb", f"{loaded.path}: translates {origin}, only translations of rgb are scored")
-    source = eval_depth.Toy(args.toy) if args.toy else eval_depth.Tree(args.data, meta, args.depth_space)
+    source = eval_depth.Toy(args.toy) if args.toy else None
+    source = source or eval_depth.Tree(args.data, meta, facts_of(args.data, args.depth_space))
     check(target in source.modalities, f"--task evaluate: there is no truth of {target}")
     source.modalities = [target]
     rules = eval_depth.Rules(seg_mode=source.seg_mode, palette=source.palette)
@@ -263,7 +258,6 @@ def arguments():
     parser.add_argument("--task", required=True, choices=("generate", *NEEDS))
     parser.add_argument("--toy", type=int, metavar="N", help="evaluate: N held-out toy scenes")
     parser.add_argument("--data", type=pathlib.Path, help="evaluate: folder tree <root>/<modality>/...")
-    parser.add_argument("--depth-space", choices=eval_depth.SPACES, default="depth", help="of --data's depth")
     parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="evaluate: the scores")
     samplers.checkpoint_flags(parser)
     sample.add_flags(parser)
@@ -282,6 +276,7 @@ def arguments():
     parser.add_argument("--features", type=pathlib.Path,
                         help="generate, feature checkpoints: .npy (K, F), one vector a sample")
     args = parser.parse_args()
+    check_apart([args.json], [args.ckpt, args.features])
     samplers.check_flags(args)
     sample.check_flags(args)
     restoring = args.task == "restore"
@@ -327,19 +322,21 @@ def with_masks(requests, mask, num):
     """Requests of photos with the mask of each: one file, or of a folder that of the photo's name."""
     if not mask.is_dir():
         return [request._replace(files={**request.files, "mask": mask}) for request in requests]
-    folder = {stem.replace("/", "_"): path for stem, path in sample.find_files(mask, "mask").items()}
+    found = sample.find_files(sample.picture_folder(mask, "mask"))
+    folder = {flat_name(stem): path for stem, path in found.items()}
     out = []
     for request in requests:
         photo = request.files["rgb"]
         place = request.stem.removesuffix(f"_{request.index % num}") if num > 1 else request.stem
-        found = [folder[name] for name in (place, photo.stem) if name in folder]
-        check(found, f"{photo}: no mask {place} or {photo.stem} in {mask}")
+        alone = stem_of(photo, photo.parent)
+        found = [folder[name] for name in (place, alone) if name in folder]
+        check(found, f"{photo}: no mask {place} or {alone} in {mask}")
         out.append(request._replace(files={**request.files, "mask": found[0]}))
     return out
 
 
 def requests_of(args, model, meta):
-    """What is to be drawn."""
+    """What is to be drawn, and {given modality: Facts of its files}."""
     classes = meta["num_classes"]
     if args.task == "generate":
         num = args.num or (len(read_features(args.features, model.features)) if args.features else None)
@@ -347,21 +344,25 @@ def requests_of(args, model, meta):
         requests = sample.of_classes(args.class_id, args.classes, num, classes, args.seed)
         if not args.class_id and (model.pair != "label" or args.classes == "random"):
             requests = [request._replace(label=classes) for request in requests]  # drawn, or none
-        return requests
+        return requests, {}
     given = model.modalities[1] if args.task == "translate" else "rgb"  # 1: the source
     locations = sample.locations_of(args.image, [given], args.task)
+    walked = [*locations, *([sample.picture_folder(args.mask, "mask")] if args.mask else [])]
+    check_folder(args.out, [location for location in walked if location.is_dir()])
     requests = sample.of_pictures([given], locations, None, args.num or 1, meta)
-    return with_masks(requests, args.mask, args.num or 1) if args.mask else requests
+    if args.mask:
+        requests = with_masks(requests, args.mask, args.num or 1)
+    return requests, sample.facts_for([given], locations, args.depth_space, meta)
 
 
-def drawing(args, model, encoder, chain, wanted, meta):
+def drawing(args, model, encoder, chain, wanted, meta, facts):
     """What draws the task's requests."""
     full = args.fit == "full"
     fit = sample.fit_of(args.fit, meta["resolution"], model.patch_size * encoder.factor)
     kind = {"restore": Restoration, "classify": Classes}.get(args.task)
     kind = kind or {"label": WithLabels, "feature": WithVectors}.get(model.pair, Images)
     given = model.modalities[1:] if args.task == "translate" else ()
-    read = functools.partial(sample.read_input, fit=fit, full=full, space=meta["depth_space"])
+    read = functools.partial(sample.read_input, fit=fit, full=full, facts=facts)
     if args.task == "restore":
         read = functools.partial(read_hidden, fit=fit, full=full, patches=args.patches, seed=args.seed)
     draw = kind(model, encoder, chain, args.seed, wanted, read, given)
@@ -385,47 +386,52 @@ def main():
     encoder = encoder_of(meta, device, args.vae)
     if args.task == "evaluate":
         return score(args, loaded, encoder, chain, rank)
-    requests = requests_of(args, model, meta)
+    requests, facts = requests_of(args, model, meta)
     wanted = sample.outputs_of(args.outputs, model.modalities, {"--npz": ("rgb",) if args.npz else ()})
     folders = {} if args.task == "classify" else {m: MODALITIES[m] for m in wanted}
     if args.task == "restore":
         folders["masked_rgb"] = MODALITIES["rgb"]
     beside = {"label": "classes", "feature": "feature"}.get(model.pair)
     outputs = Outputs(folders, args.truncate, beside, meta["class_names"])
-    draw = drawing(args, model, encoder, chain, wanted, meta)
+    draw = drawing(args, model, encoder, chain, wanted, meta, facts)
     if rank == 0:
         print(f"{loaded.path}: MT-Diffusion, {model.pair}: {', '.join(model.modalities)}, "
               f"step {loaded.step}; {len(requests)} samples on {device}")
+        sample.tell(requests, facts, meta)
     evaluations, walk = max(1, round((args.sdedit or 1) * chain.steps)), chain._asdict()
     if args.task == "classify":
         evaluations, walk = 1, dict(precision=chain.precision)
     recipe = None if rank > 0 else dict(
         task=args.task, **recipe_of(loaded, args.seed, evaluations, **walk), **extras_of(args),
         fit=args.fit, truncate=args.truncate, outputs=list(outputs.folders), endings=outputs.endings,
-        palette=meta["palette"], samples=samples_of(requests))
+        depth_space=facts["depth"].depth_space if "depth" in facts else None, palette=meta["palette"])
     single = args.fit == "full" and args.task != "generate"  # pictures of different shapes do not stack
-    drawn = produce(args.out, requests, draw, outputs, recipe, 1 if single else args.batch_size)
-    if rank > 0:
-        return
-    scores = {}
-    if beside == "classes":
-        scores = {"scores": report_classes(args.out, requests, meta["num_classes"])}
-    if folders:
-        names = dict.fromkeys(("masked_rgb", *draw.given, *folders))  # the given first
-        labels = {name: name.replace("_", " ") + " (given)" * (name in draw.given)
-                  for name in names if name in folders}
-        truth = truth_beside(model, encoder, meta) if args.task == "translate" else None
-        write_grid(args.out, requests, drawn, labels, truth)
-    if args.npz:
-        write_npz(args.out, requests)
-    write_meta(args.out, recipe, **scores, complete=True)
-    print(args.out / ("grid.png" if folders else "classes"))
+    with only_writer(args.out):
+        drawn = produce(args.out, requests, draw, outputs, recipe, 1 if single else args.batch_size,
+                        meta["class_names"], args.overwrite)
+        if rank == 0:
+            scores = {}
+            if beside == "classes":
+                scores = {"scores": report_classes(args.out, requests, meta["num_classes"])}
+            if folders:
+                names = dict.fromkeys(("masked_rgb", *draw.given, *folders))  # the given first
+                labels = {name: name.replace("_", " ") + " (given)" * (name in draw.given)
+                          for name in names if name in folders}
+                truth = truth_beside(model, encoder, meta, facts) if args.task == "translate" else None
+                write_grid(args.out, requests, drawn, labels, truth)
+            if args.npz:
+                write_npz(args.out, requests)
+            finish(args.out, **scores)
+            print(args.out / ("grid.png" if folders else "classes"))
 
 
-def truth_beside(model, encoder, meta):
+def truth_beside(model, encoder, meta, facts):
     """The function that reads the target beside a given picture."""
     fit = sample.fit_of("crop", meta["resolution"], model.patch_size * encoder.factor)
-    return lambda request: sample.truth_pictures(request.files, model.modalities, fit, meta["depth_space"])
+
+    def truth(request):
+        return sample.truth_pictures(request.files, model.modalities, fit, facts)
+    return truth
 
 
 def recipe_of(loaded, seed, evaluations, **walk):
@@ -437,18 +443,9 @@ def recipe_of(loaded, seed, evaluations, **walk):
 
 def extras_of(args):
     """The task's own flags, for the recipe."""
-    given = {name: getattr(args, name) for name in ("mask", "patches", "sdedit", "features")}
+    given = {name: getattr(args, name) for name in ("patches", "sdedit", "features")}
     extras = {name: str(value) for name, value in given.items() if value is not None}
     return {**extras, "features_sha256": sha256(args.features)} if args.features else extras
-
-
-def samples_of(requests):
-    """meta.json's list of samples, masks by content."""
-    samples = sample_list(requests)
-    for one in samples:
-        if "mask" in one["given"]:
-            one["mask_sha256"] = sha256(one["given"]["mask"])
-    return samples
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ depends on neither it nor on interruptions.
 """
 import functools
 import hashlib
+import os
 import pathlib
 import time
 from typing import NamedTuple
@@ -21,8 +22,10 @@ from tqdm import tqdm
 
 import dataset
 import toy_scenes
-from distributed import InputError, barrier, check, command_parser, prefetch, run, setup, share
-from modalities import MODALITIES, centre_crop, pictures_by_stem
+from distributed import (InputError, barrier, check, check_folder, command_parser, only_writer, prefetch, run,
+                         say, setup, share)
+from modalities import MODALITIES, PLAIN, VOID, centre_crop, check_turned, label_colour
+from trees import facts_of, folders_of, natural, pictures_by_stem, read_palette
 from vae import load_encoder, timm_model
 
 
@@ -57,42 +60,65 @@ class ToySource:
         return pixels, scene
 
 
-class FolderSource:
-    """A folder tree root/<modality>/<class>/<name>.png. Raises InputError where the stems are not equal."""
+def hold_labels(files, facts):
+    """Whether segmentation files hold labels, by the first one that can be read."""
+    for path in files:
+        try:
+            return MODALITIES["seg"].open(path, facts).labels is not None
+        except InputError:  # said when its row is made
+            pass
+    return False
 
-    def __init__(self, root, size, modalities=(), depth_space="disparity", seg_mode="instance"):
-        self.size, self.depth_space = size, depth_space
-        found = [m for m in MODALITIES if (root / m).is_dir()]
+
+class FolderSource:
+    """A folder tree root/<modality>/<class>/<name>.png; facts: what its files hold.
+
+    Raises InputError where the stems are not equal.
+    """
+
+    def __init__(self, root, size, modalities=(), facts=PLAIN):
+        self.size, self.held = size, facts
+        found = folders_of(root)
         self.modalities = modalities or tuple(found)
         for m in ("rgb", *self.modalities):
             check(m in found or (m != "rgb" and MODALITIES[m].derive), f"{root / m}: no such folder; --data "
                   "needs <root>/rgb/<class>/<name>.png and one folder for each of --modalities (found: "
                   f"{', '.join(found) or 'none'})")
-        self.files = {m: pictures_by_stem(root / m) for m in self.modalities if m in found}
+        self.folders = [found[m] for m in self.modalities if m in found]
+        self.files = {m: pictures_by_stem(found[m]) for m in self.modalities if m in found}
         for m, files in self.files.items():
             odd = sorted(files.keys() ^ self.files["rgb"].keys())
             if odd:
                 here, there = (m, "rgb") if odd[0] in files else ("rgb", m)
-                raise InputError(f"{self.files[here][odd[0]]}: no file with this stem in {root / there} "
+                raise InputError(f"{self.files[here][odd[0]]}: no file with this stem in {found[there]} "
                                  f"({len(odd)} such); every modality needs the same stems")
         self.names = sorted(self.files["rgb"])
         folders = [pathlib.PurePosixPath(name).parent.as_posix() for name in self.names]
-        classes, self.labels = np.unique(folders, return_inverse=True)
-        self.facts = dict(source="folder", seg_mode=seg_mode, depth_space=depth_space, palette=None,
-                          class_names=classes.tolist())
+        classes = sorted(set(folders), key=natural)
+        number = {name: i for i, name in enumerate(classes)}
+        self.labels = np.array([number[folder] for folder in folders])
+        self.labelled = "seg" in self.files and hold_labels(self.files["seg"].values(), facts)
+        semantic = facts.seg_mode == "semantic"
+        if semantic and self.labelled and facts.palette is None:
+            self.held = facts._replace(palette=label_colour(np.arange(VOID)))
+        told = semantic and self.held.palette is not None
+        self.facts = dict(source="folder", seg_mode=facts.seg_mode or "instance",
+                          depth_space=facts.depth_space, class_names=classes,
+                          palette=self.held.palette.tolist() if told else None)
 
     def load(self, i):
         """Raises InputError for a broken file, and for maps of another aspect than their RGB's."""
-        rasters = {m: MODALITIES[m].open(files[self.names[i]]) for m, files in self.files.items()}
+        rasters = {m: MODALITIES[m].open(files[self.names[i]], self.held) for m, files in self.files.items()}
         aspects = {m: raster.size[0] / raster.size[1] for m, raster in rasters.items()}
         for m, raster in rasters.items():
             check(abs(aspects[m] / aspects["rgb"] - 1) <= 0.02, f"{raster.path}: aspect {aspects[m]:.3f}, "
                   f"its RGB has {aspects['rgb']:.3f}; the maps would not align")
+        check_turned(list(rasters.values()))
         pixels = {}
         for m in self.modalities:
             row = MODALITIES[m]
             if m in rasters:
-                pixels[m] = row.pixels(rasters[m], self._fit, self.depth_space)
+                pixels[m] = row.pixels(rasters[m], self._fit)
             else:
                 rgb = MODALITIES["rgb"].array(rasters["rgb"], self._fit)
                 pixels[m] = row.to_pixels(row.derive(rgb))
@@ -202,7 +228,7 @@ class Pipeline(NamedTuple):
         """meta.json of the cache."""
         source, encoder = self.source, self.encoder
         side = source.size // encoder.factor
-        names = hashlib.sha256("\n".join(source.names).encode()).hexdigest()
+        names = hashlib.sha256(os.fsencode("\n".join(source.names))).hexdigest()
         return dict(format=dataset.FORMAT, modalities=list(source.modalities), vae=encoder.name,
                     vae_sha256=encoder.sha256, scale=encoder.scale, latent_channels=encoder.channels,
                     latent_size=[side, side], resolution=source.size, count=len(source.names),
@@ -279,7 +305,7 @@ def fill(out, meta, pipeline, skip_broken, rank, world):
                       disable=rank > 0):
         writer.write(block, pipeline.encode(block))
         for i, message in block.broken.items():
-            with open(out / "skipped.txt", "a") as file:
+            with open(out / "skipped.txt", "a", errors="backslashreplace") as file:
                 file.write(f"{names[i]}\t{message}\n")
     writer.flush()
     barrier()
@@ -317,6 +343,20 @@ def verify(out, meta, pipeline):
 
 # ------------------------------------------------------------------------------------------------
 
+def describe(source):
+    """What the files of a FolderSource are taken to hold."""
+    lines = [f"{len(source.names)} samples in {len(source.facts['class_names'])} classes"]
+    if "depth" in source.files:
+        lines.append(f"depth files hold {source.held.depth_space} ({source.held.said})")
+    if "seg" in source.files:
+        held = "colours"
+        if source.labelled:
+            told = source.held.palette is not None
+            held = f"labels in {'the palette' if told else 'their own, else Pascal VOC'}'s colours"
+        lines.append(f"segmentation is {source.facts['seg_mode']}, files hold {held}")
+    return "; ".join(lines)
+
+
 def arguments():
     """The command's flags."""
     parser = command_parser(__doc__)
@@ -337,10 +377,12 @@ def arguments():
     add("--feature", metavar="NAME", help="also a vector of each image, of a timm model such as "
         "vit_large_patch14_clip_224.openai; with --toy: toy-teacher")
     add("--feature-file", type=pathlib.Path, metavar="FILE", help="local weights of --feature")
-    add("--depth-space", choices=("disparity", "depth"), default="disparity",
-        help="what the depth files hold")
-    add("--seg-mode", choices=("semantic", "instance"), default="instance",
-        help="what the segmentation colours mean")
+    add("--depth-space", choices=("disparity", "depth"),
+        help="what the depth files hold; default: what DATA/tree.json says, else disparity")
+    add("--seg-mode", choices=("semantic", "instance"),
+        help="what the segmentation colours mean; default: what DATA/tree.json says, else instance")
+    add("--palette", type=pathlib.Path, metavar="FILE",
+        help="colours of labels, a JSON list; default: tree.json's, the file's own, Pascal VOC's")
     add("--batch-size", type=int, default=32, help="rows encoded together; part of the cache's identity")
     add("--skip-broken", action="store_true", help="leave broken files out and list them in skipped.txt")
     add("--verify", action="store_true", help="re-encode a sample of a finished cache and compare")
@@ -368,7 +410,11 @@ def main():
     if toy:
         source = ToySource(args.toy_start, args.toy, size, modalities)
     else:
-        source = FolderSource(args.data, size, modalities, args.depth_space, args.seg_mode)
+        facts = facts_of(args.data, args.depth_space, args.palette and read_palette(args.palette))
+        facts = facts._replace(seg_mode=args.seg_mode or facts.seg_mode)
+        source = FolderSource(args.data, size, modalities, facts)
+        check_folder(args.out, source.folders)
+        say(f"{args.data}: {describe(source)}")
     encoder = load_encoder(args.vae or ("toy" if toy else "sd-mse"), device)
     check(size % (2 * encoder.factor) == 0, f"--size {size}: must be a multiple of {2 * encoder.factor} "
           f"(VAE factor {encoder.factor}, patches of 2)")
@@ -384,10 +430,11 @@ def main():
         rows, worst = verify(args.out, meta, pipeline)
         print(f"{args.out}: {rows} of {meta['count']} rows re-encoded, largest difference {worst:.2g}")
         return
-    if rank == 0:
-        dataset.create(args.out, meta, source.names, source.labels)
-    barrier()
-    skipped = fill(args.out, meta, pipeline, args.skip_broken, rank, world)
+    with only_writer(args.out):
+        if rank == 0:
+            dataset.create(args.out, meta, source.names, source.labels)
+        barrier()
+        skipped = fill(args.out, meta, pipeline, args.skip_broken, rank, world)
     if rank == 0:
         broken = f", {skipped} broken left out, see {args.out / 'skipped.txt'}" if skipped else ""
         targets = f"REPA targets {meta['teacher']}" if teacher else "no REPA targets"

@@ -1,23 +1,57 @@
-"""A folder of samples: drawn in batches, written in threads. The same command continues, another one
-replaces.
+"""A folder of samples: drawn in batches, written in threads. The same command continues; other inputs are
+added by a command of the same recipe.
 
     OUT/<folder>/<stem>.png, ...   what a command's outputs say
-    OUT/meta.json                  what produced them, each sample, and whether they are complete
+    OUT/meta.json                  the recipe, each sample, and whether they are complete
 """
 import collections
 import concurrent.futures
 import functools
 import json
+import os
 import zipfile
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from distributed import barrier, broadcast, check, place, prefetch, share, whole_file
+from distributed import barrier, broadcast, check, place, prefetch, reading, sha256, share, whole_file
 from modalities import draw_grid
 
 SHOWN = 12  # rows of the grid
+STATE = ("samples", "complete", "scores", "extras")  # of meta.json; the rest is the recipe
+WHOLE = ("grid.png", "samples.npz")  # files of OUT that show all samples
+
+
+# ------------------------------------------------------------------------------------------------
+# meta.json.
+
+def read_meta(out):
+    """meta.json of a folder of samples; {} where there is none. InputError for anything else's."""
+    path = out / "meta.json"
+    if not path.exists():
+        return {}
+    with reading(path, "use another --out"):
+        meta = json.loads(path.read_text())
+    check(isinstance(meta, dict) and "complete" in meta, f"{path}: is not of samples; use another --out")
+    return {"samples": [], **meta}
+
+
+def write_meta(out, meta):
+    """Write OUT/meta.json."""
+    with whole_file(out / "meta.json") as file:
+        file.write(json.dumps(meta, indent=1).encode())
+
+
+def finish(out, **state):
+    """Say in meta.json that the samples are complete, if no other command has left some undone."""
+    meta = read_meta(out)
+    lost = [sample["stem"] for sample in meta["samples"]
+            if not all(path.is_file() for path in files_of(out, sample["stem"], meta["endings"]))]
+    if lost:
+        print(f"{out}: {len(lost)} samples of an interrupted command are missing (the first: {lost[0]}); "
+              "run that one again")
+    write_meta(out, {**meta, **state, "complete": not lost})
 
 
 def files_of(out, stem, endings):
@@ -25,75 +59,115 @@ def files_of(out, stem, endings):
     return [out / folder / f"{stem}{end}" for folder, ends in endings.items() for end in ends]
 
 
-def take_up(out, recipe, requests, endings):
-    """Prepare OUT -> the requests still to be drawn: those without outputs newer than their inputs.
+def all_files(out, meta):
+    """Every file that a meta.json names."""
+    endings = meta.get("endings") or {m: [".png", ".npy"] for m in meta.get("outputs", ())}  # an older one
+    endings = {**endings, **meta.get("extras", {"mesh": [".ply", ".png"]})}
+    files = [path for sample in meta["samples"] for path in files_of(out, sample["stem"], endings)]
+    return files + [out / name for name in WHOLE] if meta["samples"] else []
 
-    Samples of another recipe are removed at once, so that neither a later run nor an evaluation takes them
-    for this one's. Raises InputError where OUT holds what is given, or is no folder of samples.
-    """
+
+# ------------------------------------------------------------------------------------------------
+# What is there, and what is left.
+
+def entries_of(requests, class_names):
+    """meta.json's list of samples: what each was drawn of, its files by their content."""
+    paths = sorted({path for request in requests for path in request.files.values()})
+
+    def digest(path):
+        with reading(path, "give another file"):
+            return sha256(path)
+
+    digests = dict(zip(paths, prefetch(digest, paths, threads=8, ahead=64)))
+    entries = []
     for request in requests:
-        for path in request.files.values():
-            check(out.resolve() not in path.resolve().parents, f"--out {out}: holds {path}, which is given; "
-                  "use another folder")
-    try:
-        old = json.loads((out / "meta.json").read_text())
-    except FileNotFoundError:
-        old = {}
-    except (OSError, ValueError):
-        old = None
-    check(old == {} or (isinstance(old, dict) and "complete" in old),
-          f"{out / 'meta.json'}: is not of samples; use another --out")
+        name = class_names[request.label] if request.label < len(class_names) else None
+        entries.append(dict(
+            stem=request.stem, index=request.index, class_id=request.label, class_name=name,
+            given={m: str(path) for m, path in request.files.items()},
+            sha256={m: digests[path] for m, path in request.files.items()}))
+    return entries
 
-    def there(request, path):
-        if not path.is_file():
-            return False
-        return all(file.stat().st_mtime <= path.stat().st_mtime for file in request.files.values())
 
-    same = {key: value for key, value in old.items() if key not in ("complete", "scores")}
-    if same == json.loads(json.dumps(recipe)):
-        left = [request for request in requests
-                if not all(there(request, path) for path in files_of(out, request.stem, endings))]
-        if len(left) < len(requests):
-            print(f"{out}: {len(requests) - len(left)} of {len(requests)} samples are there; "
-                  f"remove {out} to draw them again")
-        if left:
-            write_meta(out, recipe, complete=False)
-        return left
-    if old:
-        print(f"{out}: replaces {len(old.get('samples', ()))} samples of another recipe")
-        write_meta(out, {**old, "complete": False})
-    endings = old.get("endings") or {m: [".png", ".npy"] for m in old.get("outputs", ())}
-    for sample in old.get("samples", ()):
-        for path in files_of(out, sample["stem"], {**endings, "mesh": [".ply", ".png"]}):
+def first_difference(old, new):
+    """The first setting of two recipes that differs, in words; None where they are the same."""
+    new = json.loads(json.dumps(new))
+    for key in (*new, *old):
+        if key not in STATE and old.get(key) != new.get(key):
+            return f"{key} was {str(old.get(key))[:60]}, is {str(new.get(key))[:60]}"
+    return None
+
+
+def taken(old, new):
+    """Why the samples `new` cannot stand beside those of the same name in `old`; None where they can."""
+    for entry in new:
+        other = old.get(entry["stem"], entry)
+        if other["class_id"] != entry["class_id"]:
+            return f"{entry['stem']} was of class {other['class_id']}, is of {entry['class_id']}"
+        for m, path in entry["given"].items():
+            same = path == other["given"].get(m) or entry["sha256"][m] == other.get("sha256", {}).get(m)
+            if not same:
+                return f"the name {entry['stem']} is taken by {other['given'].get(m)}, not {path}"
+    return None
+
+
+def take_up(out, recipe, requests, class_names, outputs, overwrite):
+    """Prepare OUT -> the requests still to be drawn: without outputs, or of inputs that have changed.
+
+    Raises InputError where OUT holds samples of another recipe or of other inputs under the same names
+    (overwrite: they are removed), files that are not its own, or what is read.
+    """
+    meta, entries = read_meta(out), entries_of(requests, class_names)
+    old = {sample["stem"]: sample for sample in meta.get("samples", ())}
+    clash = meta and (first_difference(meta, recipe) or taken(old, entries))
+    check(not clash or overwrite, f"{out}: holds samples of another command ({clash}); use another --out, or "
+          "--overwrite to replace them")
+    own = all_files(out, meta) if meta else []
+    endings = {**outputs.endings, **outputs.extras}
+    planned = [path for request in requests for path in files_of(out, request.stem, endings)]
+    read = {os.path.realpath(path) for request in requests for path in request.files.values()}
+    for path in (*planned, *own):
+        check(os.path.realpath(path) not in read, f"--out {out}: {path} would be overwritten, and is given; "
+              "use another folder")
+    foreign = {*planned, *(out / name for name in WHOLE)} - set(own)
+    for path in sorted(foreign):
+        check(not path.exists(), f"{path}: is there, and no sample of {out / 'meta.json'}; use another --out")
+    if clash:
+        print(f"{out}: {len(old)} samples are replaced ({clash})")
+        for path in own:
             path.unlink(missing_ok=True)
-    for name in ("meta.json", "grid.png", "samples.npz"):
-        (out / name).unlink(missing_ok=True)
-    write_meta(out, recipe, complete=False)
-    return requests
+        meta, old = {}, {}
+
+    def unchanged(entry):
+        before = old.get(entry["stem"], {})
+        return all(before.get(key) == entry[key] for key in ("index", "class_id", "sha256"))
+
+    def drawn(entry):
+        return all(path.is_file() for path in files_of(out, entry["stem"], outputs.endings))
+
+    there = [unchanged(entry) and drawn(entry) for entry in entries]
+    if any(there):
+        print(f"{out}: {sum(there)} of {len(there)} samples are there")
+    samples = {**old, **{entry["stem"]: entry for entry in entries}}
+    extras = {**meta.get("extras", {}), **outputs.extras}
+    write_meta(out, {**recipe, "extras": extras, "samples": list(samples.values()), "complete": False})
+    return [request for request, is_there in zip(requests, there) if not is_there]
 
 
-def sample_list(requests):
-    """meta.json's list of samples."""
-    return [dict(stem=request.stem, class_id=request.label,
-                 given={m: str(path) for m, path in request.files.items()}) for request in requests]
-
-
-def write_meta(out, recipe, **state):
-    """OUT/meta.json: what produced the samples, and whether they are complete."""
-    with whole_file(out / "meta.json") as file:
-        file.write(json.dumps({**recipe, **state}, indent=1).encode())
-
-
-def produce(out, requests, draw, outputs, recipe, batch_size):
+def produce(out, requests, draw, outputs, recipe, batch_size, class_names=(), overwrite=False):
     """Draw what OUT lacks of the requests, in batches shared out over the processes, and write it.
 
     draw(batches) yields (request, maps, shape) of all their requests; outputs.endings {folder: [...]} are
-    the files of each, outputs.write(out, request, maps, shape) writes them, in threads, and returns
-    {folder: picture}. Returns {index: pictures} of what this process has drawn, for the grid's rows; None
-    for others. recipe is process 0's. OUT is not complete before write_meta says so.
+    the files of each, outputs.extras those that some have; outputs.write(out, request, maps, shape) writes
+    them, in threads, and returns {folder: picture}. Returns {index: pictures} of what this process has
+    drawn, for the grid's rows; None for others. recipe is process 0's. OUT is not complete before finish
+    says so. Raises InputError as take_up does.
     """
     rank, world = place()
-    left = broadcast(take_up(out, recipe, requests, outputs.endings) if rank == 0 else None)
+    left = None
+    if rank == 0:
+        left = take_up(out, recipe, requests, class_names, outputs, overwrite)
+    left = broadcast(left)
     batches, drawn, pending = share(left, rank, world, batch_size), {}, collections.deque()
 
     def settle(most):

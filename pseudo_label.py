@@ -11,8 +11,8 @@ A teacher is hf:MODEL (a transformers pipeline; MODEL may be a local folder), hu
   --depth   (H, W) disparity, larger is nearer (--depth-space depth: depth)
   --normal  (H, W, 3): +x left, +y up, +z towards the viewer, as floats in [-1, 1] or uint8 xyz * 0.5 + 0.5
   --seg     masks (K, H, W) bool, labels (H, W), or colours uint8 (H, W, 3)
-Writes OUT/{rgb,depth,normal,seg}/<class>/<name>.png. What is there is kept: the same command continues an
-interrupted run.
+Writes OUT/{rgb,depth,normal,seg}/<class>/<name>.png, and OUT/tree.json, which says what they hold. What is
+there is kept, unless its photo has changed: the same command continues an interrupted run.
 """
 import functools
 import hashlib
@@ -23,11 +23,13 @@ import sys
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 
-from distributed import InputError, barrier, check, command_parser, reading, run, setup, whole_file
-from modalities import MODALITIES, find_pictures, read_rgb, stem_of, unit
+from distributed import (InputError, barrier, check, command_parser, only_writer, reading, run, setup, sha256,
+                         whole_file)
+from modalities import MODALITIES, fill_unknown, read_rgb, unit
+from trees import find_pictures, stem_of, write_facts
 
 
 # ------------------------------------------------------------------------------------------------
@@ -87,7 +89,8 @@ def depth_picture(array, size, space):
     _fitting(array, 2)
     disparity = array.astype(np.float64)
     if space == "depth":
-        disparity = np.where(disparity > 0, 1 / np.where(disparity > 0, disparity, 1), 0)
+        known = disparity > 0
+        disparity = fill_unknown(np.where(known, 1 / np.where(known, disparity, 1), 0), known)
     scaled = (disparity - disparity.min()) / max(np.ptp(disparity), 1e-12)
     smooth = Image.fromarray(scaled.astype(np.float32)).resize(size, Image.Resampling.BILINEAR)
     return Image.fromarray((np.asarray(smooth, np.float64) * 65535).round().astype(np.uint16))
@@ -132,30 +135,47 @@ def to_picture(modality, array, size, stem, depth_space):
         return depth_picture(array, size, depth_space)
     if modality == "normal":
         return normal_picture(array, size)
-    seed = int.from_bytes(hashlib.sha256(stem.encode()).digest()[:8], "little")
+    seed = int.from_bytes(hashlib.sha256(os.fsencode(stem)).digest()[:8], "little")
     return seg_picture(array, size, seed)
 
 
 # ------------------------------------------------------------------------------------------------
 
+def is_of(path, digest):
+    """Whether a picture is there and was made of the photo of this content, as far as it says."""
+    if not path.is_file():
+        return False
+    with reading(path, "remove it"), Image.open(path) as image:
+        return image.info.get("photo", digest) == digest
+
+
+def save_picture(path, picture, digest):
+    """Write a PNG that says of which photo it was made."""
+    text = PngImagePlugin.PngInfo()
+    text.add_text("photo", digest)
+    with whole_file(path) as file:
+        picture.save(file, "png", pnginfo=text)
+
+
 def label_photo(path, stem, out, teachers, depth_space):
-    """Write what is missing of one photo, its modalities first, its RGB last. Raises InputError naming the
-    photo.
+    """Write what is missing of one photo, or was made of another one of its name: its modalities first, its
+    RGB last. Raises InputError naming the photo.
     """
-    missing = [m for m in teachers if not (out / m / f"{stem}.png").is_file()]
+    with reading(path, "replace or remove it"):
+        digest = sha256(path)
+    missing = [m for m in teachers if not is_of(out / m / f"{stem}.png", digest)]
     rgb = out / "rgb" / f"{stem}.png"
-    copy = not rgb.is_file() and not path.resolve().is_relative_to((out / "rgb").resolve())
+    inside = path.resolve().is_relative_to((out / "rgb").resolve())
+    copy = not inside and not is_of(rgb, digest)
     if not missing and not copy:
         return
     image = read_rgb(path)
     for m in missing:
         with reading(f"{path}: what the {m} teacher makes of it", "mend or remove the photo"):
             picture = to_picture(m, teachers[m](image), image.size, stem, depth_space)
-        with whole_file(out / m / f"{stem}.png") as file:
-            picture.save(file, "png")
+        save_picture(out / m / f"{stem}.png", picture, digest)
     if copy:
-        with whole_file(rgb) as file:
-            image.save(file, "png")
+        save_picture(rgb, image, digest)
 
 
 def label(photos, out, teachers, depth_space, skip_broken):
@@ -168,7 +188,7 @@ def label(photos, out, teachers, depth_space, skip_broken):
             for m in teachers:  # no modality without the others
                 (out / m / f"{stem}.png").unlink(missing_ok=True)
             out.mkdir(parents=True, exist_ok=True)
-            with open(out / "skipped.txt", "a") as file:
+            with open(out / "skipped.txt", "a", errors="backslashreplace") as file:
                 file.write(f"{stem}\t{error}\n")
 
 
@@ -197,17 +217,21 @@ def main():
     names = {"depth": args.depth, "normal": args.normal, "seg": args.seg}
     names = {m: name for m, name in names.items() if name}
     check(names, "no teacher; name at least one of --depth, --normal, --seg")
+    said = {"upright": True, **({"depth_space": "disparity"} if args.depth else {}),
+            **({"seg_mode": "instance"} if args.seg else {})}
     if rank:
         barrier()  # the first process fetches what the others then find on the disk
     teachers = {m: load_teacher(m, name, device) for m, name in names.items()}
     left_out = args.out / "skipped.txt"
-    if rank == 0:
-        left_out.unlink(missing_ok=True)  # what was left out is tried, and listed, again
+    with only_writer(args.out):
+        if rank == 0:
+            left_out.unlink(missing_ok=True)  # what was left out is tried, and listed, again
+            write_facts(args.out, **said)
+            barrier()
+        with torch.inference_mode():
+            bar = tqdm(list(photos.items())[rank::world], "label", disable=rank > 0)
+            label(bar, args.out, teachers, args.depth_space, args.skip_broken)
         barrier()
-    with torch.inference_mode():
-        mine = list(photos.items())[rank::world]
-        label(tqdm(mine, "label", disable=rank > 0), args.out, teachers, args.depth_space, args.skip_broken)
-    barrier()
     if rank == 0:
         skipped = ""
         if left_out.is_file():

@@ -20,14 +20,15 @@ import torch
 from PIL import Image
 
 import samplers
-from dataset import class_of
-from distributed import InputError, barrier, check, command_parser, prefetch, run, setup, whole_file
+from distributed import (InputError, barrier, check, check_folder, command_parser, only_writer, prefetch, run,
+                         setup, whole_file)
 from mesh import pick_segment, write_mesh
-from modalities import (MODALITIES, as_it_is, centre_crop, enlarge, filter_of, nearest_colour,
-                        pictures_by_stem, segments, stem_of)
-from produce import produce, read_rgb_file, sample_list, write_grid, write_meta, write_npz
+from modalities import (MODALITIES, as_it_is, centre_crop, check_turned, enlarge, filter_of, nearest_colour,
+                        segments)
+from produce import finish, produce, read_rgb_file, write_grid, write_npz
+from trees import facts_of, flat_name, folders_of, pictures_by_stem, stem_of
 from vae import encoder_of
-from weights import DEMO, load_model, newest_checkpoint
+from weights import DEMO, classes_of, load_model, newest_checkpoint
 
 TASKS = ("generate", "understand", "condition", "translate")
 MOST_TOKENS = 2 ** 14  # of a picture with --fit full
@@ -62,17 +63,41 @@ def of_classes(class_ids, classes, num, num_classes, seed):
     return [Request(i, f"{i:06d}", label, {}) for i, label in enumerate(labels)]
 
 
-def find_files(location, modality):
-    """{stem: path} of a picture, or of all below a folder (its <modality>/ subfolder if it has one)."""
+def picture_folder(location, modality):
+    """The folder whose pictures of a modality are meant: a tree's for it, else the folder itself; a file."""
     location = pathlib.Path(location)
+    if not location.is_dir():
+        return location
+    inner = location / modality
+    if modality not in MODALITIES:  # masks
+        return inner if inner.is_dir() else location
+    there = folders_of(location)
+    check(modality in there or not there, f"{inner}: no such folder; there are {', '.join(there)}")
+    return there.get(modality, location)
+
+
+def find_files(location):
+    """{stem: path} of a picture, or of all below a folder."""
     if location.is_dir():
-        there = [m for m in MODALITIES if (location / m).is_dir()]  # of a tree
-        if there and modality in MODALITIES:
-            check(modality in there, f"{location / modality}: no such folder; there are {', '.join(there)}")
-        inner = location / modality
-        return pictures_by_stem(inner if inner.is_dir() else location)
+        return pictures_by_stem(location)
     check(location.is_file(), f"{location}: no such file or folder")
     return {stem_of(location, location.parent): location}
+
+
+def labels_of(location, stems, meta):
+    """{stem: class} of pictures: what their folders name, num_classes where they do not; a single file has
+    none.
+    """
+    folders = {stem: pathlib.PurePosixPath(stem).parent.as_posix() for stem in stems}
+    if location.is_dir():
+        base = location.resolve().name  # it may be a class's own folder
+        folders = {stem: base if folder == "." else folder for stem, folder in folders.items()}
+        known = classes_of(set(folders.values()), meta["class_names"])
+    else:
+        known = {}
+    none = meta["num_classes"]
+    labels = {stem: known.get(folder) for stem, folder in folders.items()}
+    return {stem: none if label is None else label for stem, label in labels.items()}
 
 
 def of_pictures(given, locations, label, num, meta):
@@ -81,17 +106,16 @@ def of_pictures(given, locations, label, num, meta):
     label: of all; None: each picture's folder names it, if it is a class. Files of several modalities belong
     together by their stems, single files by their order.
     """
-    found = {m: find_files(location, m) for m, location in zip(given, locations)}
-    single, requests = not any(pathlib.Path(location).is_dir() for location in locations), []
+    found = {m: find_files(location) for m, location in zip(given, locations)}
+    labels = labels_of(locations[0], found[given[0]], meta)
+    single, requests = not any(location.is_dir() for location in locations), []
     for stem, path in found[given[0]].items():
         files = {m: next(iter(found[m].values())) if single else found[m].get(stem) for m in given}
         for m, file in files.items():
             check(file, f"{path}: no file with this stem in {locations[given.index(m)]} for --given {m}")
-        known = class_of(path.parent.name, meta["class_names"]) if label is None else label
-        known = meta["num_classes"] if known is None else known
         for k in range(num):
-            name = stem.replace("/", "_") + (f"_{k}" if num > 1 else "")
-            requests.append(Request(len(requests), name, known, files))
+            name = flat_name(stem + (f"_{k}" if num > 1 else ""))
+            requests.append(Request(len(requests), name, labels[stem] if label is None else label, files))
     stems = [request.stem for request in requests]
     if len(set(stems)) < len(stems):
         twice = max(set(stems), key=stems.count)
@@ -121,18 +145,23 @@ class Input(NamedTuple):
     shape: tuple  # (H, W) of its outputs, None for the network's
 
 
-def read_input(request, fit, full, space):
-    """Read a request's files; full: outputs are of their size. InputError where maps do not align."""
-    pixels, whole, shape = {}, {}, None
+def read_input(request, fit, full, facts):
+    """Read a request's files; full: outputs are of their size; facts {modality: Facts} of them.
+
+    Raises InputError where maps do not align.
+    """
+    pixels, whole, shape, rasters = {}, {}, None, []
     for m, path in request.files.items():
         row = MODALITIES[m]
-        raster = row.open(path)
-        pixels[m] = row.pixels(raster, fit, space)
-        whole[m] = row.pixels(raster, as_it_is, space) if full else pixels[m]
+        raster = row.open(path, facts[m])
+        rasters.append(raster)
+        pixels[m] = row.pixels(raster, fit)
+        whole[m] = row.pixels(raster, as_it_is) if full else pixels[m]
         shape = raster.size[::-1] if full else None
         first = next(iter(pixels))
         check(pixels[m].shape == pixels[first].shape, f"{path}: its size does not match that of {first}; "
               "the maps must be aligned")
+    check_turned(rasters)
     return Input(pixels, whole, shape)
 
 
@@ -198,6 +227,8 @@ class Maps:
     arrays), if given, is called with what was written.
     """
 
+    extras = {}  # {folder: endings} of files that only some samples have
+
     def __init__(self, folders, truncate=False, finish=None):
         self.folders, self.truncate, self.finish = folders, truncate, finish
         self.endings = {name: [".png", ".npy"] if row.floats else [".png"] for name, row in folders.items()}
@@ -243,13 +274,16 @@ def truth_files(files, modalities):
     return {}
 
 
-def truth_pictures(files, modalities, fit, space):
-    """{modality: picture} of the ground truth beside given files, as far as it can be read."""
+def truth_pictures(files, modalities, fit, facts):
+    """{modality: picture} of the ground truth beside given files, as far as it can be read; facts {given
+    modality: Facts} of their tree.
+    """
+    held = facts[next(iter(files))] if files else None
     pictures = {}
     for m, path in truth_files(files, modalities).items():
         row = MODALITIES[m]
         try:
-            pixels = row.to_pixels(row.array(row.open(path), fit, space))
+            pixels = row.pixels(row.open(path, held), fit)
         except InputError as error:
             print(f"warning: ground truth left out of the grid: {error}")
         else:
@@ -291,7 +325,11 @@ def add_flags(parser):
     parser.add_argument("--classes", choices=("random", "balanced"), default="random",
                         help="generate without --class-id: drawn, or all in turn")
     parser.add_argument("--num", type=int, help="per class or picture (1); without --class-id in all (8)")
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("samples"))
+    parser.add_argument("--out", type=pathlib.Path, help="default: samples/<task>")
+    parser.add_argument("--overwrite", action="store_true",
+                        help="replace the samples of another command in OUT")
+    parser.add_argument("--depth-space", choices=("disparity", "depth"),
+                        help="what given depth files hold; default: what tree.json says, else disparity")
     parser.add_argument("--outputs", nargs="+", choices=list(MODALITIES), help="what to write; default all")
     parser.add_argument("--npz", action="store_true", help="also OUT/samples.npz, the RGB as ADM's arr_0")
     parser.add_argument("--truncate", action="store_true", help="cut to 8 bits as REPA does, not rounded")
@@ -301,6 +339,7 @@ def add_flags(parser):
 
 def check_flags(args):
     """Raise InputError for values of the shared flags that cannot be."""
+    args.out = args.out or pathlib.Path("samples", args.task)
     check(args.num is None or 1 <= args.num <= 10 ** 6, f"--num {args.num}: from 1 to a million")
     check(not (args.npz and args.fit == "full"), "--npz with --fit full: pictures of different sizes do not "
           "fit one array; use --fit crop")
@@ -350,14 +389,34 @@ def outputs_of(outputs, modalities, needed):
 
 
 def locations_of(images, given, task):
-    """A file or folder for each of the given modalities; a tree serves them all."""
+    """The file or folder of pictures of each of the given modalities; a tree serves them all."""
     if images is None and task == "understand":
         images = [DEMO / "scenes"]
     if images and len(images) == 1 and pathlib.Path(images[0]).is_dir():
         images = images * len(given)
     check(images and len(images) == len(given), f"--task {task}: needs --image with {len(given)} file(s) or "
           f"folder(s), for {', '.join(given)}, or one tree")
-    return images
+    return [picture_folder(location, m) for location, m in zip(images, given)]
+
+
+def facts_for(given, locations, depth_space, meta):
+    """{given modality: Facts of its files}: labels are in the checkpoint's colours where nobody says it."""
+    facts = {}
+    for m, location in zip(given, locations):
+        facts[m] = facts_of(location, depth_space)
+        if facts[m].palette is None and meta["palette"]:
+            facts[m] = facts[m]._replace(palette=np.array(meta["palette"], np.uint8))
+    return facts
+
+
+def tell(requests, facts, meta):
+    """Print how the given files are read, and how many of their pictures have a class."""
+    if "depth" in facts:
+        print(f"depth files hold {facts['depth'].depth_space} ({facts['depth'].said}); "
+              "--depth-space says otherwise")
+    without = sum(request.label == meta["num_classes"] for request in requests)
+    if facts and without:
+        print(f"{without} of {len(requests)} pictures are of no class of the checkpoint's")
 
 
 def main():
@@ -376,23 +435,25 @@ def main():
     needed = {flag: names for flag, asked, names in needs if asked}
     wanted = outputs_of(args.outputs, model.modalities, needed)
     check_classes(args.class_id, meta["num_classes"])
-    classes, num = meta["num_classes"], args.num or 1
+    classes, num, facts, locations = meta["num_classes"], args.num or 1, {}, []
     if given:
         check(len(args.class_id or ()) < 2, f"--class-id {args.class_id}: give one class for all pictures")
         label = args.class_id[0] if args.class_id else None
         locations = locations_of(args.image, given, args.task)
         requests = of_pictures(given, locations, label, num, meta)
+        facts = facts_for(given, locations, args.depth_space, meta)
     else:
         requests = of_classes(args.class_id, args.classes, args.num, classes, args.seed)
     if rank == 0:
         print(f"{loaded.path}: {', '.join(model.modalities)}, {classes} classes, step {loaded.step}; "
               f"{len(requests)} samples on {device}")
+        tell(requests, facts, meta)
         if args.cfg != 1.0 and any(request.label == classes for request in requests):
             print(f"warning: --cfg {args.cfg} has no effect on pictures without a class; give --class-id")
 
     full = args.fit == "full"
     fit = fit_of(args.fit, meta["resolution"], model.patch_size * encoder.factor)
-    read = functools.partial(read_input, fit=fit, full=full, space=meta["depth_space"])
+    read = functools.partial(read_input, fit=fit, full=full, facts=facts)
     draw = Drawing(model, encoder, sampling, args.seed, wanted, read, given, again)
     folders = {m: MODALITIES[m] for m in wanted}
     if again:
@@ -400,28 +461,32 @@ def main():
     mesh = functools.partial(write_object, out=args.out, palette=meta["palette"], segment=args.segment,
                              focal=args.focal)
     outputs = Maps(folders, args.truncate, mesh if args.mesh else None)
+    if args.mesh:
+        outputs.extras = {"mesh": [".ply", ".png"]}
     recipe = None if rank > 0 else dict(
         task=args.task, given=given, **samplers.recipe(loaded, sampling, args.seed), fit=args.fit,
         truncate=args.truncate, outputs={m: MODALITIES[m].meaning for m in wanted}, endings=outputs.endings,
-        palette=meta["palette"], samples=sample_list(requests))
-    drawn = produce(args.out, requests, draw, outputs, recipe, 1 if full and given else args.batch_size)
-    if args.mesh:
-        for request in requests[rank::world]:
-            if request.index not in drawn:  # there already
-                mesh(request, read_arrays(args.out, request))
-    barrier()
-    if rank > 0:
-        return
+        depth_space=facts["depth"].depth_space if "depth" in facts else None, palette=meta["palette"])
+    check_folder(args.out, [location for location in locations if location.is_dir()])
     labels = {name: f"{name} (given)" if name in given else name.replace("_", " ") for name in folders}
     labels = {name: labels[name] for name in (*given, *folders) if name in labels}  # the given first
 
     def truth(request):
-        return truth_pictures(request.files, model.modalities, fit, meta["depth_space"])
-    write_grid(args.out, requests, drawn, labels, truth)
-    if args.npz:
-        write_npz(args.out, requests)
-    write_meta(args.out, recipe, complete=True)
-    print(args.out / "grid.png")
+        return truth_pictures(request.files, model.modalities, fit, facts)
+    with only_writer(args.out):
+        drawn = produce(args.out, requests, draw, outputs, recipe, 1 if full and given else args.batch_size,
+                        meta["class_names"], args.overwrite)
+        if args.mesh:
+            for request in requests[rank::world]:
+                if request.index not in drawn:  # there already
+                    mesh(request, read_arrays(args.out, request))
+        barrier()
+        if rank == 0:
+            write_grid(args.out, requests, drawn, labels, truth)
+            if args.npz:
+                write_npz(args.out, requests)
+            finish(args.out)
+            print(args.out / "grid.png")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from PIL import Image
 
 from distributed import check, command_parser, run, whole_file
 from modalities import MODALITIES
+from trees import write_facts
 
 HELD_OUT = 2 ** 31
 SEGMENTS = ("floor", "wall", "sphere", "box", "cylinder", "cone")
@@ -274,7 +275,7 @@ def teacher(scene, grid):
 
 
 def main():
-    """Write scenes as pictures: <out>/{rgb,depth,normal,seg}/<class>/<seed>."""
+    """Write scenes as pictures: <out>/{rgb,depth,normal,seg}/<class>/<seed>, and tree.json."""
     parser = command_parser(__doc__)
     parser.add_argument("--num", type=int, default=8, help="how many scenes")
     parser.add_argument("--start", type=int, default=HELD_OUT, help="first seed")
@@ -284,6 +285,7 @@ def main():
     check(1 <= args.num <= 10 ** 7 and 8 <= args.size <= 4096 and args.start >= 0,
           f"--num {args.num} --start {args.start} --size {args.size}: "
           "1 to ten million scenes from seed 0 on, of 8 to 4096 pixels")
+    write_facts(args.out, depth_space="disparity", seg_mode="semantic", palette=PALETTE.tolist())
     for seed in range(args.start, args.start + args.num):
         scene = render(seed, args.size)
         for name, array in maps(scene).items():

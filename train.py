@@ -22,8 +22,8 @@ from tqdm import tqdm
 
 import dataset
 import runs
-from distributed import (InputError, all_reduce, autocast, barrier, check, command_parser, run, setup,
-                         whole_file)
+from distributed import (InputError, all_reduce, autocast, barrier, check, command_parser, only_writer, run,
+                         setup, whole_file)
 from modalities import MODALITIES, draw_samples, draw_sheet
 from model import FUSIONS, SIZES, MMDiT, build_model, training_flops
 from optimisers import update, update_ema
@@ -381,7 +381,8 @@ def command(objective, doc):
     cache = dataset.Cache(args.data)
     torch.manual_seed(args.seed)  # the initial weights, the same on every process
     defaults = {name: parser.get_default(name) for name in vars(args)}
-    train(args, cache, objective(args, cache, place[2]), place, defaults)
+    with only_writer(args.run):
+        train(args, cache, objective(args, cache, place[2]), place, defaults)
 
 
 def main():

@@ -23,7 +23,8 @@ import mt_diffusion
 import mt_sample
 import toy_scenes
 from distributed import InputError, command_parser, run, setup
-from modalities import read_rgb, stem_of, unit
+from modalities import read_rgb, unit
+from trees import flat_name, stem_of
 from samplers import Noise
 from vae import encoder_of
 from weights import load_model
@@ -51,7 +52,7 @@ def compare(scenes, out):
     """The scenes' RGB against what was restored into a folder -> Restored."""
     filled, grey, exact = [], [], True
     for path in sorted((scenes / "rgb").rglob("*.png")):
-        name = stem_of(path, scenes / "rgb").replace("/", "_") + ".png"
+        name = flat_name(stem_of(path, scenes / "rgb")) + ".png"
         truth, masked = pixels_of(path), pixels_of(out / "masked_rgb" / name)
         restored = pixels_of(out / "rgb" / name)
         hidden = (masked != truth).any(-1)

@@ -4,12 +4,12 @@ import pytest
 from PIL import Image
 
 from distributed import InputError
-from modalities import MODALITIES, Flat, Scalar, Vector, canny, centre_crop
+from modalities import MODALITIES, PLAIN, Flat, Scalar, Vector, canny, centre_crop
 
 
-def read(path, modality, **options):
+def read(path, modality, facts=PLAIN, **options):
     row = MODALITIES[modality]
-    return row.array(row.open(path), **options)
+    return row.array(row.open(path, facts), **options)
 
 
 def test_registry_round_trips():
@@ -68,8 +68,8 @@ def test_unusual_pictures_are_read_correctly(tmp_path):
     Image.fromarray(colours[..., 0]).save(tmp_path / "grey.png")
     assert read(tmp_path / "grey.png", "rgb").shape == (64, 64, 3)
     np.save(tmp_path / "depth.npy", np.array([[1.0, 2.0], [4.0, 0.0]], np.float32))
-    disparity = read(tmp_path / "depth.npy", "depth", space="depth")
-    assert disparity.tolist() == [[1.0, 0.5], [0.25, 0.0]]
+    disparity = read(tmp_path / "depth.npy", "depth", PLAIN._replace(depth_space="depth"))
+    assert disparity.tolist() == [[1.0, 0.5], [0.25, 0.25]]  # 0 is unknown: a nearest is taken
 
 
 def test_adm_centre_crop():
@@ -87,11 +87,11 @@ def test_arrays_are_checked_and_flat_ones_stay_flat(tmp_path):
     seg = read(tmp_path / "seg.npy", "seg", fit=lambda image, nearest: centre_crop(image, 33, nearest))
     assert isinstance(MODALITIES["seg"], Flat) and set(np.unique(seg)) == {0, 200} and seg.dtype == np.uint8
     np.save(tmp_path / "normal.npy", np.full((8, 8, 3), 200.0))
-    np.save(tmp_path / "nan.npy", np.full((8, 8), np.nan))
+    np.save(tmp_path / "solid.npy", np.zeros((8, 8, 3)))
     (tmp_path / "zip.npy").write_bytes(b"PK\x03\x04" + bytes(100))
     header = b"{'descr': '<f4', 'fortran_order': False, 'shape': (8, 8\n"  # never closed: tokenize's error
     length = len(header).to_bytes(2, "little")
     (tmp_path / "header.npy").write_bytes(b"\x93NUMPY\x01\x00" + length + header)
-    for name, modality in (("normal", "normal"), ("nan", "depth"), ("zip", "depth"), ("header", "depth")):
+    for name, modality in (("normal", "normal"), ("solid", "depth"), ("zip", "depth"), ("header", "depth")):
         with pytest.raises(InputError, match=f"{name}.npy"):
             read(tmp_path / f"{name}.npy", modality)

@@ -14,7 +14,7 @@ import sample
 import samplers
 from conftest import shell
 from distributed import InputError, whole_file
-from modalities import MODALITIES
+from modalities import MODALITIES, PLAIN
 from sample import Request
 from weights import DEMO, load_checkpoint
 
@@ -59,7 +59,8 @@ def test_requests_of_pictures(tmp_path):
             path = tmp_path / m / f"{name}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.new("RGB", (8, 8)).save(path)
-    tree = [tmp_path] * 2
+    tree = sample.locations_of([tmp_path], ["rgb", "depth"], "condition")
+    assert tree == [tmp_path / "rgb", tmp_path / "depth"]
     requests = sample.of_pictures(["rgb", "depth"], tree, None, 2, meta)
     assert [(r.index, r.stem, r.label) for r in requests] == [
         (0, "elsewhere_b_0", 2), (1, "elsewhere_b_1", 2), (2, "green_box_a_0", 1), (3, "green_box_a_1", 1)]
@@ -67,7 +68,9 @@ def test_requests_of_pictures(tmp_path):
     assert {r.label for r in sample.of_pictures(["rgb"], tree[:1], 0, 1, meta)} == {0}
     files = [tmp_path / "rgb/green_box/a.png", tmp_path / "depth/elsewhere/b.png"]
     (single,) = sample.of_pictures(["rgb", "depth"], files, None, 1, meta)
-    assert single == Request(0, "a", 1, dict(zip(("rgb", "depth"), files)))
+    assert single == Request(0, "a", 2, dict(zip(("rgb", "depth"), files)))  # a single file has no class
+    inside = sample.of_pictures(["rgb"], [tmp_path / "rgb/green_box"], None, 1, meta)
+    assert [(r.stem, r.label) for r in inside] == [("a", 1)]  # a class's own folder
     (tmp_path / "depth/elsewhere/b.png").unlink()
     with pytest.raises(InputError, match="b.png: no file with this stem in .* for --given depth"):
         sample.of_pictures(["rgb", "depth"], tree, None, 1, meta)
@@ -81,11 +84,12 @@ def test_maps_that_do_not_align_are_refused(tmp_path):
     np.save(tmp_path / "d.npy", np.random.default_rng(0).random((60, 50)))
     request = Request(0, "a", 0, {"rgb": tmp_path / "a.png", "depth": tmp_path / "d.npy"})
     crop, full = (sample.fit_of(mode, 32, 8) for mode in ("crop", "full"))
-    one = sample.read_input(request, crop, False, "disparity")
+    facts = {"rgb": PLAIN, "depth": PLAIN}
+    one = sample.read_input(request, crop, False, facts)
     assert one.pixels["depth"].shape == (3, 32, 32) and one.shape is None and one.whole == one.pixels
     with pytest.raises(InputError, match="d.npy: its size does not match that of rgb"):
-        sample.read_input(request, full, True, "disparity")
-    one = sample.read_input(request._replace(files={"rgb": tmp_path / "a.png"}), full, True, "disparity")
+        sample.read_input(request, full, True, facts)
+    one = sample.read_input(request._replace(files={"rgb": tmp_path / "a.png"}), full, True, facts)
     assert one.pixels["rgb"].shape == (3, 48, 32) and one.whole["rgb"].shape == (3, 60, 40)
     assert one.shape == (60, 40)
 
@@ -125,7 +129,7 @@ def test_understand_shows_the_bundled_scenes_beside_the_truth(tmp_path, command)
     truth = np.asarray(Image.open(given.replace("/rgb/", "/depth/")).convert("L")) / 255.0
     assert np.corrcoef(truth.ravel(), depth.ravel())[0, 1] > 0.8  # the demo weights do understand
     crop = sample.fit_of("crop", 64, 8)
-    truths = sample.truth_pictures({"rgb": pathlib.Path(given)}, MODALITIES, crop, "disparity")
+    truths = sample.truth_pictures({"rgb": pathlib.Path(given)}, MODALITIES, crop, {"rgb": PLAIN})
     assert truths.keys() == {"depth", "normal", "seg"}
     labels = 4 + 3  # all modalities, and the truth of three of them
     assert Image.open(tmp_path / "grid.png").width == labels * 132 + 4
@@ -284,8 +288,14 @@ def test_an_interrupted_set_continues_to_the_same_file(command, monkeypatch, tmp
     stamp = picture.stat().st_mtime_ns
     assert "10 of 10 samples are there" in command("sample", *flags(10), "--out", cut)
     assert picture.stat().st_mtime_ns == stamp
-    again = command("sample", *flags(6), "--seed", 1, "--out", cut)  # another recipe starts afresh
-    assert "replaces 10 samples" in again and len(list((cut / "rgb").iterdir())) == 6
+    assert "10 of 12 samples are there" in command("sample", *flags(12), "--out", cut)  # more are added
+    assert (np.load(cut / "samples.npz")["arr_0"][:10] == array).all()
+    other = (*flags(6), "--seed", 1, "--out", cut)
+    with pytest.raises(InputError, match="seed was 0, is 1.*--overwrite"):
+        command("sample", *other)
+    assert len(list((cut / "rgb").iterdir())) == 12 and picture.stat().st_mtime_ns == stamp
+    assert "12 samples are replaced" in command("sample", *other, "--overwrite")
+    assert len(list((cut / "rgb").iterdir())) == 6
     assert not (np.load(cut / "samples.npz")["arr_0"] == array[:6]).all()
 
 
@@ -300,34 +310,65 @@ def test_an_error_of_a_writing_thread_is_raised(tmp_path):
 
     with pytest.raises(OSError):
         produce.produce(tmp_path, requests, draw, outputs, {"seed": 0}, 1)
-    assert json.loads((tmp_path / "meta.json").read_text()) == {"seed": 0, "complete": False}
+    meta = json.loads((tmp_path / "meta.json").read_text())
+    assert meta["seed"] == 0 and meta["complete"] is False and meta["samples"][0]["stem"] == "a"
     (tmp_path / "rgb").unlink()
     drawn = produce.produce(tmp_path, requests, draw, outputs, {"seed": 0}, 1)
     assert (drawn[0]["rgb"] == 128).all() and (pixels(tmp_path / "rgb/a.png") == 128).all()
 
 
+def taken(out, recipe, requests, overwrite=False):
+    """The stems still to be drawn of requests of pictures only."""
+    outputs = sample.Maps({"rgb": MODALITIES["rgb"]})
+    recipe = {**recipe, "endings": outputs.endings}
+    return [r.stem for r in produce.take_up(out, recipe, requests, ["c"], outputs, overwrite)]
+
+
 def test_a_folder_of_samples_takes_nothing_but_samples(tmp_path):
-    """Nothing that is given is written over, no other command's meta.json; a set goes on incomplete."""
-    out, recipe, endings = tmp_path / "o", {"seed": 0}, {"rgb": [".png"]}
-    (out / "rgb").mkdir(parents=True)
-    given = Request(0, "a", 0, {"rgb": out / "rgb" / "a.png"})
-    with pytest.raises(InputError, match="holds .*a.png, which is given; use another folder"):
-        produce.take_up(out, recipe, [given], endings)
-    requests = [Request(i, name, 0, {}) for i, name in enumerate("ab")]
+    """Nothing that is given or is somebody's is written over; of another recipe only by --overwrite."""
+    out, photos = tmp_path / "o", [tmp_path / f"{name}.png" for name in "abc"]
+    for photo in photos:
+        photo.write_bytes(photo.name.encode())
+    requests = [Request(i, path.stem, 0, {"rgb": path}) for i, path in enumerate(photos[:2])]
     for text in ('{"modalities": ["rgb"]}', "[1]", "not JSON"):
+        out.mkdir(exist_ok=True)
         (out / "meta.json").write_text(text)
-        with pytest.raises(InputError, match="meta.json: is not of samples; use another --out"):
-            produce.take_up(out, recipe, requests, endings)
+        with pytest.raises(InputError, match="meta.json: .*use another --out"):
+            taken(out, {"seed": 0}, requests)
     (out / "meta.json").unlink()
-    assert produce.take_up(out, recipe, requests, endings) == requests
+    (out / "rgb").mkdir()
+    (out / "rgb/a.png").write_bytes(b"mine")
+    with pytest.raises(InputError, match="a.png: is there, and no sample of"):
+        taken(out, {"seed": 0}, requests)
+    with pytest.raises(InputError, match="a.png would be overwritten, and is given"):
+        taken(out, {"seed": 0}, [Request(0, "a", 0, {"rgb": out / "rgb/a.png"})])
+    (out / "rgb/a.png").unlink()
+
+    assert taken(out, {"seed": 0}, requests) == ["a", "b"]
     (out / "rgb/a.png").write_bytes(b"drawn")
-    produce.write_meta(out, recipe, complete=True)
-    assert produce.take_up(out, recipe, requests, endings) == requests[1:]
-    assert json.loads((out / "meta.json").read_text()) == {"seed": 0, "complete": False}
-    written = dict(seed=0, samples=produce.sample_list(requests), endings=endings)
-    produce.write_meta(out, written, complete=True)
     (out / "rgb/mine.png").write_bytes(b"not a sample")
-    assert produce.take_up(out, {"seed": 1}, requests, endings) == requests  # another recipe
+    assert taken(out, {"seed": 0}, requests) == ["b"]
+    (out / "rgb/b.png").write_bytes(b"drawn")
+    produce.finish(out)
+    assert json.loads((out / "meta.json").read_text())["complete"] is True
+    more = [Request(0, "c", 0, {"rgb": photos[2]})]
+    assert taken(out, {"seed": 0}, more) == ["c"]  # added
+    produce.finish(out)
+    meta = json.loads((out / "meta.json").read_text())
+    assert meta["complete"] is False and [s["stem"] for s in meta["samples"]] == ["a", "b", "c"]
+    photos[0].write_bytes(b"another photo")
+    os.utime(photos[0], (0, 0))  # older than its maps
+    assert taken(out, {"seed": 0}, requests) == ["a"]
+    elsewhere = tmp_path / "x" / "a.png"
+    elsewhere.parent.mkdir()
+    elsewhere.write_bytes(b"of the same name")
+    other = [Request(0, "a", 0, {"rgb": elsewhere})]
+    with pytest.raises(InputError, match="the name a is taken by .*a.png, not .*x/a.png"):
+        taken(out, {"seed": 0}, other)
+    with pytest.raises(InputError, match="seed was 0, is 1"):
+        taken(out, {"seed": 1}, requests)
+    assert (out / "rgb/a.png").exists()
+    assert taken(out, {"seed": 1}, requests, overwrite=True) == ["a", "b"]
     assert [path.name for path in (out / "rgb").iterdir()] == ["mine.png"]
 
 

@@ -1,0 +1,231 @@
+"""Folder trees of pictures: what lies in them, by which names it belongs together, and what it holds.
+
+    <root>/{rgb,depth,normal,seg}/<class>/<name>.png
+    <root>/tree.json    what can be read in two ways: {"format", "depth_space", "depth_unit", "focal",
+                        "seg_mode", "palette", "void", "upright"}, each of which may be missing; Facts of
+                        modalities.py says what they mean
+"""
+import collections
+import difflib
+import functools
+import hashlib
+import json
+import os
+import pathlib
+import re
+import unicodedata
+
+import numpy as np
+from PIL import Image
+
+from distributed import check, reading, say, whole_file
+from modalities import MODALITIES, Facts, is_array
+
+FORMAT = "mmgen-tree-1"
+ALIASES = {"mask": "seg"}  # the released data's name
+LONGEST = 240              # bytes of a file's name before its ending; file systems take 255 in all
+UNREADABLE = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")  # Pillow knows them, and needs another program
+
+
+# ------------------------------------------------------------------------------------------------
+# Names.
+
+@functools.cache
+def endings():
+    """The endings of the formats that Pillow reads."""
+    Image.init()
+    known = Image.registered_extensions().items()
+    return frozenset(end for end, name in known if name in Image.OPEN and name not in UNREADABLE)
+
+
+def stem_of(path, base):
+    """The name by which files of several modalities belong together: below base, without a picture's
+    ending; accents in one spelling.
+    """
+    name = path.relative_to(base)
+    if is_array(name) or name.suffix.lower() in endings():
+        name = name.with_suffix("")
+    return unicodedata.normalize("NFC", name.as_posix())
+
+
+def flat_name(stem):
+    """A stem as the name of one file: "_" for "/", short enough for a file system."""
+    name = stem.replace("/", "_")
+    raw = os.fsencode(name)
+    if len(raw) <= LONGEST:
+        return name
+    digest = hashlib.sha256(raw).hexdigest()[:8]
+    return f"{os.fsencode(name)[:LONGEST - 9].decode(errors='ignore')}-{digest}"
+
+
+def natural(name):
+    """The key that sorts 2 before 10."""
+    parts = re.split(r"(\d+)", name)
+    return [(part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in parts]
+
+
+# ------------------------------------------------------------------------------------------------
+# Files.
+
+def find_pictures(folder, arrays=False):
+    """The pictures below a folder, with arrays also .npy files, sorted; links are followed, names that
+    begin with a dot left out. Prints what was left out; raises InputError where there is none.
+    """
+    folder = pathlib.Path(folder)
+    check(folder.is_dir(), f"{folder}: no such folder")
+    found, left = [], collections.Counter()
+    for path, why in _walk(folder):
+        ending = path.suffix.lower()
+        if why is None and ending not in endings() and not (arrays and ending == ".npy"):
+            why = f"of no picture's ending ({ending or 'none'})"
+        if why is None:
+            found.append(path)
+        else:
+            left[why] += 1
+    told = ", ".join(f"{count} {why}" for why, count in left.items())
+    check(found, f"{folder}: no pictures in this folder{' (left out: ' + told + ')' if told else ''}")
+    if told:
+        say(f"{folder}: left out {told}")
+    return sorted(found)
+
+
+def _walk(folder):
+    """Yield (path, None) of the files below a folder; (path, why) of what is left out."""
+    for place, folders, files in os.walk(folder, followlinks=True):
+        place = pathlib.Path(place)
+        real = place.resolve()
+        above = {real, *real.parents}
+        for name in list(folders):
+            circular = (place / name).is_symlink() and (place / name).resolve() in above
+            if name.startswith(".") or circular:
+                folders.remove(name)
+                yield place / name, "circular" if circular else "hidden"
+        for name in files:
+            why = "hidden" if name.startswith(".") else None
+            if why is None and not (place / name).is_file():
+                why = "that lead nowhere"
+            yield place / name, why
+
+
+def pictures_by_stem(folder):
+    """{stem: path} of the pictures and arrays below a folder, sorted; an array counts before its picture.
+
+    Raises InputError where a stem is there twice.
+    """
+    files = {}
+    for path in find_pictures(folder, arrays=True):
+        stem = stem_of(path, folder)
+        other = files.get(stem, path)
+        same_kind = other is not path and is_array(other) == is_array(path)
+        check(not same_kind, f"{path}: the stem {stem} is there twice ({other.name}); keep one")
+        if stem not in files or is_array(path):
+            files[stem] = path
+    return files
+
+
+def folders_of(root):
+    """{modality: its folder} of a tree, in the registry's order; prints which others there are."""
+    root, found, odd = pathlib.Path(root), {}, []
+    check(root.is_dir(), f"{root}: no such folder")
+    for path in sorted(root.iterdir()):
+        if path.name in MODALITIES and path.is_dir():
+            found[path.name] = path
+        elif path.is_dir() and not path.name.startswith("."):
+            odd.append(path)
+    for path in odd if found else ():
+        meant = ALIASES.get(path.name)
+        if meant and meant not in found:
+            found[meant] = path
+            say(f"{path}: is read as {meant}")
+            continue
+        close = difflib.get_close_matches(path.name, MODALITIES, 1)
+        said = f"{meant or close[0]} is meant?" if meant or close else "no modality"
+        say(f"{path}: left out, {said}; the modalities are {', '.join(MODALITIES)}")
+    return {m: found[m] for m in MODALITIES if m in found}
+
+
+# ------------------------------------------------------------------------------------------------
+# What files hold.
+
+def tree_of(location):
+    """The tree.json of the tree that a file or folder lies in, or None."""
+    path = pathlib.Path(os.path.abspath(location))
+    roots = [path] if path.is_dir() else []
+    roots += [inner.parent for inner in (path, *path.parents) if inner.name in (*MODALITIES, *ALIASES)]
+    return next((root / "tree.json" for root in roots if (root / "tree.json").is_file()), None)
+
+
+def facts_of(location, depth_space=None, palette=None):
+    """What the files at a location hold: Facts of its tree.json; what flags say goes before it.
+
+    palette: uint8 (K, 3). Raises InputError for a tree.json that cannot be read.
+    """
+    path, facts = tree_of(location), Facts()
+    if path is not None:
+        facts = read_facts(path)
+    if depth_space is not None:
+        facts = facts._replace(depth_space=depth_space, said="by --depth-space")
+    return facts if palette is None else facts._replace(palette=palette)
+
+
+def read_facts(path):
+    """A tree.json -> Facts. Raises InputError for anything else."""
+    with reading(path, "give {\"format\": \"" + FORMAT + "\", \"depth_space\": ...}, or take it away"):
+        held = json.loads(path.read_text())
+        check(isinstance(held, dict) and held.get("format") == FORMAT,
+              f"{path}: format is not {FORMAT!r}; it says nothing of the tree's files, take it away")
+        told = {key: value for key, value in held.items() if key in Facts._fields and value is not None}
+    told.pop("said", None)
+    wanted = {"depth_space": ("disparity", "depth"), "seg_mode": ("semantic", "instance"),
+              "upright": (True, False)}
+    for key, allowed in wanted.items():
+        check(told.get(key, allowed[0]) in allowed, f"{path}: {key} is {told.get(key)!r}, must be one of "
+              f"{', '.join(map(str, allowed))}")
+    for key in ("depth_unit", "focal"):
+        number = told.get(key, 1.0)
+        check(isinstance(number, (int, float)) and 0 < number < 1e9,
+              f"{path}: {key} is {number!r}, must be a number above 0")
+    void = told.get("void", 0)
+    check(isinstance(void, int) and 0 <= void < 65536, f"{path}: void is {void!r}, must be a label")
+    if "palette" in told:
+        told["palette"] = as_palette(told["palette"], path)
+    said = {"said": f"by {path}"} if "depth_space" in told else {}
+    return Facts(**told, **said)
+
+
+def write_facts(root, **told):
+    """Write what is told of a tree's files into its tree.json, beside what it says already.
+
+    Raises InputError where that contradicts.
+    """
+    path = root / "tree.json"
+    held = {"format": FORMAT}
+    if path.is_file():
+        read_facts(path)
+        held = json.loads(path.read_text())
+    for key, value in told.items():
+        check(held.get(key, value) == value, f"{path}: says {key} = {str(held.get(key))[:60]}, the files "
+              f"would hold {str(value)[:60]}; use another folder")
+    if held != {**held, **told} or not path.is_file():
+        with whole_file(path) as file:
+            file.write(json.dumps({**held, **told}, indent=1).encode())
+
+
+def as_palette(found, path):
+    """A list of colours -> uint8 (K, 3). Raises InputError, naming the path, for anything else."""
+    with reading(path, "give a JSON list of colours [r, g, b]"):
+        colours = np.array(found)
+    shaped = colours.ndim == 2 and colours.shape[1] == 3 and 1 <= len(colours) <= 255
+    check(shaped and colours.dtype.kind in "iu" and colours.min() >= 0 and colours.max() <= 255,
+          f"{path}: not a list of up to 255 colours [r, g, b] from 0 to 255")
+    return colours.astype(np.uint8)
+
+
+def read_palette(path):
+    """Colours uint8 (K, 3) of a JSON list, or under the key "palette"; None where that is null, as instance
+    segmentation's is.
+    """
+    with reading(path, "give a JSON list of colours [r, g, b]"):
+        found = json.loads(path.read_text())
+        found = found["palette"] if isinstance(found, dict) else found
+    return None if found is None else as_palette(found, path)
