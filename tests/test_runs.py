@@ -1,5 +1,9 @@
 """A run that was interrupted, and what another command may change of it."""
+import errno
+import functools
 import json
+import os
+import pathlib
 import shutil
 import signal
 import subprocess
@@ -9,6 +13,7 @@ import time
 import pytest
 import torch
 
+import model
 import runs
 import train
 from conftest import ROOT, TRAIN, gap, start
@@ -137,6 +142,57 @@ def test_an_older_run_goes_on_with_the_defaults_of_what_it_does_not_say(cache, t
     assert config["train"]["precision"] == "bf16" and config["model"]["fusion"] == "linear"
 
 
+def test_a_new_flag_is_one_line(cache, trained, half, command, monkeypatch):
+    """In train.add_flags: older runs have its default, whatever its type."""
+    original = train.add_flags
+
+    def longer(parser):
+        original(parser)
+        parser.add_argument("--warmup", type=int, default=0)
+        parser.add_argument("--teachers", nargs="+", default=("a", "b"))
+        parser.add_argument("--beside", type=pathlib.Path, default=pathlib.Path("data/beside"))
+
+    monkeypatch.setattr(train, "add_flags", longer)
+    flags = ("--data", cache, "--run", half, *TRAIN)
+    for change, message in ((("--warmup", 500), "warmup = 0, this command has 500"),
+                            (("--teachers", "a"), r"teachers = \['a', 'b'\], this command has \['a'\]"),
+                            (("--beside", "x"), "beside = data/beside, this command has x")):
+        with pytest.raises(InputError, match=f"was trained with {message}"):
+            command("train", *flags, *change)
+    command("train", *flags, "--teachers", "a", "b")
+    assert gap(trained, half) == 0
+    kept = load_checkpoint(half)["config"]["train"]
+    assert (kept["warmup"], kept["teachers"], kept["beside"]) == (0, ["a", "b"], "data/beside")
+    command("train", *flags)  # nothing is left to do: what the file says itself is the same
+
+
+class Gated(model.MMDiT):
+    def __init__(self, *args, gated=False, **options):
+        super().__init__(*args, **options)
+
+
+def test_a_new_option_of_the_model_is_a_keyword_with_a_default(cache, trained, half, command, monkeypatch):
+    monkeypatch.setattr(model, "MMDiT", Gated)
+    monkeypatch.setattr(train.MMGen, "options", {**train.MMGen.options, **runs.options_of(Gated)})
+    monkeypatch.setattr(train, "build_model", functools.partial(model.build_model, gated=True))
+    with pytest.raises(InputError, match="was trained with gated = False, this command has True"):
+        command("train", "--data", cache, "--run", half, *TRAIN)
+    monkeypatch.setattr(train, "build_model", functools.partial(model.build_model, gated=False))
+    command("train", "--data", cache, "--run", half, *TRAIN)
+    assert gap(trained, half) == 0 and load_checkpoint(half)["config"]["model"]["gated"] is False
+
+
+def test_another_methods_run_is_told_by_its_method(cache, half, command):
+    """Though the model and the cache differ too."""
+    path = (half / "latest.pt").resolve()
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["config"]["train"]["method"] = "another"
+    checkpoint["config"]["model"]["pair"] = checkpoint["config"]["meta"]["another"] = "pair"
+    torch.save(checkpoint, path)
+    with pytest.raises(InputError, match="was trained with method = another, this command has mmgen"):
+        command("train", "--data", cache, "--run", half, *TRAIN)
+
+
 def test_a_run_with_what_this_version_has_not_is_refused(cache, half, command):
     path = (half / "latest.pt").resolve()
     checkpoint = torch.load(path, weights_only=True)
@@ -163,6 +219,29 @@ def test_a_lost_latest_link_is_not_taken_for_a_new_run(cache, half, command):
             (half / "latest.pt").symlink_to(target)
         with pytest.raises(InputError, match="points to no checkpoint"):
             command("train", "--data", cache, "--run", half, *TRAIN)
+
+
+def test_a_run_goes_on_where_the_file_system_has_no_links(cache, trained, half, command, monkeypatch):
+    """latest.pt names the checkpoint, and is a link again where there are links."""
+    def refuse(*args, **options):
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+    flags, latest = ("--data", cache, "--run", half), half / "latest.pt"
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "symlink", refuse)
+        command("train", *flags, *TRAIN, "--steps", 5)
+        assert not latest.is_symlink() and latest.read_text() == "ckpt/0000005.pt\n"
+        command("train", *flags, *TRAIN)
+        assert latest.read_text() == "ckpt/0000006.pt\n" and load_checkpoint(half)["step"] == 6
+    assert gap(trained, half) == 0
+    for text, message in (("ckpt/0000009.pt", "points to no checkpoint"), ("/x.pt", "names '/x.pt'")):
+        latest.write_text(text)
+        with pytest.raises(InputError, match=f"latest.pt: {message}"):
+            command("train", *flags, *TRAIN)
+    latest.write_text("ckpt/0000005.pt")
+    command("train", *flags, *TRAIN)
+    assert os.readlink(latest) == "ckpt/0000006.pt" and gap(trained, half) == 0
+    assert {path.name for path in half.iterdir()} == {path.name for path in trained.iterdir()}
 
 
 def test_an_exported_file_is_no_run(cache, trained, tmp_path, command):
