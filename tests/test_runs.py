@@ -13,6 +13,7 @@ import time
 import pytest
 import torch
 
+import distributed
 import model
 import runs
 import train
@@ -255,6 +256,69 @@ def test_nodes_that_find_different_checkpoints_stop(cache, tmp_path, monkeypatch
     with pytest.raises(InputError, match="must share the folder's file system"):
         start("train", "--data", cache, "--run", tmp_path / "r", *TRAIN)
     assert not (tmp_path / "r" / "ckpt").exists()
+
+
+# ------------------------------------------------------------------------------------------------
+# Another launcher's environment.
+
+LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+ADDRESS = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29400"}
+
+
+def surrounded(monkeypatch, **variables):
+    for name in LAUNCHER:
+        monkeypatch.delenv(name, raising=False)
+        if name in variables:
+            monkeypatch.setenv(name, variables[name])
+
+
+@pytest.mark.parametrize("variables, message", (
+    ({"WORLD_SIZE": "2", "RANK": "0"}, "RANK=0 WORLD_SIZE=2 in the .* without MASTER_ADDR and MASTER_PORT"),
+    ({"WORLD_SIZE": "2", **ADDRESS}, "WORLD_SIZE=2 .* without RANK: .* unset RANK, WORLD_SIZE and"),
+    ({"WORLD_SIZE": "2", "RANK": "", **ADDRESS}, "without RANK"),
+    ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two in the environment: expected a whole number from 1; .*torchrun"),
+    ({"WORLD_SIZE": "0"}, "WORLD_SIZE=0 in the environment"),
+    ({"RANK": "0.5"}, "RANK=0.5 in the environment: expected a whole number"),
+    ({"RANK": "-1"}, "RANK=-1 in the environment"),
+    ({"RANK": "1"}, "RANK=1 in the environment: RANK must be below WORLD_SIZE, which is 1"),
+    ({"LOCAL_RANK": "gpu0"}, "LOCAL_RANK=gpu0 in the environment"),
+    ({"WORLD_SIZE": "2", "RANK": "0", **ADDRESS, "MASTER_PORT": "x"}, "127.0.0.1:x: the .* cannot meet"),
+))
+def test_another_launchers_variables_are_told(variables, message, monkeypatch):
+    surrounded(monkeypatch, **variables)
+    with pytest.raises(InputError, match=message) as error:
+        distributed.setup()
+    assert "torchrun" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_more_processes_than_gpus_are_told(monkeypatch):
+    surrounded(monkeypatch, LOCAL_RANK="3")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(InputError, match="LOCAL_RANK=3 in the environment: this machine shows 2 GPUs"):
+        distributed.setup()
+
+
+@pytest.mark.parametrize("variables", ({}, {"WORLD_SIZE": "1"}, {"WORLD_SIZE": "1", "RANK": "0"},
+                                       {"RANK": "", "WORLD_SIZE": "", "LOCAL_RANK": " "}))
+def test_a_world_of_one_needs_no_launcher(variables, monkeypatch):
+    surrounded(monkeypatch, **variables)
+    assert distributed.setup()[:2] == (0, 1)
+
+
+@pytest.mark.parametrize("rank", ("", "x", "0"))
+def test_the_line_of_an_error_does_not_depend_on_the_launcher(rank, monkeypatch, capfd):
+    def main():
+        raise InputError("one line")
+
+    def leave(code):
+        raise SystemExit(code)
+
+    surrounded(monkeypatch, RANK=rank)
+    monkeypatch.setattr(os, "_exit", leave)
+    with pytest.raises(SystemExit, match="2"):
+        distributed.run(main)
+    assert capfd.readouterr().err.endswith("error: one line\n")
 
 
 # ------------------------------------------------------------------------------------------------
