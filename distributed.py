@@ -57,12 +57,45 @@ def reading(path, remedy):
 # ------------------------------------------------------------------------------------------------
 # The world.
 
+def _told(name):
+    """A launcher's variable in the environment; "" where there is none."""
+    return os.environ.get(name, "").strip()
+
+
+def _number(name, default, least=0):
+    """A launcher's whole number in the environment."""
+    text = _told(name) or str(default)
+    check(text.isdecimal() and int(text) >= least, f"{name}={text[:40]} in the environment: expected a whole "
+          f"number from {least}; start the command with torchrun, or unset {name}")
+    return int(text)
+
+
+def _meet(backend):
+    """Join the other processes. Raises InputError where they cannot be reached."""
+    address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    try:
+        dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:100]
+        raise InputError(f"MASTER_ADDR:MASTER_PORT {address}: the processes cannot meet there "
+                         f"({type(error).__name__}: {reason}); start the command with torchrun") from error
+
+
 def setup():
-    """Join the torchrun world, if there is one -> (rank, world size, torch.device)."""
-    rank = int(os.environ.get("RANK", 0))
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    local = int(os.environ.get("LOCAL_RANK", 0))
+    """Join the torchrun world, if there is one -> (rank, world size, torch.device).
+
+    Raises InputError where the environment holds another launcher's variables, or the world cannot be joined.
+    """
+    rank, world, local = _number("RANK", 0), _number("WORLD_SIZE", 1, 1), _number("LOCAL_RANK", 0)
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    said = " ".join(f"{name}={_told(name)}" for name in names if _told(name)) + " in the environment"
+    lost = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if world > 1 and not _told(name)]
+    remedy = "start the command with torchrun, or unset RANK, WORLD_SIZE and LOCAL_RANK"
+    check(not lost, f"{said}, without {' and '.join(lost)}: of another launcher; {remedy}")
+    check(rank < world, f"{said}: RANK must be below WORLD_SIZE, which is {world}; {remedy}")
     if torch.cuda.is_available():
+        check(local < torch.cuda.device_count(),
+              f"{said}: this machine shows {torch.cuda.device_count()} GPUs; one process for each")
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = False  # fp32 means fp32
@@ -72,10 +105,9 @@ def setup():
         threads = os.environ.get("OMP_NUM_THREADS")
         if threads is None or (world > 1 and threads == "1"):  # 1 is torchrun's own default
             cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-            torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", world))))
+            torch.set_num_threads(max(1, cores // _number("LOCAL_WORLD_SIZE", world, 1)))
     if world > 1:
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))
+        _meet("nccl" if device.type == "cuda" else "gloo")
     return rank, world, device
 
 
@@ -338,7 +370,7 @@ def run(main):
         if dist.is_initialized():
             dist.destroy_process_group()
         return
-    if int(os.environ.get("RANK", 0)) > 0:
+    if _told("RANK").isdecimal() and int(_told("RANK")) > 0:
         time.sleep(3)  # where all meet the same error, torchrun ends this one before it repeats the line
     print(f"{pathlib.Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
     sys.stdout.flush()

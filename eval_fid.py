@@ -15,6 +15,7 @@ import functools
 import hashlib
 import json
 import math
+import os
 import pathlib
 import threading
 import zipfile
@@ -27,16 +28,18 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-from distributed import all_reduce, barrier, check, command_parser, gather, prefetch
+from distributed import all_reduce, barrier, check, check_apart, command_parser, gather, place, prefetch
 from distributed import reading, run, setup, share, whole_file
 from modalities import centre_crop, read_rgb
 from trees import find_pictures, flat_name, stem_of
 from vae import load_vae, sha256
+from weights import bare
 
 INCEPTION = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
              "pt_inception-2015-12-05-6726825d.pth")
 IS_CHUNK = 5000   # consecutive pictures of one inception score
 NEIGHBOUR = 3     # whose distance is a manifold's radius
+SUBSET = 1000     # pictures of one kernel distance
 
 
 # ------------------------------------------------------------------------------------------------
@@ -210,7 +213,7 @@ def _load(network, path, remedy, prefix=""):
     file.
     """
     with reading(path, remedy):
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = bare(torch.load(path, map_location="cpu", weights_only=True))
         state = {key.removeprefix(prefix): x for key, x in state.items() if key.startswith(prefix)}
         lost = network.load_state_dict(state, strict=False).missing_keys
     check(not lost, f"{path}: lacks {''.join(lost[:1])}; {remedy}")
@@ -370,10 +373,8 @@ def precision_recall(samples, reference, k=NEIGHBOUR, elements=2 ** 26):
 
     A manifold is the union of the balls that reach each point's k-th neighbour, itself not counted; <= is
     inside. Distances are squared and computed for `elements` pairs at a time; about the mean, where fp32
-    loses the least. Raises InputError for sets of k pictures or fewer.
+    loses the least. N and R must be above k.
     """
-    check(min(len(samples), len(reference)) > k, f"precision and recall need more than {k} pictures on each "
-          f"side, got {len(samples)} and {len(reference)}")
     centre = reference.mean(0)
     samples, reference = samples - centre, reference - centre
     reference_norm = reference.square().sum(1)
@@ -402,15 +403,13 @@ def recall(samples, reference):
     return precision_recall(samples, reference)[1]
 
 
-def kernel_distance(samples, reference, subsets=100, size=1000, seed=2020):
+def kernel_distance(samples, reference, subsets=100, size=SUBSET, seed=2020):
     """KID (Binkowski et al. 2018): unbiased squared MMD with (x.y / D + 1)^3 over random subsets
     -> {kid: mean, kid_std: standard deviation}.
 
-    The subsets are those that torch-fidelity draws, so that the figures agree. Raises InputError for sets
-    smaller than a subset.
+    The subsets are those that torch-fidelity draws, so that the figures agree. No set may be smaller than
+    one.
     """
-    check(min(len(samples), len(reference)) >= size,
-          f"KID needs {size} pictures on each side, got {len(samples)} and {len(reference)}")
     random, values = np.random.RandomState(seed), []
 
     def subset(features):
@@ -446,21 +445,23 @@ class Metric(NamedTuple):
     """network: what it looks through, of NETWORKS. takes: what it takes of each set of pictures:
     ("moments", output): mu (D,), sigma (D, D); ("features", output): (N, D); ("scores", "logits"): as
     inception_score; or "pairs". compute: those of SAMPLES, then of REF -> a number or {figure: number}; of
-    "pairs": two pictures and the network -> a number. alone: of SAMPLES only.
+    "pairs": two pictures and the network -> a number. alone: of SAMPLES only. least: how many pictures it
+    needs of each set.
     """
     network: str | None
     takes: tuple | str
     compute: Callable
     alone: bool = False
+    least: int = 1
 
 
 METRICS = {
     "fid": Metric("inception", ("moments", "pool"), frechet),
     "sfid": Metric("inception", ("moments", "spatial"), frechet),
     "is": Metric("inception", ("scores", "logits"), inception_score, alone=True),
-    "precision": Metric("inception", ("features", "pool"), precision),
-    "recall": Metric("inception", ("features", "pool"), recall),
-    "kid": Metric("inception", ("features", "pool"), kernel_distance),
+    "precision": Metric("inception", ("features", "pool"), precision, least=NEIGHBOUR + 1),
+    "recall": Metric("inception", ("features", "pool"), recall, least=NEIGHBOUR + 1),
+    "kid": Metric("inception", ("features", "pool"), kernel_distance, least=SUBSET),
     "fd-dinov2": Metric("dinov2", ("moments", "cls"), frechet),
     "latent-fd": Metric("vae", ("moments", "latent"), frechet),
     "lpips": Metric("vgg", "pairs", lpips),
@@ -603,7 +604,7 @@ def describe(path, count):
     else:
         files = [file for file in sorted(path.rglob("*")) if file.is_file()]
         listing = "".join(f"{file.relative_to(path)} {file.stat().st_size}\n" for file in files)
-        digest = hashlib.sha256(listing.encode()).hexdigest()
+        digest = hashlib.sha256(os.fsencode(listing)).hexdigest()  # a name need not be UTF-8
     described = dict(name=path.name, count=count, sha256=digest)
     recipe = sampling(path)
     if recipe:
@@ -695,6 +696,40 @@ class Side(NamedTuple):
     count: int | None
 
 
+def _lack(row, source):
+    """Why a set cannot give what a metric takes, or None."""
+    kind, output = row.takes
+    if kind == "moments" and source.statistics.keys() >= set(NETWORKS[row.network].keys[output]):
+        return None
+    if source.pictures is None:
+        return f"{source.path} is statistics alone, without {kind} of {output}; give pictures"
+    count = len(source.pictures.names)
+    return f"needs {row.least} pictures, {source.path} has {count}" if count < row.least else None
+
+
+def possible(sources, metrics):
+    """The metrics of which something can be had, told before any picture is read; what is left out is said.
+
+    Raises InputError where none remains.
+    """
+    reasons = {}
+    for metric in metrics:
+        row = METRICS[metric]
+        lacks = [_lack(row, source) for source in (sources[:1] if row.alone else sources)]
+        if any(lacks):
+            reasons[metric] = f"{_figure(metric)}: left out, {next(filter(None, lacks))}"
+    check(len(reasons) < len(metrics), "; ".join(reasons.values()))
+    for reason in reasons.values():
+        if place()[0] == 0:
+            print(reason)
+    return [metric for metric in metrics if metric not in reasons]
+
+
+def _figure(metric):
+    """A metric's name in the results."""
+    return metric.replace("-", "_")
+
+
 def study(source, network, taken, work):
     """What the metrics take of one set through one network -> Side: moments from its file where they are
     there, the rest from its pictures.
@@ -733,7 +768,7 @@ def compare(sides, metrics):
     """
     figures, deficient = {}, False
     for metric in metrics:
-        row, figure = METRICS[metric], metric.replace("-", "_")
+        row, figure = METRICS[metric], _figure(metric)
         chosen = sides[row.network][:1] if row.alone else sides[row.network]
         given = [side.known.get(row.takes) for side in chosen]
         if None in given:
@@ -807,6 +842,15 @@ def save_statistics(path, sides, networks):
         np.savez(file, **arrays)
 
 
+def without_nan(value):
+    """A result as JSON can hold it: null for numbers that are not finite."""
+    if isinstance(value, dict):
+        return {key: without_nan(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return list(map(without_nan, value))
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 # ------------------------------------------------------------------------------------------------
 
 def arguments():
@@ -837,6 +881,8 @@ def arguments():
           "ask for them in a call of their own, without --save-stats")
     check(args.batch_size >= 1 and (args.crop is None or args.crop >= 8),
           f"--batch-size {args.batch_size} --crop {args.crop}: at least 1, at least 8")
+    read = (args.samples, args.reference, args.inception, args.dinov2, args.vgg, args.lpips_heads, args.vae)
+    check_apart([args.save_stats, args.json], read)
     return args
 
 
@@ -847,19 +893,23 @@ def main():
     args = arguments()
     work = Work(*setup(), args.batch_size)
     files = Files(*(getattr(args, name) for name in Files._fields))
-    rows = [METRICS[metric] for metric in args.metrics]
     sources = [open_source(path, args.crop) for path in (args.samples, args.reference) if path]
+    paired = METRICS[args.metrics[0]].takes == "pairs"
+    metrics = possible(sources, args.metrics) if args.reference and not paired else args.metrics
+    rows = [METRICS[metric] for metric in metrics]
     names = dict.fromkeys(row.network for row in rows)
     networks = {name: NETWORKS[name](files, work) for name in names if name}
-    if rows[0].takes == "pairs":
-        figures, seen = compare_pairs(sources, args.metrics, networks, work)
+    if paired:
+        figures, seen = compare_pairs(sources, metrics, networks, work)
     else:
-        sides = study_all(sources, args.metrics, networks, work)
+        sides = study_all(sources, metrics, networks, work)
         seen = sides[rows[0].network]
         if args.save_stats and work.rank == 0:
             save_statistics(args.save_stats, sides, networks)
             print(f"{args.save_stats}: statistics of {args.samples}")
-        figures = compare(sides, args.metrics) if args.reference and work.rank == 0 else {}
+        figures = compare(sides, metrics) if args.reference and work.rank == 0 else {}
+        if figures:
+            figures = {_figure(metric): None for metric in args.metrics if metric not in metrics} | figures
     if work.rank > 0 or not figures:
         return
     for figure, value in figures.items():
@@ -874,7 +924,7 @@ def main():
         recipe.update(is_chunk=IS_CHUNK, neighbour=NEIGHBOUR, reference_pictures=reference.pictures,
                       torch=torch.__version__, device=work.device.type)
         with whole_file(args.json) as file:
-            file.write(json.dumps({**figures, "recipe": recipe}, indent=1).encode())
+            file.write(json.dumps(without_nan({**figures, "recipe": recipe}), indent=1).encode())
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import runs
 import train
 from distributed import autocast, check, run, whole_file
 from modalities import draw_samples, draw_sheet
@@ -222,9 +223,14 @@ class MTDiffusion(nn.Module):
 
     Latents z0 (N, C, H, W). X is the source's latents (N, C, H, W) of a pair or of the masked image,
     classes (N,) long, or feature vectors (N, F).
+
+    agg       a row of FAMILIES
+    head      of labels: "middle", MT-Diffusion-M, or "output", -E
+    features  F of feature vectors
+    bound     of what z0 may be
     """
 
-    def __init__(self, backbone, pair, agg, head, features, bound):
+    def __init__(self, backbone, pair, agg="vp_ramp", head="middle", features=None, bound=8.0):
         super().__init__()
         self.setting, self.pair, self.bound, self.features = SETTINGS[pair], pair, bound, features
         self.backbone = backbone
@@ -438,24 +444,18 @@ def build(name, pair, modalities, num_classes, latent_channels, latent_size, **o
     model.
     """
     options = {**OPTIONS, **{key: value for key, value in options.items() if key != "projector"}}
+    inner = {key: options[key] for key in BACKBONE}
     backbone = build_model(name, modalities, num_classes, latent_channels, latent_size,
-                           encoder_depth=SIZES[name][0] // 2, projector=False,
-                           patch_size=options["patch_size"], fusion=options["fusion"])
-    rest = (options[key] for key in ("agg", "head", "features", "bound"))
-    model = MTDiffusion(backbone, pair, *rest)
+                           encoder_depth=SIZES[name][0] // 2, projector=False, **inner)
+    own = {key: value for key, value in options.items() if key not in BACKBONE}
+    model = MTDiffusion(backbone, pair, **own)
     model.config = dict(name=name, pair=pair, modalities=list(modalities), num_classes=num_classes,
                         latent_channels=latent_channels, latent_size=list(backbone.latent_size), **options)
     return model
 
 
-OPTIONS = {
-    "agg": "vp_ramp",    # a row of FAMILIES
-    "head": "middle",    # of labels: MT-Diffusion-M, or "output": -E
-    "features": None,    # F of feature vectors
-    "bound": 8.0,        # of what z0 may be
-    "patch_size": 2,
-    "fusion": "linear",
-}
+BACKBONE = {"patch_size": 2, "fusion": "linear"}
+OPTIONS = {**BACKBONE, **runs.options_of(MTDiffusion)}  # what a checkpoint that lacks one was trained with
 
 
 # ------------------------------------------------------------------------------------------------

@@ -2,9 +2,10 @@
 and resuming it.
 
     ckpt/<step>.pt  {model, ema, opt, step, config, format}; config is {model, meta, train}: the model's
-    configuration,
-                    the cache's meta.json, all flags of the command
+                    configuration, the cache's meta.json, all flags of the command
+    latest.pt       a link to the newest, or a text of its name where the file system has no links
 """
+import inspect
 import json
 import os
 import pathlib
@@ -13,7 +14,7 @@ import time
 import torch
 
 from distributed import all_reduce, check, whole_file
-from weights import FORMAT, load_checkpoint, load_weights
+from weights import FORMAT, load_checkpoint, load_weights, target_of
 
 FREE = ("data", "run", "steps", "lr", "micro_batch", "log_every", "ckpt_every", "preview_every", "compile",
         "checkpointing", "init")  # flags that another command of the same run may change
@@ -22,7 +23,20 @@ FREE = ("data", "run", "steps", "lr", "micro_batch", "log_every", "ckpt_every", 
 def flags_of(args, objective):
     """What a checkpoint keeps of the command: all flags, and what the objective has made of them."""
     flags = {**vars(args), **objective.settings, "method": objective.method}
-    return {name: str(value) if isinstance(value, pathlib.Path) else value for name, value in flags.items()}
+    return {name: _plain(value) for name, value in flags.items()}
+
+
+def _plain(value):
+    """A flag's value as a checkpoint keeps it, whether the user or the parser gave it."""
+    if isinstance(value, pathlib.Path):
+        return str(value)
+    return list(map(_plain, value)) if isinstance(value, (list, tuple)) else value
+
+
+def options_of(network):
+    """{name: default} of the keywords of a network's class: what an older file's model may lack."""
+    parameters = inspect.signature(network).parameters.values()
+    return {each.name: each.default for each in parameters if each.default is not each.empty}
 
 
 def checkpoint_of(path, new, defaults, shaping):
@@ -31,28 +45,31 @@ def checkpoint_of(path, new, defaults, shaping):
     defaults: what an older file does not say; shaping: flags that the model's configuration tells.
     """
     checkpoint = load_checkpoint(path)
+    old = checkpoint["config"]
+    keys = [("train", "method")]  # first: of another method all else is puzzling
+    for part in ("model", "meta", "train"):
+        keys += [(part, key) for key in sorted(new[part].keys() | old[part].keys())]
     whole = isinstance(checkpoint.get("opt"), dict) and "model" in checkpoint
     check(whole, f"{path}: has no optimiser state, it was exported for sampling; start a new --run with "
           f"--init {path}")
-    old = checkpoint["config"]
-    for part in ("model", "meta", "train"):
-        for key in sorted(new[part].keys() | old[part].keys()):
-            default = defaults.get(part, {}).get(key)
-            theirs, ours = old[part].get(key, default), new[part].get(key, default)
-            free = part == "train" and key in (*FREE, *shaping)
-            check(theirs == ours or free, f"{path}: was trained with {key} = {str(theirs)[:80]}, "
-                  f"this command has {str(ours)[:80]}; use another --run or the same arguments")
+    for part, key in keys:
+        default = defaults.get(part, {}).get(key)
+        theirs, ours = (_plain(config[part].get(key, default)) for config in (old, new))
+        free = part == "train" and key in (*FREE, *shaping)
+        check(theirs == ours or free, f"{path}: was trained with {key} = {str(theirs)[:80]}, "
+              f"this command has {str(ours)[:80]}; use another --run or the same command and arguments")
     return checkpoint
 
 
 def latest(folder):
     """The checkpoint that a run continues from, or None. InputError where latest.pt has lost its target."""
     path = folder / "latest.pt"
-    if path.exists():
+    there = path.is_symlink() or path.exists()
+    if there and target_of(path).is_file():
         return path
-    lost = path.is_symlink() or any((folder / "ckpt").glob("*.pt"))
+    lost = there or any((folder / "ckpt").glob("*.pt"))
     check(not lost, f"{path}: points to no checkpoint though {folder / 'ckpt'} is there; "
-          "link it to one of that folder, or use another --run")
+          "link it to one of that folder, or write its name into it, or use another --run")
     return None
 
 
@@ -67,15 +84,20 @@ def restore(checkpoint, model, ema, optimiser, lr):
 
 
 def save_checkpoint(folder, model, ema, optimiser, step, config):
-    """Write ckpt/<step>.pt under a temporary name, then point latest.pt to it."""
+    """Write ckpt/<step>.pt under a temporary name, then point latest.pt to it: a link, or its name."""
     path = folder / "ckpt" / f"{step:07d}.pt"
     with whole_file(path) as file:
         torch.save({"model": model.state_dict(), "ema": ema.state_dict(), "opt": optimiser.state_dict(),
                     "step": step, "config": config, "format": FORMAT}, file)
-    link = folder / f".latest.{os.getpid()}"
+    name, link = path.relative_to(folder).as_posix(), folder / f".latest.{os.getpid()}"
     link.unlink(missing_ok=True)
-    link.symlink_to(path.relative_to(folder))
-    os.replace(link, folder / "latest.pt")
+    try:
+        os.symlink(name, link)
+    except OSError:  # network drives and exFAT have no links
+        with whole_file(folder / "latest.pt") as file:
+            file.write(f"{name}\n".encode())
+    else:
+        os.replace(link, folder / "latest.pt")
 
 
 # ------------------------------------------------------------------------------------------------

@@ -11,7 +11,6 @@ import argparse
 import contextlib
 import copy
 import functools
-import inspect
 import pathlib
 from typing import NamedTuple
 
@@ -173,8 +172,7 @@ class MMGen:
 
     method = "mmgen"
     shaping = ("model", "fusion", "modalities", "no_task_embedding")
-    options = {name: option.default for name, option in inspect.signature(MMDiT).parameters.items()
-               if option.default is not option.empty}
+    options = runs.options_of(MMDiT)
 
     @staticmethod
     def add_flags(parser):

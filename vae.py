@@ -13,7 +13,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import safe_open
 
-from distributed import InputError, autocast, check, reading, sha256
+from distributed import InputError, autocast, check, place, reading, sha256
+from weights import bare
 
 SD_CONFIG = dict(channels=(128, 256, 512, 512), layers=2, groups=32, latent_channels=4, scale=0.18215)
 TOY_CONFIG = dict(channels=(32, 64, 64), layers=1, groups=8, latent_channels=4, scale=1.0)
@@ -196,22 +197,46 @@ def _modern(state):
     return out
 
 
+def _scale_beside(path):
+    """The scaling factor that diffusers' config.json beside a file says; SD's where there is none.
+
+    Raises InputError where it is of another network, or its latents are shifted too.
+    """
+    file, usual = path.with_name("config.json"), SD_CONFIG["scale"]
+    if not file.is_file():
+        return usual
+    with reading(file, "mend it, or move it away"):
+        said = dict(json.loads(file.read_text()))
+    kind, shift = said.get("_class_name", "AutoencoderKL"), said.get("shift_factor")
+    check(kind == "AutoencoderKL", f"{file}: _class_name is {kind!r}, expected 'AutoencoderKL'; pass an "
+          "autoencoder of Stable Diffusion")
+    check(not shift, f"{file}: shift_factor is {shift}, expected none; pass an autoencoder of "
+          "Stable Diffusion")
+    scale = said.get("scaling_factor", usual)
+    check(isinstance(scale, (int, float)) and 0 < scale < 1e6,
+          f"{file}: scaling_factor is {scale!r}, expected a number above 0; mend it, or move it away")
+    if scale != usual and place()[0] == 0:
+        print(f"{path}: scaling factor {scale}, of its config.json")
+    return scale
+
+
 def load_vae(name_or_path):
     """An AutoencoderKL in eval mode from "toy", "sd-mse", "sd-ema" or a safetensors file.
 
-    A file without our configuration in its metadata is taken for the released SD configuration.
-    Raises InputError when the file is missing, unreadable or of another shape.
+    A file without our configuration in its metadata is taken for the released SD configuration, with the
+    scaling factor of a config.json beside it. Raises InputError when the file is missing, unreadable or of
+    another shape.
     """
     path = find_vae(name_or_path)
     check(path.is_file(), f"--vae {name_or_path}: no such file; give a .safetensors file, "
           f"{', '.join(RELEASED)} or toy")
     with reading(f"--vae {path}", "download or train it again"):
         with safe_open(path, "pt") as file:
-            config = json.loads((file.metadata() or {}).get("config", "null")) or SD_CONFIG
+            config = json.loads((file.metadata() or {}).get("config", "null"))
             state = {key: file.get_tensor(key).float() for key in file.keys()}
-        vae = AutoencoderKL(**config)
+        vae = AutoencoderKL(**(config or {**SD_CONFIG, "scale": _scale_beside(path)}))
     try:
-        vae.load_state_dict(_modern(state), strict=True)
+        vae.load_state_dict(_modern(bare(state)), strict=True)
     except RuntimeError as error:
         odd = str(error).splitlines()[1].strip()
         raise InputError(f"--vae {path}: {odd}; not an SD or toy VAE") from error
@@ -303,13 +328,20 @@ def load_encoder(name, device):
 def encoder_of(meta, device, name=None):
     """The encoder of a cache or checkpoint, from its meta.json's name or from `name`.
 
-    Raises InputError where the file behind the name is another autoencoder.
+    Its scale is that of the cache's latents. Raises InputError where the file behind the name is another
+    autoencoder, or meta does not tell its file and it has another scale.
     """
     encoder = load_encoder(name or meta["vae"], device)
     same = meta["vae_sha256"] in (None, encoder.sha256)  # None: released weights do not say
     check((encoder.name == "none") == (meta["vae"] == "none") and same,
           f"--vae {name or meta['vae']}: not the VAE of the training cache, which is {meta['vae']} "
           f"(sha256 {str(meta['vae_sha256'])[:12]}); pass that one")
+    scale = meta["scale"]
+    check(isinstance(scale, (int, float)) and scale > 0, f"scale of the training cache: {str(scale)[:40]}, "
+          "expected a number above 0; make the cache again")
+    check(meta["vae_sha256"] or encoder.scale == scale, f"--vae {name or meta['vae']}: its scaling factor is "
+          f"{encoder.scale}, the model was trained with {scale}; pass that model's autoencoder")
+    encoder.scale = scale  # a file is known by its content: its config.json may be lost
     return encoder
 
 

@@ -9,10 +9,14 @@ level, as here. SiT's own velocity has our sign, and its time too, so that its t
 its learned-sigma heads the first half is the velocity.
 """
 import argparse
+import collections
+import contextlib
 import functools
+import os
 import pathlib
 import pickle
 import re
+import unicodedata
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +38,7 @@ RENAMED = (  # theirs, ours
     ("projectors.0.", "projector."),
 )
 OUTPUT = re.compile(r"heads\.\d+\.linear\.(weight|bias)")
+POINTER = 1000  # bytes: a smaller latest.pt is no checkpoint, it names one
 
 
 # ------------------------------------------------------------------------------------------------
@@ -48,7 +53,7 @@ def locate(path):
     if not str(path).startswith("hf:"):
         path = pathlib.Path(path)
         path = path / "latest.pt" if path.is_dir() else path
-        return path.resolve() if path.name == "latest.pt" else path  # the run may go on meanwhile
+        return target_of(path) if path.name == "latest.pt" else path  # the run may go on meanwhile
     owner, _, rest = str(path)[3:].partition("/")
     name, _, file = rest.partition("/")
     check(owner and name and file, f"{path}: the form is hf:OWNER/REPOSITORY/FILE")
@@ -57,10 +62,30 @@ def locate(path):
         return pathlib.Path(hf_hub_download(f"{owner}/{name}", file))
 
 
+def target_of(latest):
+    """The checkpoint that a run's latest.pt stands for -> Path; a lost one is not there.
+
+    latest.pt is a link or, on a file system without links, a text that names the file within its folder.
+    Raises InputError where the text names no such file.
+    """
+    file = latest.resolve()
+    if file.name != "latest.pt" or not file.is_file() or file.stat().st_size > POINTER:
+        return file
+    name = os.fsdecode(file.read_bytes()).strip()
+    parts = pathlib.PurePath(name).parts
+    inside = parts and name.isprintable() and ".." not in parts and not pathlib.PurePath(name).anchor
+    check(inside, f"{latest}: names {name[:60]!r}, expected a file of its folder as ckpt/0000004.pt; "
+          "write that, or link it to one")
+    return file.parent / name
+
+
 def newest_checkpoint():
     """The newest runs/*/latest.pt, else the bundled demo."""
-    runs = [path for path in pathlib.Path("runs").glob("*/latest.pt") if path.exists()]
-    return max(runs, key=lambda path: path.stat().st_mtime) if runs else DEMO / "mmgen.pt"
+    times = {}
+    for path in pathlib.Path("runs").glob("*/latest.pt"):
+        with contextlib.suppress(InputError, FileNotFoundError):  # a lost one is passed over
+            times[path] = target_of(path).stat().st_mtime
+    return max(times, key=times.get) if times else DEMO / "mmgen.pt"
 
 
 def load_checkpoint(path):
@@ -74,8 +99,7 @@ def load_checkpoint(path):
     check(path.is_file(), f"{path}: no such checkpoint; train one, or leave out --ckpt for the bundled demo")
     with reading(path, "it may be cut short; use another of its folder"):
         try:
-            with torch.serialization.safe_globals([argparse.Namespace]):  # of the released files' arguments
-                checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            checkpoint = _load(path)
         except pickle.UnpicklingError as error:  # what weights_only=True raises
             raise InputError(f"{path}: refused, it holds pickled Python objects or is no torch file; "
                              "only tensors and plain containers are read") from error
@@ -83,11 +107,29 @@ def load_checkpoint(path):
         return translate(checkpoint, path)
     lost = _lost(checkpoint)
     check(not lost, f"{path}: incomplete ({lost} is missing or wrong); use another of its folder")
-    return checkpoint
+    states = {part: bare(checkpoint[part]) for part in ("ema", "model") if part in checkpoint}
+    return {**checkpoint, **states}
+
+
+def _load(path):
+    """What torch.save wrote, mapped into memory unless it is of torch's older format."""
+    with open(path, "rb") as file:
+        zipped = file.read(4) == b"PK\x03\x04"
+    with torch.serialization.safe_globals([argparse.Namespace]):  # of the released files' arguments
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
 
 
 def _is_state(state):
-    return isinstance(state, dict) and all(isinstance(value, torch.Tensor) for value in state.values())
+    return isinstance(state, dict) and all(isinstance(key, str) and isinstance(value, torch.Tensor)
+                                           for key, value in state.items())
+
+
+def bare(state):
+    """A state dict with the names of the network's own: without DDP's "module." in front and torch.compile's
+    "_orig_mod." anywhere.
+    """
+    names = {key: ".".join(part for part in key.split(".") if part != "_orig_mod") for key in state}
+    return {re.sub(r"^(module\.)+", "", name): state[key] for key, name in names.items()}
 
 
 def _lost(checkpoint):
@@ -173,9 +215,10 @@ def translate(checkpoint, path):
     """
     check(isinstance(checkpoint, dict), f"{path}: holds a {type(checkpoint).__name__}, expected a checkpoint")
     state = checkpoint.get("ema", checkpoint)
+    state = bare(state) if _is_state(state) else {}
     needed = {"pos_embed", "x_embedder.proj.weight", "y_embedder.embedding_table.weight",
               "blocks.0.attn.qkv.weight"}
-    known = _is_state(state) and needed <= state.keys() and any("final_layer" in key for key in state)
+    known = needed <= state.keys() and any("final_layer" in key for key in state)
     check(known, f"{path}: format is {checkpoint.get('format')!r}; "
           "expected a checkpoint of this project, of MMGen, REPA or SiT")
     heads = sum(key.startswith("lis_final_layer.") and key.endswith(".linear.weight") for key in state)
@@ -210,9 +253,18 @@ def _released_config(ema, args, modalities, channels, path):
     model = dict(name=names[width], encoder_depth=int(encoder_depth),
                  task_embedding="task_embedder.weight" in ema, projector="projector.0.weight" in ema,
                  **shared)
-    meta = dict(vae="sd-mse", vae_sha256=None, scale=SD_SCALE, resolution=8 * side, class_names=[],
-                palette=None, seg_mode="instance", depth_space="disparity", **shared)
+    meta = dict(vae="sd-mse", vae_sha256=None, scale=SD_SCALE, resolution=8 * side,
+                class_names=_imagenet_names(classes), palette=None, seg_mode="instance",
+                depth_space="disparity", **shared)
     return dict(model=model, meta=meta, train={})
+
+
+def _imagenet_names(classes):
+    """ImageNet's wnids in the order of its classes; [] for another number of classes."""
+    if classes != 1000:
+        return []
+    from timm.data import ImageNetInfo  # slow to import
+    return ImageNetInfo().label_names()
 
 
 def to_official(checkpoint, path):
@@ -244,6 +296,37 @@ def to_official(checkpoint, path):
 
 
 # ------------------------------------------------------------------------------------------------
+# Classes of folders.
+
+def classes_of(folders, class_names):
+    """The classes that pictures' relative folders name -> {folder: index of a class name, or None}.
+
+    By the whole folder ("n01440764", "red/cone"), else by its last part ("train/n01440764") where no other
+    folder and no other class ends in it. Spaces count as underscores.
+    """
+    names, plain = [_plain(name) for name in class_names], {folder: _plain(folder) for folder in folders}
+    whole = {name: i for i, name in enumerate(names)}
+    last = {_last(name): i for i, name in enumerate(names)}
+    ends = collections.Counter(map(_last, names))
+    folder_ends = collections.Counter(map(_last, set(plain.values())))
+    found = {}
+    for folder, name in plain.items():
+        end = _last(name)
+        alone = ends[end] == 1 and folder_ends[end] == 1
+        found[folder] = whole.get(name, last[end] if alone else None)
+    return found
+
+
+def _plain(name):
+    """A folder or class as it is compared: file systems write one name with combined accents or without."""
+    return unicodedata.normalize("NFC", str(name)).replace(" ", "_").strip("/")
+
+
+def _last(name):
+    return name.rpartition("/")[2]
+
+
+# ------------------------------------------------------------------------------------------------
 # --init.
 
 JOINED = {  # tensors that have a part for each modality, and the dimension along which
@@ -272,7 +355,7 @@ def fit(model, meta, checkpoint, path, method="mmgen", names=None):
     size = theirs["model"]["name"]
     check(size == model.config["name"], f"--init {path}: is of size {size}; pass --model {size}")
     old, new = names or (theirs["model"]["modalities"], list(model.modalities))
-    state, fate, used = _unwrapped(checkpoint["ema"]), {}, set()
+    state, fate, used, notes = _unwrapped(checkpoint["ema"]), {}, set(), []
     foreign = theirs["train"].get("method", "mmgen") != method
     for key, target in model.state_dict().items():
         source = _source(key, old, new)
@@ -281,7 +364,9 @@ def fit(model, meta, checkpoint, path, method="mmgen", names=None):
             continue
         value = state[source].to(target.dtype)
         if key == "y_embedder.weight":
-            fate[key] = _copy_classes(value, target, theirs["meta"]["class_names"], meta["class_names"])
+            rows = _class_rows(theirs["meta"]["class_names"], meta["class_names"], len(value) - 1)
+            fate[key] = _copy_classes(value, target, rows)
+            notes = [f"  class rows: {len(rows) - rows.count(None)} of {len(rows)} known"]
         elif key == "pos_embed" and value.shape != target.shape:
             fate[key] = _copy_positions(value, target, theirs["model"], model.grid)
         elif key in JOINED and old != new and value.shape[2:] == target.shape[2:]:
@@ -296,7 +381,7 @@ def fit(model, meta, checkpoint, path, method="mmgen", names=None):
     check("taken" in fate.values(), f"--init {path}: none of its {len(state)} weights fits; check --model")
     fate.update({f"{key} (file)": "left out" for key in state if key not in used})
     title = f"--init {path} ({checkpoint.get('origin', 'ours')}, step {checkpoint['step']})"
-    return "\n".join([title, *_fate_lines(fate)])
+    return "\n".join([title, *_fate_lines(fate), *notes])
 
 
 def _unwrapped(state):
@@ -316,14 +401,25 @@ def _source(key, old, new):
     return f"{before}{old.index(modality)}{after}" if modality in old else None
 
 
-def _copy_classes(value, target, old, new):
-    """Rows of the class table, by the classes' names; the last one is the null class."""
-    if value.shape == target.shape and (not old or list(old) == list(new)):
-        target.copy_(value)
-        return "taken"
-    rows = dict(zip(old, value))
-    target.copy_(torch.stack([rows.get(name, value[-1]) for name in new] + [value[-1]]))
-    return "inflated"
+def _class_rows(old, new, count):
+    """The row in a file's table of `count` classes for each new class, None for one that it does not know.
+
+    old, new: the names of the classes in the file, [] where it has none, and in the model.
+    """
+    order, known = list(range(count)), classes_of(new, old)
+    rows = [known[name] for name in new]
+    numbered = list(new) == list(map(str, order))  # folders named by the class's number
+    unknown = len(new) == count and rows.count(None) == count
+    if list(new) == list(old) or (unknown and (numbered or not old)):
+        return order
+    return rows
+
+
+def _copy_classes(value, target, rows):
+    """Rows of the class table (K + 1, D), the last one, the null class, for None."""
+    null = len(value) - 1
+    target.copy_(value[[null if row is None else row for row in (*rows, null)]])
+    return "taken" if rows == list(range(null)) else "inflated"
 
 
 def _copy_positions(value, target, config, grid):

@@ -1,6 +1,9 @@
 """eval_fid.py against closed forms, a direct computation, and the reference packages where installed."""
+import hashlib
 import json
 import math
+import os
+import sys
 
 import numpy as np
 import pytest
@@ -316,6 +319,109 @@ def test_a_metric_is_one_function_and_its_row(command, tmp_path, monkeypatch):
             "--json", tmp_path / "o.json")
     result = strict(tmp_path / "o.json")
     assert result["gap"] > 0 and result["gap_number"] == 5 and result["rank_deficient"] is False
+
+
+# ------------------------------------------------------------------------------------------------
+# Told before any picture is read.
+
+@pytest.fixture
+def small(monkeypatch, tmp_path):
+    """Files of three and six pictures; the metrics of features look through the toy autoencoder."""
+    for metric in ("precision", "recall", "kid"):
+        row = eval_fid.METRICS[metric]._replace(network="vae", takes=("features", "latent"))
+        monkeypatch.setitem(eval_fid.METRICS, metric, row)
+    pictures(tmp_path / "3.npz", 3, 1), pictures(tmp_path / "6.npz", 6, 2)
+    return tmp_path / "3.npz", tmp_path / "6.npz"
+
+
+def unread(monkeypatch):
+    """From now on a picture that is read is an error."""
+    def read(self, rows):
+        raise AssertionError("a picture was read")
+    monkeypatch.setattr(eval_fid.Source, "read", read)
+
+
+def test_a_metric_of_more_pictures_is_left_out_and_the_others_are_computed(small, command, tmp_path):
+    three, six = small
+    assert {metric: row.least for metric, row in eval_fid.METRICS.items() if row.least > 1} == {
+        "precision": 4, "recall": 4, "kid": 1000}
+    both = ["precision", "recall"]
+    for pair, metrics, left in (((six, six), ["kid", "latent-fd"], ["kid"]),
+                                ((three, six), [*both, "latent-fd"], both),
+                                ((six, six), ["precision", "kid", "recall"], ["kid"])):
+        out = command("eval_fid", *pair, "--metrics", *metrics, "--json", tmp_path / "o.json")
+        result = strict(tmp_path / "o.json")
+        names = [metric.replace("-", "_") for metric in metrics]
+        assert [name for name in names if result[name] is None] == left and len(left) < len(names)
+        for name in left:
+            needed = eval_fid.METRICS[name].least
+            assert f"{name}: left out, needs {needed} pictures, {pair[0]} has" in out
+        assert out.index("left out") < out.index(names[-1] + " ")
+        assert result["recipe"]["metrics"] == metrics
+
+
+def test_where_no_metric_remains_no_picture_is_read(small, command, monkeypatch, tmp_path):
+    three, six = small
+    command("eval_fid", six, "--metrics", "latent-fd", "--save-stats", tmp_path / "s.npz")
+    unread(monkeypatch)
+    saved, both = tmp_path / "s.npz", ("precision", "recall")
+    for pair, metrics, words in (((three, six), both, f"{three} has 3; recall: left out"),
+                                 ((six, three), ["kid"], "kid: left out, needs 1000 pictures, .*6.npz has"),
+                                 ((six, saved), ["recall"], "s.npz is statistics alone"),
+                                 ((saved, six), ["is"], "s.npz is statistics alone"),
+                                 ((six, saved), ["fid"], "s.npz is statistics alone, without moments of")):
+        with pytest.raises(InputError, match=words):
+            command("eval_fid", *pair, "--metrics", *metrics, "--json", tmp_path / "o.json")
+    assert not (tmp_path / "o.json").exists()
+
+
+def test_no_file_that_is_read_is_written(small, command, monkeypatch, tmp_path):
+    three, six = small
+    weights = tmp_path / "weights.pth"
+    weights.write_bytes(b"0")
+    (tmp_path / "link.npz").symlink_to(six)
+    os.link(weights, tmp_path / "twin")
+    before = {path: path.read_bytes() for path in (three, six, weights)}
+    unread(monkeypatch)
+    files = ("--inception", weights, "--dinov2", weights, "--vgg", weights, "--lpips-heads", weights)
+    for flags in (("--json", three), ("--save-stats", six), ("--json", tmp_path / "link.npz"),
+                  ("--json", tmp_path / "x/../6.npz"), ("--save-stats", weights, *files[:2]),
+                  ("--json", tmp_path / "twin", *files[2:4]), ("--json", weights, *files[4:6]),
+                  ("--json", weights, *files[6:]), ("--json", weights, "--vae", weights)):
+        with pytest.raises(InputError, match=f"{flags[1]}: would be overwritten"):
+            command("eval_fid", three, six, "--metrics", "latent-fd", *flags)
+    assert before == {path: path.read_bytes() for path in before}
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="its file systems hold UTF-8 names alone")
+def test_names_that_are_not_utf8_and_numbers_that_are_none(command, tmp_path, monkeypatch):
+    picture = np.zeros((8, 8, 3), np.uint8)
+    a = folder_of(tmp_path / "a", {"n01/x": picture, os.fsdecode(b"n01/caf\xe9"): picture})
+    b = folder_of(tmp_path / "b", {"x": picture, "y": picture})
+    odd = folder_of(tmp_path / os.fsdecode(b"odd\xff"), {"x": picture})
+    plain = folder_of(tmp_path / "c", {"x": picture})
+    command("eval_fid", a, b, "--metrics", "latent-fd", "--json", tmp_path / "o.json")
+    recipe = strict(tmp_path / "o.json")["recipe"]
+    assert recipe["samples"]["count"] == 2
+    assert json.loads(json.dumps(eval_fid.describe(odd, 1)).encode())["name"] == odd.name
+    size = (plain / "x.png").stat().st_size
+    assert eval_fid.describe(plain, 1)["sha256"] == hashlib.sha256(f"x.png {size}\n".encode()).hexdigest()
+    row = eval_fid.METRICS["latent-fd"]._replace(compute=lambda *moments: {"d": math.nan, "e": math.inf})
+    monkeypatch.setitem(eval_fid.METRICS, "latent-fd", row)
+    (a / "meta.json").write_text('{"checkpoint_sha256": "0", "cfg": NaN, "steps": [Infinity, 2]}')
+    command("eval_fid", a, b, "--metrics", "latent-fd", "--json", tmp_path / "o.json")
+    result = strict(tmp_path / "o.json")
+    assert result["d"] is None and result["e"] is None
+    made = result["recipe"]["samples"]["sampling"]
+    assert made["cfg"] is None and made["steps"] == [None, 2]
+
+
+def test_wrapped_and_older_weights_load(tmp_path):
+    layer = torch.nn.Linear(2, 3)
+    state = {f"module.net.{key}": value for key, value in layer.state_dict().items()}
+    torch.save(state, tmp_path / "w.pth", _use_new_zipfile_serialization=False)
+    loaded = eval_fid._load(torch.nn.Linear(2, 3), tmp_path / "w.pth", "get it", "net.")
+    assert torch.equal(loaded.weight, layer.weight)
 
 
 # ------------------------------------------------------------------------------------------------

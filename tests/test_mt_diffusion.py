@@ -1,5 +1,7 @@
 """MT-Diffusion: the chain against closed forms and exact Gaussian moments, the settings, the commands."""
+import functools
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -476,10 +478,10 @@ def test_the_other_methods_checkpoint_is_refused(data, trained, command, tmp_pat
     with pytest.raises(InputError, match="mmgen.pt: is a checkpoint of mmgen; use sample.py"):
         command("mt_sample", "--task", "generate", "--ckpt", DEMO / "mmgen.pt", *out)
     flags = ("--data", data, "--model", "T/2", "--steps", 1, "--batch-size", 4)
-    with pytest.raises(InputError, match="was trained with"):
+    with pytest.raises(InputError, match="trained with method = mt-diffusion, this command has mmgen"):
         command("train", *flags, "--run", run)
     command("train", *flags, "--modalities", "rgb", "--run", tmp_path / "mmgen")
-    with pytest.raises(InputError, match="was trained with"):
+    with pytest.raises(InputError, match="trained with method = mmgen, this command has mt-diffusion"):
         command("mt_diffusion", *flags, "--pair", "label", "--run", tmp_path / "mmgen")
     assert not (tmp_path / "x").exists()
 
@@ -498,6 +500,39 @@ def test_resume_and_processes(data, command, tmp_path):
     result = shell("mt_diffusion.py", *flags, "--steps", 2, "--run", tmp_path / "two", processes=2)
     assert result.returncode == 0, result.stderr
     assert gap(tmp_path / "whole", tmp_path / "two") < 1e-6
+
+
+class Gated(mt.MTDiffusion):
+    def __init__(self, *args, gated=False, **options):
+        super().__init__(*args, **options)
+
+
+def test_older_runs_go_on_with_the_defaults_of_what_is_new(data, trained, command, tmp_path, monkeypatch):
+    """A flag is one line in Objective.add_flags, an option a keyword of the network; --lr may change."""
+    run, original = tmp_path / "run", mt.Objective.add_flags
+    shutil.copytree(trained("rgb", "seg"), run, symlinks=True)
+    flags = ("--pair", "rgb", "seg", "--data", data, "--run", run, "--model", "T/2", "--batch-size", 8,
+             "--preview-every", 9, "--steps", 3)
+
+    def longer(parser):
+        original(parser)
+        parser.add_argument("--ramp", type=float, default=0.5)
+
+    assert mt.OPTIONS == {"agg": "vp_ramp", "head": "middle", "features": None, "bound": 8.0,
+                          "patch_size": 2, "fusion": "linear"}
+    monkeypatch.setattr(mt.Objective, "add_flags", staticmethod(longer))
+    monkeypatch.setattr(mt, "MTDiffusion", Gated)
+    monkeypatch.setitem(mt.OPTIONS, "gated", False)
+    with pytest.raises(InputError, match="ramp = 0.5, this command has 1.0"):
+        command("mt_diffusion", *flags, "--ramp", 1)
+    out = command("mt_diffusion", *flags, "--lr", 1e-12)
+    assert "lr 1e-12" in out and "steps 2 to 3" in out
+    assert gap(run, trained("rgb", "seg"), ["model"]) < 1e-9
+    config = load_checkpoint(run)["config"]
+    assert config["train"]["ramp"] == 0.5 and config["model"]["gated"] is False
+    monkeypatch.setattr(mt, "build", functools.partial(mt.build, gated=True))
+    with pytest.raises(InputError, match="gated = False, this command has True"):
+        command("mt_diffusion", *flags)
 
 
 def test_init_goes_by_role(data, trained, command, tmp_path):

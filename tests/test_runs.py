@@ -1,5 +1,9 @@
 """A run that was interrupted, and what another command may change of it."""
+import errno
+import functools
 import json
+import os
+import pathlib
 import shutil
 import signal
 import subprocess
@@ -9,6 +13,8 @@ import time
 import pytest
 import torch
 
+import distributed
+import model
 import runs
 import train
 from conftest import ROOT, TRAIN, gap, start
@@ -137,6 +143,57 @@ def test_an_older_run_goes_on_with_the_defaults_of_what_it_does_not_say(cache, t
     assert config["train"]["precision"] == "bf16" and config["model"]["fusion"] == "linear"
 
 
+def test_a_new_flag_is_one_line(cache, trained, half, command, monkeypatch):
+    """In train.add_flags: older runs have its default, whatever its type."""
+    original = train.add_flags
+
+    def longer(parser):
+        original(parser)
+        parser.add_argument("--warmup", type=int, default=0)
+        parser.add_argument("--teachers", nargs="+", default=("a", "b"))
+        parser.add_argument("--beside", type=pathlib.Path, default=pathlib.Path("data/beside"))
+
+    monkeypatch.setattr(train, "add_flags", longer)
+    flags = ("--data", cache, "--run", half, *TRAIN)
+    for change, message in ((("--warmup", 500), "warmup = 0, this command has 500"),
+                            (("--teachers", "a"), r"teachers = \['a', 'b'\], this command has \['a'\]"),
+                            (("--beside", "x"), "beside = data/beside, this command has x")):
+        with pytest.raises(InputError, match=f"was trained with {message}"):
+            command("train", *flags, *change)
+    command("train", *flags, "--teachers", "a", "b")
+    assert gap(trained, half) == 0
+    kept = load_checkpoint(half)["config"]["train"]
+    assert (kept["warmup"], kept["teachers"], kept["beside"]) == (0, ["a", "b"], "data/beside")
+    command("train", *flags)  # nothing is left to do: what the file says itself is the same
+
+
+class Gated(model.MMDiT):
+    def __init__(self, *args, gated=False, **options):
+        super().__init__(*args, **options)
+
+
+def test_a_new_option_of_the_model_is_a_keyword_with_a_default(cache, trained, half, command, monkeypatch):
+    monkeypatch.setattr(model, "MMDiT", Gated)
+    monkeypatch.setattr(train.MMGen, "options", {**train.MMGen.options, **runs.options_of(Gated)})
+    monkeypatch.setattr(train, "build_model", functools.partial(model.build_model, gated=True))
+    with pytest.raises(InputError, match="was trained with gated = False, this command has True"):
+        command("train", "--data", cache, "--run", half, *TRAIN)
+    monkeypatch.setattr(train, "build_model", functools.partial(model.build_model, gated=False))
+    command("train", "--data", cache, "--run", half, *TRAIN)
+    assert gap(trained, half) == 0 and load_checkpoint(half)["config"]["model"]["gated"] is False
+
+
+def test_another_methods_run_is_told_by_its_method(cache, half, command):
+    """Though the model and the cache differ too."""
+    path = (half / "latest.pt").resolve()
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["config"]["train"]["method"] = "another"
+    checkpoint["config"]["model"]["pair"] = checkpoint["config"]["meta"]["another"] = "pair"
+    torch.save(checkpoint, path)
+    with pytest.raises(InputError, match="was trained with method = another, this command has mmgen"):
+        command("train", "--data", cache, "--run", half, *TRAIN)
+
+
 def test_a_run_with_what_this_version_has_not_is_refused(cache, half, command):
     path = (half / "latest.pt").resolve()
     checkpoint = torch.load(path, weights_only=True)
@@ -165,6 +222,29 @@ def test_a_lost_latest_link_is_not_taken_for_a_new_run(cache, half, command):
             command("train", "--data", cache, "--run", half, *TRAIN)
 
 
+def test_a_run_goes_on_where_the_file_system_has_no_links(cache, trained, half, command, monkeypatch):
+    """latest.pt names the checkpoint, and is a link again where there are links."""
+    def refuse(*args, **options):
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+    flags, latest = ("--data", cache, "--run", half), half / "latest.pt"
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "symlink", refuse)
+        command("train", *flags, *TRAIN, "--steps", 5)
+        assert not latest.is_symlink() and latest.read_text() == "ckpt/0000005.pt\n"
+        command("train", *flags, *TRAIN)
+        assert latest.read_text() == "ckpt/0000006.pt\n" and load_checkpoint(half)["step"] == 6
+    assert gap(trained, half) == 0
+    for text, message in (("ckpt/0000009.pt", "points to no checkpoint"), ("/x.pt", "names '/x.pt'")):
+        latest.write_text(text)
+        with pytest.raises(InputError, match=f"latest.pt: {message}"):
+            command("train", *flags, *TRAIN)
+    latest.write_text("ckpt/0000005.pt")
+    command("train", *flags, *TRAIN)
+    assert os.readlink(latest) == "ckpt/0000006.pt" and gap(trained, half) == 0
+    assert {path.name for path in half.iterdir()} == {path.name for path in trained.iterdir()}
+
+
 def test_an_exported_file_is_no_run(cache, trained, tmp_path, command):
     command("weights", "--ckpt", trained, "--export", tmp_path / "run/latest.pt")
     with pytest.raises(InputError, match="no optimiser state.*start a new --run with --init"):
@@ -176,6 +256,69 @@ def test_nodes_that_find_different_checkpoints_stop(cache, tmp_path, monkeypatch
     with pytest.raises(InputError, match="must share the folder's file system"):
         start("train", "--data", cache, "--run", tmp_path / "r", *TRAIN)
     assert not (tmp_path / "r" / "ckpt").exists()
+
+
+# ------------------------------------------------------------------------------------------------
+# Another launcher's environment.
+
+LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+ADDRESS = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29400"}
+
+
+def surrounded(monkeypatch, **variables):
+    for name in LAUNCHER:
+        monkeypatch.delenv(name, raising=False)
+        if name in variables:
+            monkeypatch.setenv(name, variables[name])
+
+
+@pytest.mark.parametrize("variables, message", (
+    ({"WORLD_SIZE": "2", "RANK": "0"}, "RANK=0 WORLD_SIZE=2 in the .* without MASTER_ADDR and MASTER_PORT"),
+    ({"WORLD_SIZE": "2", **ADDRESS}, "WORLD_SIZE=2 .* without RANK: .* unset RANK, WORLD_SIZE and"),
+    ({"WORLD_SIZE": "2", "RANK": "", **ADDRESS}, "without RANK"),
+    ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two in the environment: expected a whole number from 1; .*torchrun"),
+    ({"WORLD_SIZE": "0"}, "WORLD_SIZE=0 in the environment"),
+    ({"RANK": "0.5"}, "RANK=0.5 in the environment: expected a whole number"),
+    ({"RANK": "-1"}, "RANK=-1 in the environment"),
+    ({"RANK": "1"}, "RANK=1 in the environment: RANK must be below WORLD_SIZE, which is 1"),
+    ({"LOCAL_RANK": "gpu0"}, "LOCAL_RANK=gpu0 in the environment"),
+    ({"WORLD_SIZE": "2", "RANK": "0", **ADDRESS, "MASTER_PORT": "x"}, "127.0.0.1:x: the .* cannot meet"),
+))
+def test_another_launchers_variables_are_told(variables, message, monkeypatch):
+    surrounded(monkeypatch, **variables)
+    with pytest.raises(InputError, match=message) as error:
+        distributed.setup()
+    assert "torchrun" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_more_processes_than_gpus_are_told(monkeypatch):
+    surrounded(monkeypatch, LOCAL_RANK="3")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(InputError, match="LOCAL_RANK=3 in the environment: this machine shows 2 GPUs"):
+        distributed.setup()
+
+
+@pytest.mark.parametrize("variables", ({}, {"WORLD_SIZE": "1"}, {"WORLD_SIZE": "1", "RANK": "0"},
+                                       {"RANK": "", "WORLD_SIZE": "", "LOCAL_RANK": " "}))
+def test_a_world_of_one_needs_no_launcher(variables, monkeypatch):
+    surrounded(monkeypatch, **variables)
+    assert distributed.setup()[:2] == (0, 1)
+
+
+@pytest.mark.parametrize("rank", ("", "x", "0"))
+def test_the_line_of_an_error_does_not_depend_on_the_launcher(rank, monkeypatch, capfd):
+    def main():
+        raise InputError("one line")
+
+    def leave(code):
+        raise SystemExit(code)
+
+    surrounded(monkeypatch, RANK=rank)
+    monkeypatch.setattr(os, "_exit", leave)
+    with pytest.raises(SystemExit, match="2"):
+        distributed.run(main)
+    assert capfd.readouterr().err.endswith("error: one line\n")
 
 
 # ------------------------------------------------------------------------------------------------

@@ -1,3 +1,5 @@
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -44,6 +46,71 @@ def test_older_attention_names_load(tmp_path, monkeypatch):
     x = torch.randn(2, 3, 16, 16)
     assert torch.allclose(loaded.encode(x)[0], model.encode(x)[0], atol=1e-5)
     assert loaded.scale == 0.18215
+
+
+SMALL = dict(channels=(8, 16), layers=1, groups=4, latent_channels=4, scale=0.18215)
+
+
+def foreign(folder, config=None, prefix=""):
+    """A file without our metadata in a folder, a diffusers' config.json beside it -> its path."""
+    torch.manual_seed(0)
+    state = vae.AutoencoderKL(**SMALL).state_dict()
+    folder.mkdir(exist_ok=True)
+    path = folder / "diffusion_pytorch_model.safetensors"
+    save_file({prefix + key: value for key, value in state.items()}, path)
+    (folder / "config.json").unlink(missing_ok=True)
+    if config is not None:
+        text = config if isinstance(config, str) else json.dumps(config)
+        (folder / "config.json").write_text(text)
+    return path
+
+
+def test_the_scaling_factor_of_a_config_beside_the_file(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(vae, "SD_CONFIG", SMALL)
+    kind = {"_class_name": "AutoencoderKL"}
+    for config, scale in ((None, 0.18215), (kind, 0.18215), ({**kind, "scaling_factor": 0.18215}, 0.18215),
+                          ({**kind, "scaling_factor": 0.13025, "shift_factor": None}, 0.13025),
+                          ({"scaling_factor": 2, "shift_factor": 0}, 2)):
+        path = foreign(tmp_path, config)
+        assert vae.load_vae(path).scale == scale
+        out = capsys.readouterr().out
+        assert out == (f"{path}: scaling factor {scale}, of its config.json\n" if scale != 0.18215 else "")
+    assert vae.load_encoder(path, torch.device("cpu")).scale == 2
+    for config, message in (({**kind, "shift_factor": 0.1159}, "shift_factor is 0.1159"),
+                            ({"_class_name": "AutoencoderTiny"}, "_class_name is 'AutoencoderTiny'"),
+                            ({"scaling_factor": "x"}, "scaling_factor is 'x', expected a number above 0"),
+                            ({"scaling_factor": float("nan")}, "scaling_factor is nan"),
+                            ("{", "not readable"), ("[1]", "not readable")):
+        with pytest.raises(InputError, match=f"config.json: {message}"):
+            vae.load_vae(foreign(tmp_path, config))
+
+
+def test_wrapped_names_load(tmp_path, monkeypatch):
+    monkeypatch.setattr(vae, "SD_CONFIG", SMALL)
+    plain = vae.load_vae(foreign(tmp_path)).state_dict()
+    for prefix in ("module.", "_orig_mod."):
+        again = vae.load_vae(foreign(tmp_path, prefix=prefix)).state_dict()
+        assert all(torch.equal(plain[key], again[key]) for key in plain)
+
+
+def test_a_known_autoencoder_has_the_caches_scale_and_an_unknown_one_must(tmp_path, monkeypatch):
+    monkeypatch.setattr(vae, "SD_CONFIG", SMALL)
+    device = torch.device("cpu")
+    path = foreign(tmp_path, {"scaling_factor": 0.13025})
+    made = vae.load_encoder(path, device)
+    known = dict(vae=str(path), vae_sha256=made.sha256, scale=made.scale)
+    moved = foreign(tmp_path / "moved")  # the same file, without its config.json
+    encoder, x = vae.encoder_of(known, device, moved), torch.randn(1, 3, 16, 16)
+    assert encoder.scale == 0.13025 and torch.equal(encoder.encode(x), made.encode(x))
+    assert torch.equal(encoder.decode(made.encode(x)), made.decode(made.encode(x)))
+    released = dict(vae="sd-mse", vae_sha256=None, scale=0.18215)
+    assert vae.encoder_of(released, device, moved).scale == 0.18215
+    with pytest.raises(InputError, match="scaling factor is 0.13025, the model was trained with 0.18215"):
+        vae.encoder_of(released, device, path)
+    with pytest.raises(InputError, match="scale of the training cache: x, expected a number"):
+        vae.encoder_of({**known, "scale": "x"}, device)
+    pixels = dict(vae="none", vae_sha256=None, scale=1.0)
+    assert vae.encoder_of(pixels, device).scale == 1
 
 
 def test_the_bundled_vae_reconstructs_every_modality():

@@ -147,9 +147,126 @@ def test_init_with_other_classes_and_resolution(tmp_path):
     table = weights.fit(model, meta, load_checkpoint(tmp_path / "a.pt"), "a.pt")
     y = source.y_embedder.weight
     assert torch.equal(model.y_embedder.weight, y[[5, 12, 0, 12]])  # an unknown class is the null class
-    assert "inflated    2  pos_embed, y_embedder" in table
+    assert "inflated    2  pos_embed, y_embedder" in table and "class rows: 2 of 3 known" in table
     assert model.pos_embed.shape == (1, 144, 192)
     assert (model.pos_embed.amax() - source.pos_embed.amax()).abs() < 0.2
+
+
+def rows_taken(folder, old, new):
+    """--init of a model of the classes `new` from a file of `old` (names or a number) -> the file's row of
+    each class, the last is the null class; the table.
+    """
+    count = old if isinstance(old, int) else len(old)
+    source, meta = ours(folder / "a.pt", num_classes=count)
+    checkpoint = load_checkpoint(folder / "a.pt")
+    checkpoint["config"]["meta"]["class_names"] = [] if isinstance(old, int) else list(old)
+    model = build_model("T/2", num_classes=len(new), latent_size=16)
+    table = weights.fit(model, {**meta, "class_names": list(new)}, checkpoint, "a.pt")
+    same = (model.y_embedder.weight[:, None] == source.y_embedder.weight[None]).all(2)
+    return [row.nonzero().item() for row in same], table
+
+
+def test_init_takes_the_rows_of_the_classes_it_knows(tmp_path):
+    wnids = ("n01440764", "n01443537", "n01484850")
+    for old, new, rows, fate, known in (
+            (wnids, wnids, [0, 1, 2, 3], "taken", "3 of 3"),
+            (wnids, wnids[::-1], [2, 1, 0, 3], "inflated", "3 of 3"),
+            (wnids, ("val/n01484850", "cat"), [2, 3, 3], "inflated", "1 of 2"),
+            (("red cone", "red_box"), ("a/red_cone", "red box"), [0, 1, 2], "taken", "2 of 2"),
+            (("a/cone", "b/cone"), ("cone", "b/cone"), [2, 1, 2], "inflated", "1 of 2"),
+            (wnids, ("0", "1", "2"), [0, 1, 2, 3], "taken", "3 of 3"),  # numbers in order
+            (wnids, ("0", "2", "1"), [3, 3, 3, 3], "inflated", "0 of 3"),
+            (wnids, ("0", "1"), [3, 3, 3], "inflated", "0 of 2"),
+            (("2", "0", "1"), ("0", "1", "2"), [1, 2, 0, 3], "inflated", "3 of 3"),
+            (3, ("a", "b", "c"), [0, 1, 2, 3], "taken", "3 of 3"),  # a file without names
+            (3, ("a", "b"), [3, 3, 3], "inflated", "0 of 2")):
+        found, table = rows_taken(tmp_path, old, new)
+        assert found == rows and f"class rows: {known} known" in table, (old, new, table)
+        assert "y_embedder" in table.split(fate)[1].split("\n")[0], (old, new, table)
+
+
+def test_classes_of_folders():
+    """By the whole folder, else by a last part that is unique among the folders and among the classes."""
+    def found(folders, names):
+        return list(weights.classes_of(folders, names).values())
+
+    wnids = ["n01440764", "n02123045"]
+    assert found(["n02123045", "train/n01440764", "n09", ".", ""], wnids) == [1, 0, None, None, None]
+    assert found(["train/n02123045", "val/n02123045", "n01440764"], wnids) == [None, None, 0]
+    assert found(["n02123045", "val/n02123045"], wnids) == [1, None]
+    assert found(["red/cone", "cone", "box"], ["blue/cone", "red/cone", "red/box"]) == [1, None, 2]
+    assert found(["cone"], ["blue/cone", "red/cone"]) == [None]
+    assert found(["red cone", "red_cone", "x/red box"], ["red_cone", "red box"]) == [0, 0, 1]
+    assert found(["caf\u00e9", "caf\udce9"], ["cafe\u0301"]) == [0, None]  # NFC and NFD, old latin-1 bytes
+    assert weights.classes_of(["a", "a"], []) == {"a": None}
+
+
+def test_released_weights_have_imagenets_classes(tmp_path):
+    ours(tmp_path / "a.pt", num_classes=1000)
+    torch.save(weights.to_official(load_checkpoint(tmp_path / "a.pt"), "a.pt"), tmp_path / "b.pt")
+    names = load_checkpoint(tmp_path / "b.pt")["config"]["meta"]["class_names"]
+    assert (len(names), names[0], names[281]) == (1000, "n01440764", "n02123045")
+    official(tmp_path / "c.pt")  # of 12 classes
+    assert load_checkpoint(tmp_path / "c.pt")["config"]["meta"]["class_names"] == []
+
+
+def wrapped(state, how):
+    """The names that a state dict has of a network in DDP, compiled, or with compiled blocks."""
+    if how == "blocks":
+        return {key.replace(".attn.", "._orig_mod.attn."): value for key, value in state.items()}
+    return {how + key: value for key, value in state.items()}
+
+
+@pytest.mark.parametrize("how", ("module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "blocks"))
+def test_the_names_that_wrappers_give_are_taken_off(how, tmp_path):
+    model = official(tmp_path / "a.pt")
+    released = torch.load(tmp_path / "a.pt", weights_only=False)
+    torch.save({**released, "ema": wrapped(released["ema"], how)}, tmp_path / "b.pt")
+    assert same(model, load_model(tmp_path / "b.pt").model)
+    own = torch.load(tmp_path / "a.ours", weights_only=True)
+    states = {part: wrapped(own["ema"], how) for part in ("ema", "model")}
+    assert states["ema"].keys() != own["ema"].keys()
+    torch.save({**own, **states}, tmp_path / "c.pt")
+    for part in states:
+        assert same(model, load_model(tmp_path / "c.pt", weights=part).model)
+
+
+def test_torchs_older_format_is_read_and_its_pickled_objects_are_not(tmp_path):
+    model = official(tmp_path / "a.pt")
+    for name in ("a.pt", "a.ours"):
+        content = torch.load(tmp_path / name, weights_only=False)
+        torch.save(content, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+        assert same(model, load_model(tmp_path / "old.pt").model)
+    data = (tmp_path / "old.pt").read_bytes()
+    (tmp_path / "cut.pt").write_bytes(data[:len(data) // 2])
+    torch.save({**content, "at": Evil()}, tmp_path / "evil.pt", _use_new_zipfile_serialization=False)
+    for name, words in (("cut", "cut short|refused"), ("evil", "refused, it holds pickled")):
+        with pytest.raises(InputError, match=f"{name}.pt: .*({words})"):
+            load_checkpoint(tmp_path / f"{name}.pt")
+    assert not os.path.exists("/tmp/mmgen_evil")
+
+
+def test_a_text_stands_for_the_link_to_the_latest_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for i, run in enumerate(("linked", "named", "lost", "odd")):
+        (tmp_path / "runs" / run / "ckpt").mkdir(parents=True)
+        ours(tmp_path / "runs" / run / "ckpt/1.pt")
+        os.utime(tmp_path / "runs" / run / "ckpt/1.pt", (i, i))
+    (tmp_path / "runs/linked/latest.pt").symlink_to("ckpt/1.pt")
+    (tmp_path / "runs/named/latest.pt").write_text("ckpt/1.pt\n")
+    (tmp_path / "runs/lost/latest.pt").write_text("ckpt/2.pt")
+    assert str(weights.newest_checkpoint()) == "runs/named/latest.pt"
+    for path in ("runs/named", "runs/named/latest.pt"):
+        assert weights.locate(path) == tmp_path / "runs/named/ckpt/1.pt"
+        assert load_checkpoint(path)["step"] == 7
+    with pytest.raises(InputError, match="lost/ckpt/2.pt: no such checkpoint"):
+        load_checkpoint("runs/lost")
+    for text in ("", "../linked/ckpt/1.pt", str(tmp_path / "runs/named/ckpt/1.pt"), "ckpt/1.pt\nckpt/2.pt",
+                 "ckpt/\0.pt"):
+        (tmp_path / "runs/odd/latest.pt").write_text(text)
+        with pytest.raises(InputError, match="odd/latest.pt: names '.*expected a file of its folder"):
+            load_checkpoint("runs/odd")
+        assert str(weights.newest_checkpoint()) == "runs/named/latest.pt"
 
 
 class Evil:
