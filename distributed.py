@@ -11,6 +11,8 @@ import errno
 import functools
 import hashlib
 import itertools
+import json
+import math
 import os
 import pathlib
 import platform
@@ -230,6 +232,19 @@ def whole_file(path):
         raise OSError(errno.ENOSPC, "could not be written whole", str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_json(path, value):
+    """Write a result, whole; JSON has no NaN and no infinity: null stands for them."""
+    def plain(value):
+        if isinstance(value, dict):
+            return {key: plain(inner) for key, inner in value.items()}
+        if isinstance(value, (list, tuple)):
+            return list(map(plain, value))
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    with whole_file(path) as file:
+        file.write(json.dumps(plain(value), indent=1, allow_nan=False).encode())
 
 
 def sha256(path):

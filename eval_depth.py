@@ -35,7 +35,7 @@ from tqdm import tqdm
 import samplers
 import toy_scenes
 from distributed import (InputError, barrier, check, check_apart, check_folder, command_parser, gather,
-                         only_writer, place, reading, run, setup, share, whole_file)
+                         only_writer, place, reading, run, setup, share, whole_file, write_json)
 from modalities import (MODALITIES, PLAIN, VOID, check_turned, draw_grid, fill_unknown, is_array,
                         label_colour, nearest_colour, segments, unit)
 from trees import facts_of, find_pictures, flat_name, folders_of, pictures_by_stem, read_palette
@@ -1066,13 +1066,6 @@ def truth_of(args, meta):
     return Pairs(args.pred, args.gt, args.modality, args.alignment, facts)
 
 
-def finite(value):
-    """A result for JSON, which has no NaN: None in its place."""
-    if isinstance(value, dict):
-        return {key: finite(inner) for key, inner in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def main():
     """Predict (or read predictions), score against the truth, write per_image.csv, grid.png and the JSON.
 
@@ -1158,8 +1151,7 @@ def report(args, source, predict, scored, recipe):
         with whole_file(args.out / "frames.txt") as file:
             file.write(source.list)
     if args.json:
-        with whole_file(args.json) as file:
-            file.write(json.dumps(finite(result), indent=1, allow_nan=False).encode())
+        write_json(args.json, result)
 
 
 if __name__ == "__main__":

@@ -28,8 +28,8 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-from distributed import all_reduce, barrier, check, check_apart, command_parser, gather, place, prefetch
-from distributed import reading, run, setup, share, whole_file
+from distributed import (all_reduce, barrier, check, check_apart, command_parser, gather, prefetch, reading,
+                         run, say, setup, share, whole_file, write_json)
 from modalities import centre_crop, read_rgb
 from trees import find_pictures, flat_name, stem_of
 from vae import load_vae, sha256
@@ -720,8 +720,7 @@ def possible(sources, metrics):
             reasons[metric] = f"{_figure(metric)}: left out, {next(filter(None, lacks))}"
     check(len(reasons) < len(metrics), "; ".join(reasons.values()))
     for reason in reasons.values():
-        if place()[0] == 0:
-            print(reason)
+        say(reason)
     return [metric for metric in metrics if metric not in reasons]
 
 
@@ -842,15 +841,6 @@ def save_statistics(path, sides, networks):
         np.savez(file, **arrays)
 
 
-def without_nan(value):
-    """A result as JSON can hold it: null for numbers that are not finite."""
-    if isinstance(value, dict):
-        return {key: without_nan(each) for key, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return list(map(without_nan, value))
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 # ------------------------------------------------------------------------------------------------
 
 def arguments():
@@ -923,8 +913,7 @@ def main():
             recipe.update(network.id)
         recipe.update(is_chunk=IS_CHUNK, neighbour=NEIGHBOUR, reference_pictures=reference.pictures,
                       torch=torch.__version__, device=work.device.type)
-        with whole_file(args.json) as file:
-            file.write(json.dumps(without_nan({**figures, "recipe": recipe}), indent=1).encode())
+        write_json(args.json, {**figures, "recipe": recipe})
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ import sample
 import samplers
 from dataset import to_unit
 from distributed import (check, check_apart, check_folder, command_parser, only_writer, run, setup,
-                         sha256, whole_file)
+                         sha256, whole_file, write_json)
 from modalities import MODALITIES, as_it_is, enlarge, read_array, read_mask
 from mt_diffusion import Chain, draw_images
 from produce import SHOWN, finish, produce, write_grid, write_npz
@@ -246,8 +246,7 @@ def score(args, loaded, encoder, chain, rank):
     if args.json:
         recipe = dict(**source.recipe, count=len(source.names),
                       **recipe_of(loaded, args.seed, chain.steps, **chain._asdict()))
-        with whole_file(args.json) as file:
-            file.write(json.dumps({**result, "recipe": recipe}, indent=1).encode())
+        write_json(args.json, {**result, "recipe": recipe})
 
 
 # ------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import safe_open
 
-from distributed import InputError, autocast, check, place, reading, sha256
+from distributed import InputError, autocast, check, reading, say, sha256
 from weights import bare
 
 SD_CONFIG = dict(channels=(128, 256, 512, 512), layers=2, groups=32, latent_channels=4, scale=0.18215)
@@ -215,8 +215,8 @@ def _scale_beside(path):
     scale = said.get("scaling_factor", usual)
     check(isinstance(scale, (int, float)) and 0 < scale < 1e6,
           f"{file}: scaling_factor is {scale!r}, expected a number above 0; mend it, or move it away")
-    if scale != usual and place()[0] == 0:
-        print(f"{path}: scaling factor {scale}, of its config.json")
+    if scale != usual:
+        say(f"{path}: scaling factor {scale}, of its config.json")
     return scale
 
 

@@ -56,8 +56,8 @@ MORE = {  # script: flags that it gets where the command does not have them
     "studies/measure_demo.py": {"--num": "8", "--generate": "12"},
 }
 BROUGHT = {  # names in the text: the stand-in that has the right files
-    "eval_fid.py samples ": "eval_fid.py generated ",
-    "--pred samples": "--pred predictions",
+    "eval_fid.py samples/generate ": "eval_fid.py generated ",
+    "--pred samples/understand": "--pred predictions",
     "--out demo/": "--out made/",
     "--export demo/": "--export made/",
     "restored truth": "restored truth_pictures",
