@@ -57,8 +57,13 @@ def create(folder, meta, names, labels=None):
     path = folder / "meta.json"
     if path.exists():
         return same_meta(folder, meta)
-    with whole_file(folder / "names.txt") as file:
-        file.write(os.fsencode("\n".join(names)) + b"\n")
+    listed, there = os.fsencode("\n".join(names)) + b"\n", folder / "names.txt"
+    if not there.is_file() or there.read_bytes() != listed:  # else a killed process began here
+        for name in ("names.txt", *(f"{stem}.npy" for stem in schema(meta))):
+            check(not (folder / name).exists(), f"{folder / name}: is there, and of no cache of these "
+                  "samples; use another --out")
+        with whole_file(there) as file:
+            file.write(listed)
     for stem, (dtype, shape) in schema(meta).items():
         with whole_file(folder / f"{stem}.npy") as file:
             if stem == "labels" and labels is not None:

@@ -263,8 +263,9 @@ STALE = 120  # seconds without a heartbeat after which a writer counts as dead
 
 
 def check_apart(outputs, inputs):
-    """Raise InputError where a file to be written is a file that is read; either may be None."""
+    """Raise InputError where a file to be written is a file that is read, or is a folder; None is none."""
     for out in filter(None, outputs):
+        check(not os.path.isdir(out), f"{out}: is a folder; give the name of a file to write")
         for given in filter(None, inputs):
             same = os.path.realpath(out) == os.path.realpath(given)
             if os.path.exists(out) and os.path.exists(given):

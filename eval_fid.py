@@ -595,14 +595,15 @@ def sampling(path):
     return None
 
 
-def describe(path, count):
-    """What a recipe says of one set of pictures: name, number, hash (of a folder's names and sizes), how
-    sample.py made it.
+def describe(source, count):
+    """What a recipe says of one set of pictures: name, number, hash (of a folder's pictures by names and
+    sizes), how sample.py made it.
     """
+    path = source.path
     if path.is_file():
         digest = sha256(path)
     else:
-        files = [file for file in sorted(path.rglob("*")) if file.is_file()]
+        files = source.pictures.files
         listing = "".join(f"{file.relative_to(path)} {file.stat().st_size}\n" for file in files)
         digest = hashlib.sha256(os.fsencode(listing)).hexdigest()  # a name need not be UTF-8
     described = dict(name=path.name, count=count, sha256=digest)
@@ -906,8 +907,8 @@ def main():
         print(f"{figure:14s} {value:.4f}" if isinstance(value, float) else f"{figure:14s} {value}")
     if args.json:
         samples, reference = seen
-        recipe = dict(samples=describe(args.samples, samples.pictures or samples.count),
-                      reference=describe(args.reference, reference.count or reference.pictures),
+        recipe = dict(samples=describe(sources[0], samples.pictures or samples.count),
+                      reference=describe(sources[1], reference.count or reference.pictures),
                       metrics=args.metrics, precision="fp32, moments fp64", crop=args.crop)
         for network in networks.values():
             recipe.update(network.id)

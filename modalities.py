@@ -499,6 +499,12 @@ class Disparity(Scalar):
         return np.repeat(scaled[None].astype(np.float32), 3, 0)
 
 
+def encoded(vectors):
+    """Whether floats (..., 3) look like xyz * 0.5 + 0.5: none is negative, and they are no unit vectors."""
+    odd = np.abs(np.linalg.norm(vectors, axis=-1) - 1) > 0.05
+    return bool(odd.size and odd.mean() > 0.3 and vectors.min() >= 0)
+
+
 class Vector(Kind):
     """Unit vectors: float32 (H, W, 3) in [-1, 1], zero where unknown; in pictures xyz * 0.5 + 0.5."""
 
@@ -513,13 +519,11 @@ class Vector(Kind):
         if array.dtype == np.uint8:
             return self.of_picture(path, Picture(array, "RGB"), facts)
         vectors = np.where(np.isfinite(array).all(-1, keepdims=True), array, 0)
-        length = np.linalg.norm(vectors.astype(np.float64), axis=-1)
-        known = length > 1e-3
+        known = np.linalg.norm(vectors, axis=-1) > 1e-3
         check(array.dtype.kind == "f" and np.abs(vectors).max() <= 1.01,
               f"{path}: holds {_held(vectors)}; normals are floats in [-1, 1]")
-        odd = np.abs(length[known] - 1) > 0.05
-        check(vectors.min() < 0 or not len(odd) or odd.mean() < 0.3, f"{path}: holds values in [0, 1] that "
-              "are no unit vectors: as a picture holds them? Give xyz in [-1, 1]")
+        check(not encoded(vectors[known]), f"{path}: holds values in [0, 1] that are no unit vectors, as a "
+              "picture holds them; give xyz in [-1, 1]")
         return Raster(path, vectors, known)
 
     def of_picture(self, path, picture, facts):

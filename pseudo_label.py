@@ -26,9 +26,9 @@ import torch
 from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 
-from distributed import (InputError, barrier, check, command_parser, only_writer, reading, run, setup, sha256,
-                         whole_file)
-from modalities import MODALITIES, fill_unknown, read_rgb, unit
+from distributed import (InputError, barrier, check, check_folder, command_parser, only_writer, reading, run,
+                         setup, sha256, whole_file)
+from modalities import MODALITIES, encoded, fill_unknown, read_rgb, unit
 from trees import find_pictures, stem_of, write_facts
 
 
@@ -99,6 +99,8 @@ def depth_picture(array, size, space):
 def normal_picture(array, size):
     """(h, w, 3), floats in [-1, 1] or uint8."""
     _fitting(array, 3)
+    if array.dtype.kind == "f" and encoded(array):
+        raise ValueError("values in [0, 1] that are no unit vectors; return xyz in [-1, 1], or uint8")
     if array.dtype != np.uint8:
         array = MODALITIES["normal"].picture(unit(array))
     return Image.fromarray(array).resize(size, Image.Resampling.BILINEAR)
@@ -108,6 +110,9 @@ def seg_picture(array, size, seed):
     """Masks (K, h, w), labels (h, w) or colours (h, w, 3 or 4); masks and labels take colours by the seed."""
     if array.ndim == 3 and array.shape[2] == 4 and array.dtype == np.uint8:
         array = array[..., :3]  # colours with alpha
+    if array.ndim < 3 or array.shape[2] != 3:
+        if array.dtype.kind not in "iub":
+            raise ValueError(f"{array.dtype} {array.shape}; masks are bool, labels whole numbers")
     if array.ndim == 3 and array.shape[2] != 3 or array.dtype == bool:
         array = paint(array.reshape(-1, *array.shape[-2:]).astype(bool), seed)
     elif array.ndim == 2:
@@ -209,13 +214,15 @@ def main():
     rank, world, device = setup()
     check(not args.out.resolve().is_relative_to(args.images.resolve()), f"--out {args.out}: lies inside of "
           f"--images {args.images}, its pictures would be taken for photos; use another folder")
+    names = {"depth": args.depth, "normal": args.normal, "seg": args.seg}
+    names = {m: name for m, name in names.items() if name}
+    for m in names:
+        check_folder(args.out / m, [args.images])
     photos = {}
     for path in find_pictures(args.images):
         stem = stem_of(path, args.images)
         check(stem not in photos, f"--images {args.images}: the stem {stem} is there twice; keep one")
         photos[stem] = path
-    names = {"depth": args.depth, "normal": args.normal, "seg": args.seg}
-    names = {m: name for m, name in names.items() if name}
     check(names, "no teacher; name at least one of --depth, --normal, --seg")
     said = {"upright": True, **({"depth_space": "disparity"} if args.depth else {}),
             **({"seg_mode": "instance"} if args.seg else {})}

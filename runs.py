@@ -13,7 +13,7 @@ import time
 
 import torch
 
-from distributed import all_reduce, check, whole_file
+from distributed import all_reduce, check, reading, whole_file
 from weights import FORMAT, load_checkpoint, load_weights, target_of
 
 FREE = ("data", "run", "steps", "lr", "micro_batch", "log_every", "ckpt_every", "preview_every", "compile",
@@ -104,14 +104,23 @@ def save_checkpoint(folder, model, ema, optimiser, step, config):
 # The log.
 
 def begin_log(folder, step, notes):
-    """Write args.json, and cut log.jsonl back to the step that the run continues from."""
-    with whole_file(folder / "args.json") as file:
-        file.write(json.dumps(notes, indent=1, default=str).encode())
-    path = folder / "log.jsonl"
+    """Write args.json, and cut log.jsonl back to the step that the run continues from.
+
+    Raises InputError where files of these names are of something else than a run.
+    """
+    path, log, kept = folder / "args.json", folder / "log.jsonl", None
+    foreign = "is of no training run; use another --run"
     if path.exists():
-        lines = [line for line in path.read_text().splitlines() if line.endswith("}")]  # whole ones
-        kept = [line + "\n" for line in lines if json.loads(line)["step"] <= step]
-        with whole_file(path) as file:
+        with reading(path, foreign):
+            check("batch_size" in json.loads(path.read_text()), f"{path}: {foreign}")
+    if log.exists():
+        with reading(log, foreign):
+            lines = [line for line in log.read_text().splitlines() if line.endswith("}")]  # whole ones
+            kept = [line + "\n" for line in lines if json.loads(line)["step"] <= step]
+    with whole_file(path) as file:
+        file.write(json.dumps(notes, indent=1, default=str).encode())
+    if kept is not None:
+        with whole_file(log) as file:
             file.write("".join(kept).encode())
 
 

@@ -264,11 +264,12 @@ def truth_files(files, modalities):
         if m not in parts:
             continue
         at = len(parts) - 1 - parts[::-1].index(m)
-        rest, found = pathlib.Path(*parts[at + 1:]), {}
+        root, rest, found = pathlib.Path(*parts[:at]), pathlib.Path(*parts[at + 1:]), {}
         for other in modalities:
-            folder = pathlib.Path(*parts[:at]) / other / rest.parent
+            folder = root / other / rest.parent
             if other not in files and folder.is_dir():
-                same = [p for p in sorted(folder.iterdir()) if p.stem == rest.stem and p.is_file()]
+                stem = stem_of(path, path.parent)
+                same = [p for p in sorted(folder.iterdir()) if stem_of(p, folder) == stem and p.is_file()]
                 found.update({other: same[0]} if same else {})
         return found
     return {}
@@ -412,8 +413,8 @@ def facts_for(given, locations, depth_space, meta):
 def tell(requests, facts, meta):
     """Print how the given files are read, and how many of their pictures have a class."""
     if "depth" in facts:
-        print(f"depth files hold {facts['depth'].depth_space} ({facts['depth'].said}); "
-              "--depth-space says otherwise")
+        print(f"depth files hold {facts['depth'].depth_space} ({facts['depth'].said}), the model speaks "
+              "disparity; --depth-space says otherwise")
     without = sum(request.label == meta["num_classes"] for request in requests)
     if facts and without:
         print(f"{without} of {len(requests)} pictures are of no class of the checkpoint's")

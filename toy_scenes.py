@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from distributed import check, command_parser, run, whole_file
+from distributed import check, command_parser, only_writer, run, whole_file
 from modalities import MODALITIES
 from trees import write_facts
 
@@ -274,6 +274,16 @@ def teacher(scene, grid):
     return means @ matrix
 
 
+def write_scene(out, seed, size):
+    """OUT/<modality>/<class>/<seed>.png of a scene."""
+    scene = render(seed, size)
+    for name, array in maps(scene).items():
+        row = MODALITIES[name]
+        picture = row.picture(row.from_pixels(row.to_pixels(array)))
+        with whole_file(out / name / CLASSES[scene.label].replace(" ", "_") / f"{seed}.png") as file:
+            Image.fromarray(picture).save(file, "png")
+
+
 def main():
     """Write scenes as pictures: <out>/{rgb,depth,normal,seg}/<class>/<seed>, and tree.json."""
     parser = command_parser(__doc__)
@@ -285,15 +295,10 @@ def main():
     check(1 <= args.num <= 10 ** 7 and 8 <= args.size <= 4096 and args.start >= 0,
           f"--num {args.num} --start {args.start} --size {args.size}: "
           "1 to ten million scenes from seed 0 on, of 8 to 4096 pixels")
-    write_facts(args.out, depth_space="disparity", seg_mode="semantic", palette=PALETTE.tolist())
-    for seed in range(args.start, args.start + args.num):
-        scene = render(seed, args.size)
-        for name, array in maps(scene).items():
-            row = MODALITIES[name]
-            picture = row.picture(row.from_pixels(row.to_pixels(array)))
-            path = args.out / name / CLASSES[scene.label].replace(" ", "_") / f"{seed}.png"
-            with whole_file(path) as file:
-                Image.fromarray(picture).save(file, "png")
+    with only_writer(args.out):
+        write_facts(args.out, depth_space="disparity", seg_mode="semantic", palette=PALETTE.tolist())
+        for seed in range(args.start, args.start + args.num):
+            write_scene(args.out, seed, args.size)
     print(f"{args.num} scenes in {args.out}")
 
 

@@ -21,7 +21,7 @@ import unicodedata
 import torch
 import torch.nn.functional as F
 
-from distributed import InputError, check, command_parser, reading, run, sha256, whole_file
+from distributed import InputError, check, check_apart, command_parser, reading, run, sha256, whole_file
 from model import SIZES, build_model
 
 FORMAT = "mmgen-1"
@@ -465,6 +465,7 @@ def main():
     what.add_argument("--export-official", type=pathlib.Path, metavar="FILE",
                       help="write the EMA as MMGen's own code loads it")
     args = parser.parse_args()
+    check_apart([args.export, args.export_official], [locate(args.ckpt)])
     checkpoint = load_checkpoint(args.ckpt)
     if args.export:
         ema = {key: value.to(torch.bfloat16) for key, value in without_projector(checkpoint["ema"]).items()}

@@ -403,9 +403,12 @@ def test_names_that_are_not_utf8_and_numbers_that_are_none(command, tmp_path, mo
     command("eval_fid", a, b, "--metrics", "latent-fd", "--json", tmp_path / "o.json")
     recipe = strict(tmp_path / "o.json")["recipe"]
     assert recipe["samples"]["count"] == 2
-    assert json.loads(json.dumps(eval_fid.describe(odd, 1)).encode())["name"] == odd.name
+    source = eval_fid.open_source(odd)
+    assert json.loads(json.dumps(eval_fid.describe(source, 1)).encode())["name"] == odd.name
     size = (plain / "x.png").stat().st_size
-    assert eval_fid.describe(plain, 1)["sha256"] == hashlib.sha256(f"x.png {size}\n".encode()).hexdigest()
+    (plain / "notes.txt").write_text("no picture")
+    listed = hashlib.sha256(f"x.png {size}\n".encode()).hexdigest()
+    assert eval_fid.describe(eval_fid.open_source(plain), 1)["sha256"] == listed
     row = eval_fid.METRICS["latent-fd"]._replace(compute=lambda *moments: {"d": math.nan, "e": math.inf})
     monkeypatch.setitem(eval_fid.METRICS, "latent-fd", row)
     (a / "meta.json").write_text('{"checkpoint_sha256": "0", "cfg": NaN, "steps": [Infinity, 2]}')
