@@ -34,8 +34,9 @@ from tqdm import tqdm
 
 import samplers
 import toy_scenes
-from distributed import (InputError, barrier, check, check_apart, check_folder, command_parser, gather,
-                         only_writer, place, reading, run, setup, share, whole_file, write_json)
+from distributed import (InputError, barrier, check, check_apart, check_folder, command_parser,
+                         gather, place, reading, run, setup, share, whole_file, write_json)
+from locks import only_writer
 from modalities import (MODALITIES, PLAIN, VOID, check_turned, draw_grid, fill_unknown, is_array,
                         label_colour, nearest_colour, segments, unit)
 from trees import facts_of, find_pictures, flat_name, folders_of, pictures_by_stem, read_palette

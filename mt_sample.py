@@ -26,12 +26,13 @@ import mt_diffusion
 import sample
 import samplers
 from dataset import to_unit
-from distributed import (check, check_apart, check_folder, command_parser, only_writer, run, setup,
+from distributed import (check, check_apart, check_folder, command_parser, run, setup,
                          sha256, whole_file, write_json)
+from locks import only_writer
 from modalities import MODALITIES, as_it_is, enlarge, read_array, read_mask
 from mt_diffusion import Chain, draw_images
 from produce import SHOWN, finish, produce, write_grid, write_npz
-from trees import facts_of, flat_name, stem_of
+from trees import facts_of, find_files, flat_name, picture_folder, stem_of
 from vae import encoder_of
 from weights import load_model, newest_checkpoint
 
@@ -321,7 +322,7 @@ def with_masks(requests, mask, num):
     """Requests of photos with the mask of each: one file, or of a folder that of the photo's name."""
     if not mask.is_dir():
         return [request._replace(files={**request.files, "mask": mask}) for request in requests]
-    found = sample.find_files(sample.picture_folder(mask, "mask"))
+    found = find_files(picture_folder(mask, "mask"))
     folder = {flat_name(stem): path for stem, path in found.items()}
     out = []
     for request in requests:
@@ -346,7 +347,7 @@ def requests_of(args, model, meta):
         return requests, {}
     given = model.modalities[1] if args.task == "translate" else "rgb"  # 1: the source
     locations = sample.locations_of(args.image, [given], args.task)
-    walked = [*locations, *([sample.picture_folder(args.mask, "mask")] if args.mask else [])]
+    walked = [*locations, *([picture_folder(args.mask, "mask")] if args.mask else [])]
     check_folder(args.out, [location for location in walked if location.is_dir()])
     requests = sample.of_pictures([given], locations, None, args.num or 1, meta)
     if args.mask:

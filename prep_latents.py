@@ -22,8 +22,9 @@ from tqdm import tqdm
 
 import dataset
 import toy_scenes
-from distributed import (InputError, barrier, check, check_folder, command_parser, only_writer, prefetch, run,
+from distributed import (InputError, barrier, check, check_folder, command_parser, prefetch, run,
                          say, setup, share)
+from locks import only_writer
 from modalities import MODALITIES, PLAIN, VOID, centre_crop, check_turned, label_colour
 from trees import facts_of, folders_of, natural, pictures_by_stem, read_palette
 from vae import load_encoder, timm_model

@@ -20,13 +20,14 @@ import torch
 from PIL import Image
 
 import samplers
-from distributed import (InputError, barrier, check, check_folder, command_parser, only_writer, prefetch, run,
+from distributed import (InputError, barrier, check, check_folder, command_parser, prefetch, run,
                          setup, whole_file)
+from locks import only_writer
 from mesh import pick_segment, write_mesh
 from modalities import (MODALITIES, as_it_is, centre_crop, check_turned, enlarge, filter_of, nearest_colour,
                         segments)
 from produce import finish, produce, read_rgb_file, write_grid, write_npz
-from trees import facts_of, flat_name, folders_of, pictures_by_stem, stem_of
+from trees import beside, facts_of, find_files, flat_name, picture_folder
 from vae import encoder_of
 from weights import DEMO, classes_of, load_model, newest_checkpoint
 
@@ -61,27 +62,6 @@ def of_classes(class_ids, classes, num, num_classes, seed):
     else:
         labels = np.random.default_rng(seed).integers(0, num_classes, count).tolist()
     return [Request(i, f"{i:06d}", label, {}) for i, label in enumerate(labels)]
-
-
-def picture_folder(location, modality):
-    """The folder whose pictures of a modality are meant: a tree's for it, else the folder itself; a file."""
-    location = pathlib.Path(location)
-    if not location.is_dir():
-        return location
-    inner = location / modality
-    if modality not in MODALITIES:  # masks
-        return inner if inner.is_dir() else location
-    there = folders_of(location)
-    check(modality in there or not there, f"{inner}: no such folder; there are {', '.join(there)}")
-    return there.get(modality, location)
-
-
-def find_files(location):
-    """{stem: path} of a picture, or of all below a folder."""
-    if location.is_dir():
-        return pictures_by_stem(location)
-    check(location.is_file(), f"{location}: no such file or folder")
-    return {stem_of(location, location.parent): location}
 
 
 def labels_of(location, stems, meta):
@@ -257,31 +237,13 @@ class Maps:
 # ------------------------------------------------------------------------------------------------
 # Truth beside what was given, and objects.
 
-def truth_files(files, modalities):
-    """Ground truth beside a given file: <root>/<given>/<rest> -> {modality: <root>/<modality>/<rest>.*}."""
-    for m, path in files.items():
-        parts = path.resolve().parts
-        if m not in parts:
-            continue
-        at = len(parts) - 1 - parts[::-1].index(m)
-        root, rest, found = pathlib.Path(*parts[:at]), pathlib.Path(*parts[at + 1:]), {}
-        for other in modalities:
-            folder = root / other / rest.parent
-            if other not in files and folder.is_dir():
-                stem = stem_of(path, path.parent)
-                same = [p for p in sorted(folder.iterdir()) if stem_of(p, folder) == stem and p.is_file()]
-                found.update({other: same[0]} if same else {})
-        return found
-    return {}
-
-
 def truth_pictures(files, modalities, fit, facts):
     """{modality: picture} of the ground truth beside given files, as far as it can be read; facts {given
     modality: Facts} of their tree.
     """
     held = facts[next(iter(files))] if files else None
     pictures = {}
-    for m, path in truth_files(files, modalities).items():
+    for m, path in beside(files, modalities).items():
         row = MODALITIES[m]
         try:
             pixels = row.pixels(row.open(path, held), fit)
@@ -436,12 +398,12 @@ def main():
     needed = {flag: names for flag, asked, names in needs if asked}
     wanted = outputs_of(args.outputs, model.modalities, needed)
     check_classes(args.class_id, meta["num_classes"])
-    classes, num, facts, locations = meta["num_classes"], args.num or 1, {}, []
+    classes, facts, locations = meta["num_classes"], {}, []
     if given:
         check(len(args.class_id or ()) < 2, f"--class-id {args.class_id}: give one class for all pictures")
         label = args.class_id[0] if args.class_id else None
         locations = locations_of(args.image, given, args.task)
-        requests = of_pictures(given, locations, label, num, meta)
+        requests = of_pictures(given, locations, label, args.num or 1, meta)
         facts = facts_for(given, locations, args.depth_space, meta)
     else:
         requests = of_classes(args.class_id, args.classes, args.num, classes, args.seed)

@@ -18,7 +18,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from distributed import check, command_parser, only_writer, run, whole_file
+from distributed import check, command_parser, run, whole_file
+from locks import only_writer
 from modalities import MODALITIES
 from trees import write_facts
 

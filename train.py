@@ -21,8 +21,9 @@ from tqdm import tqdm
 
 import dataset
 import runs
-from distributed import (InputError, all_reduce, autocast, barrier, check, command_parser, only_writer, run,
+from distributed import (InputError, all_reduce, autocast, barrier, check, command_parser, run,
                          setup, whole_file)
+from locks import only_writer
 from modalities import MODALITIES, draw_samples, draw_sheet
 from model import FUSIONS, SIZES, MMDiT, build_model, training_flops
 from optimisers import update, update_ema

@@ -144,6 +144,47 @@ def folders_of(root):
     return {m: found[m] for m in MODALITIES if m in found}
 
 
+def picture_folder(location, modality):
+    """The folder whose pictures of a modality are meant: a tree's for it, else the folder itself; a file."""
+    location = pathlib.Path(location)
+    if not location.is_dir():
+        return location
+    inner = location / modality
+    if modality not in MODALITIES:  # masks
+        return inner if inner.is_dir() else location
+    there = folders_of(location)
+    check(modality in there or not there, f"{inner}: no such folder; there are {', '.join(there)}")
+    return there.get(modality, location)
+
+
+def find_files(location):
+    """{stem: path} of a picture, or of all below a folder."""
+    if location.is_dir():
+        return pictures_by_stem(location)
+    check(location.is_file(), f"{location}: no such file or folder")
+    return {stem_of(location, location.parent): location}
+
+
+def beside(files, modalities):
+    """The other modalities' files of a tree beside {modality: file}: <root>/<given>/<rest> ->
+    {modality: <root>/<modality>/<rest>.*}.
+    """
+    for m, path in files.items():
+        parts = pathlib.Path(os.path.abspath(path)).parts
+        if m not in parts:
+            continue
+        at = len(parts) - 1 - parts[::-1].index(m)
+        root, inner = pathlib.Path(*parts[:at]), pathlib.Path(*parts[at + 1:-1])
+        found, stem = {}, stem_of(path, path.parent)
+        for name, other in (*ALIASES.items(), *((m, m) for m in modalities)):
+            folder = root / name / inner
+            if other in modalities and other not in files and folder.is_dir():
+                same = [p for p in sorted(folder.iterdir()) if stem_of(p, folder) == stem and p.is_file()]
+                found.update({other: same[0]} if same else {})
+        return found
+    return {}
+
+
 # ------------------------------------------------------------------------------------------------
 # What files hold.
 

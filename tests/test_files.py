@@ -13,13 +13,15 @@ from PIL import Image
 
 import distributed
 import eval_depth
+import locks
 import prep_latents
 import pseudo_label
 import sample
 import toy_scenes
 import trees
 from conftest import ROOT, shell
-from distributed import InputError, check_apart, check_folder, only_writer, whole_file
+from distributed import InputError, check_apart, check_folder, whole_file
+from locks import only_writer
 from modalities import (MODALITIES, PLAIN, centre_crop, check_turned, label_colour, read_mask, read_picture,
                         read_rgb)
 from weights import DEMO
@@ -435,8 +437,8 @@ def test_nothing_that_is_read_is_written(tmp_path, command):
 
 HOLD = """
 import sys, time; sys.path.insert(0, sys.argv[1])
-import pathlib, distributed
-with distributed.only_writer(sys.argv[2]), distributed.whole_file(pathlib.Path(sys.argv[2], "a.png")) as file:
+import pathlib, distributed, locks
+with locks.only_writer(sys.argv[2]), distributed.whole_file(pathlib.Path(sys.argv[2], "a.png")) as file:
     print("held", flush=True); time.sleep(60)
 """
 
@@ -465,7 +467,7 @@ def test_a_folder_has_one_writer(tmp_path, monkeypatch):
 
     def no_locks(path):
         raise OSError("no locks here")
-    monkeypatch.setattr(distributed, "_kernel_lock", no_locks)
+    monkeypatch.setattr(locks, "_kernel_lock", no_locks)
     with only_writer(folder):
         with pytest.raises(InputError, match="is writing into it"):
             with only_writer(folder):
