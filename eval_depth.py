@@ -37,7 +37,7 @@ import toy_scenes
 from distributed import (InputError, barrier, check, check_apart, check_folder, command_parser,
                          gather, place, reading, run, setup, share, whole_file, write_json)
 from locks import only_writer
-from modalities import (MODALITIES, PLAIN, VOID, check_turned, draw_grid, fill_unknown, is_array,
+from modalities import (MODALITIES, PLAIN, VOID, Scalar, check_turned, draw_grid, fill_unknown, is_array,
                         label_colour, nearest_colour, segments, unit)
 from trees import facts_of, find_pictures, flat_name, folders_of, pictures_by_stem, read_palette
 from vae import encoder_of
@@ -289,7 +289,7 @@ class Depth(Metric):
         values, facts = raster.values, raster.facts
         known = np.ones(values.shape, bool) if raster.known is None else raster.known
         if facts.depth_space == "disparity":
-            disparity = kind.array(raster).astype(np.float64)
+            disparity = Scalar.array(kind, raster).astype(np.float64)  # of levels in [0, 1]
             known = known & (disparity > 0)
             return np.where(known, 1 / np.where(known, disparity, 1), np.nan)
         depth = values.astype(np.float64)

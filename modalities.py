@@ -486,7 +486,7 @@ class Disparity(Scalar):
         return known
 
     def array(self, raster, fit=as_it_is):
-        value = super().array(raster, fit)
+        value = raster.fitted(fit).astype(np.float32)  # of any scale
         if raster.facts.depth_space == "depth":
             return np.where(value > 0, 1 / np.where(value > 0, value, 1), 0)
         return value
