@@ -566,11 +566,11 @@ class Frame(NamedTuple):
 
 
 class Source:
-    """Frames with truth. It says names, recipe, the folders that it reads, the modalities of its truth (a
-    caller may narrow them), what its segmentation is, and load(i) -> Frame.
+    """Frames with truth. It says names, recipe, the folders and files that it reads, the modalities of its
+    truth (a caller may narrow them), what its segmentation is, and load(i) -> Frame.
     """
 
-    palette, seg_mode, folders = None, "semantic", ()
+    palette, seg_mode, folders, files = None, "semantic", (), ()
     axes = "ours"  # of the true normals
 
     def frame(self, i):
@@ -1048,7 +1048,8 @@ def arguments():
     check(scenes and args.ensemble >= 1 and 0 <= low < high, f"--ensemble {args.ensemble} --toy {args.toy} "
           f"--depth-range {low} {high}: counts from 1 to a million, 0 <= MIN < MAX")
     check(args.scannet or not (args.list or args.num), "--list and --num belong to --scannet")
-    check_apart([args.json], [args.ckpt, args.list, args.palette])
+    check_apart([args.json, args.scannet and args.out / "frames.txt"],
+                [args.ckpt, args.list, args.palette, args.vae])
     return args
 
 
@@ -1095,6 +1096,8 @@ def main():
         source.palette = read_palette(palette)
     seg_mode = source.seg_mode = args.seg_mode or source.seg_mode
     check_folder(args.out, source.folders)
+    read = [path for files in source.files for path in files.values()]
+    check_apart([args.json], [*read, loaded and loaded.path])
     if rank == 0 and "depth" in asked and isinstance(source, Files):
         print(f"true depth files hold {source.facts.depth_space} ({source.facts.said})")
     rules = Rules(args.alignment, args.depth_range, seg_mode, source.palette, args.eps)

@@ -14,7 +14,7 @@ from safetensors.torch import save
 from tqdm import tqdm
 
 import toy_scenes
-from distributed import autocast, check, command_parser, run, setup, whole_file
+from distributed import autocast, check, check_apart, command_parser, run, setup, whole_file
 from modalities import MODALITIES
 from vae import TOY_CONFIG, AutoencoderKL, load_vae
 
@@ -87,6 +87,7 @@ def main():
           "at most a million scenes")
     check(0 < args.lr < 1e3 and 0 <= args.kl < 1e3 and 0 <= args.seed < 2 ** 63,
           f"--lr {args.lr} --kl {args.kl} --seed {args.seed}: finite, not negative")
+    check_apart([args.out], [args.init])
     _, _, device = setup()
     torch.manual_seed(args.seed)
     data = images(0, args.scenes, device)

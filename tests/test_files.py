@@ -79,6 +79,16 @@ def test_one_listing(tmp_path, capsys):
             base / ".hidden/.3.png") else base)
 
 
+def test_links_that_lead_into_each_other_are_followed_once(tmp_path, capsys):
+    for one, other in ("pq", "qp"):
+        grey(tmp_path / one / f"{one}.png")
+        for name in "12":  # the ways would double at each step
+            (tmp_path / one / name).symlink_to(tmp_path / other)
+    found = [path.relative_to(tmp_path).as_posix() for path in trees.find_pictures(tmp_path)]
+    assert found == ["p/1/q.png", "p/2/q.png", "p/p.png", "q/1/p.png", "q/2/p.png", "q/q.png"]
+    assert "8 circular" in capsys.readouterr().out
+
+
 def test_accents_match_in_both_spellings(tmp_path):
     for m, form in (("rgb", "NFC"), ("seg", "NFD")):
         grey(tmp_path / m / unicodedata.normalize(form, "café") / unicodedata.normalize(form, "é.png"), 9)
@@ -431,6 +441,34 @@ def test_nothing_that_is_read_is_written(tmp_path, command):
     for _ in range(2):
         command("mesh", *mesh, "--out", tmp_path / "b.ply")
     assert photo.read_bytes() == before
+
+
+def test_results_never_take_the_place_of_what_they_are_of(tmp_path, command):
+    """Pictures of a set, checkpoints by their folder, autoencoders, lists."""
+    data = tree(tmp_path / "d")
+    photo, vae, ckpt = next(data.glob("rgb/a/*.png")), tmp_path / "v.safetensors", tmp_path / "run/1.pt"
+    ckpt.parent.mkdir()
+    vae.write_bytes((DEMO / "vae.safetensors").read_bytes())
+    ckpt.write_bytes((DEMO / "mmgen.pt").read_bytes())
+    (tmp_path / "run/latest.pt").symlink_to("1.pt")
+    grey(tmp_path / "s/x/color/1.jpg")
+    save(tmp_path / "s/x/depth/1.png", np.full((8, 8), 900, np.uint16))
+    (tmp_path / "frames.txt").write_text("x/color/1.jpg x/depth/1.png\n")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    own = ("--out", tmp_path / "e", *QUICK, "--ckpt", DEMO / "mmgen.pt")
+    for line in (
+            ("eval_depth", "--data", data, "--json", photo, *own),
+            ("eval_depth", "--toy", 1, "--vae", vae, "--json", vae, *own),
+            ("eval_depth", "--toy", 1, *own[:-1], tmp_path / "run", "--json", tmp_path / "run/latest.pt"),
+            ("eval_depth", "--scannet", tmp_path / "s", "--list", tmp_path / "frames.txt", "--out", tmp_path),
+            ("eval_fid", data, data, "--metrics", "latent-fd", "--json", photo),
+            ("eval_fid", data, "--metrics", "latent-fd", "--save-stats", photo),
+            ("weights", "--ckpt", ckpt, "--export", ckpt),
+            ("weights", "--ckpt", tmp_path / "run", "--export", tmp_path / "run/latest.pt"),
+            ("toy_vae", "--init", vae, "--out", vae, "--steps", 1)):
+        with pytest.raises(InputError, match="would be overwritten, and is read"):
+            command(*line)
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 
 
 HOLD = """
