@@ -191,6 +191,7 @@ def main():
     add("--focal", type=float, help="in half-widths of the picture; default: orthographic")
     add("--out", type=pathlib.Path, required=True)
     args = parser.parse_args()
+    check(args.out.name, f"--out {args.out}: is no name of a file to write")
     preview = args.out.with_suffix(".png")
     check_apart([args.out, preview], [args.normal, args.rgb, args.mask])
     check(args.out.exists() or not preview.exists(),

@@ -13,7 +13,7 @@ import time
 
 import torch
 
-from distributed import all_reduce, check, whole_file
+from distributed import all_reduce, check, reading, whole_file
 from weights import FORMAT, load_checkpoint, load_weights, target_of
 
 FREE = ("data", "run", "steps", "lr", "micro_batch", "log_every", "ckpt_every", "preview_every", "compile",
@@ -105,14 +105,15 @@ def save_checkpoint(folder, model, ema, optimiser, step, config):
 
 def begin_log(folder, step, notes):
     """Write args.json, and cut log.jsonl back to the step that the run continues from."""
-    with whole_file(folder / "args.json") as file:
-        file.write(json.dumps(notes, indent=1, default=str).encode())
     path = folder / "log.jsonl"
     if path.exists():
-        lines = [line for line in path.read_text().splitlines() if line.endswith("}")]  # whole ones
-        kept = [line + "\n" for line in lines if json.loads(line)["step"] <= step]
+        with reading(path, "it is of no run; use another --run"):
+            lines = [line for line in path.read_text().splitlines() if line.endswith("}")]  # whole ones
+            kept = [line + "\n" for line in lines if json.loads(line)["step"] <= step]
         with whole_file(path) as file:
             file.write("".join(kept).encode())
+    with whole_file(folder / "args.json") as file:
+        file.write(json.dumps(notes, indent=1, default=str).encode())
 
 
 def write_log(folder, entry):

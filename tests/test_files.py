@@ -15,6 +15,7 @@ import distributed
 import eval_depth
 import prep_latents
 import pseudo_label
+import runs
 import sample
 import toy_scenes
 import trees
@@ -469,6 +470,28 @@ def test_results_never_take_the_place_of_what_they_are_of(tmp_path, command):
         with pytest.raises(InputError, match="would be overwritten, and is read"):
             command(*line)
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+
+def test_a_strange_record_is_refused_and_deletes_nothing(tmp_path, command):
+    """meta.json of another form, or that names files elsewhere; a log of no run; no name of a mesh."""
+    out, mine = tmp_path / "o", grey(tmp_path / "mine.png")
+    (out / "rgb").mkdir(parents=True)
+    own = {"stem": "x", "index": 0, "class_id": 1, "given": {}}
+    good = {"complete": True, "samples": [own], "endings": {"rgb": [".png"]}, "extras": {}}
+    for bad in ({"samples": 7}, {"samples": [7]}, {"samples": [{"index": 0}]}, {"endings": 7},
+                {"samples": [{**own, "stem": "../../mine"}]}, {"endings": {"..": [".png"]}},
+                {"endings": {"rgb": ["/../../mine.png"]}}, {"endings": {"rgb": 7}}, {"extras": [1]}):
+        (out / "meta.json").write_text(json.dumps({**good, **bad}))
+        with pytest.raises(InputError, match="names its samples in another way"):
+            command("sample", "--task", "generate", "--num", 1, "--out", out, "--overwrite", *QUICK, "--ckpt",
+                    DEMO / "mmgen.pt")
+    assert mine.is_file()
+    (tmp_path / "log.jsonl").write_text('{"loss": 1}\n')
+    with pytest.raises(InputError, match="log.jsonl: .*it is of no run"):
+        runs.begin_log(tmp_path, 0, {})
+    assert not (tmp_path / "args.json").exists()
+    with pytest.raises(InputError, match="--out .: is no name of a file"):
+        command("mesh", "--normal", mine, "--rgb", mine, "--out", ".")
 
 
 HOLD = """
