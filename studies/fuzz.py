@@ -678,13 +678,13 @@ def places(dice, at, root):
 
 
 def files(dice, at, *named):
-    """A given file, by its name or by a link to it."""
+    """A given file, by its name or by a link to it, symbolic or hard."""
     name = dice.choice(named)
     chance = dice.random()
     if chance < 0.2:
         (at / "same").symlink_to(name)
     elif chance < 0.3:
-        os.link(at / name, at / "same")
+        os.link((at / name).resolve(), at / "same")
     return "same" if chance < 0.3 else name
 
 
@@ -692,7 +692,7 @@ def outputs_that_are_inputs(dice, at, good):
     for root in "tg":
         plain_tree(at, root)
     place, picture = places(dice, at, "t"), "t/rgb/red_cone/0.png"
-    one = files(dice, at, picture, "g/depth/red_cone/1.png", "g/normal/red_cone/0.npy")
+    one = files(dice, at, picture, "t/depth/red_cone/1.png", "t/normal/red_cone/0.npy")
     location, more = dice.choice(("t", "t/rgb", picture)), dice.choice(([], ["--overwrite"]))
     teachers, skip = taught(at, "depth", "seg"), dice.choice(([], ["--skip-broken"]))
     pair = ["--ckpt", str(good.parent / "pair/latest.pt"), "--steps", "1"]
@@ -704,11 +704,11 @@ def outputs_that_are_inputs(dice, at, good):
         (prep_latents, ["--data", "t", *small, "--out", place]),
         (prep_latents, ["--data", "t", "--modalities", "rgb", *small, "--out", place]),
         (eval_depth, ["--data", "t", "--save-maps", *QUICK, "--out", place]),
-        (eval_depth, ["--data", "t", "--modality", "depth", *QUICK, "--json", one]),
+        (eval_depth, ["--data", "t", *QUICK, "--json", one]),
         (eval_depth, ["--pred", "t", "--gt", "g", "--modality", "normal", "--save-maps", "--out", place]),
         (eval_depth, ["--pred", "t", "--gt", "g", "--modality", "normal", "--json", one]),
-        (eval_fid, ["t/rgb", "g/rgb", "--metrics", "latent-fd", "--json", one]),
-        (eval_fid, ["t/rgb", "--metrics", "latent-fd", "--save-stats", one]),
+        (eval_fid, ["t/rgb", "g/rgb", "--metrics", "latent-fd", "--json", picture]),
+        (eval_fid, ["t/rgb", "--metrics", "latent-fd", "--save-stats", picture]),
         (toy_scenes, ["--num", "2", "--out", "t"]),
         (pseudo_label, ["--images", location, "--out", place, *teachers, *skip]),
         (pseudo_label, ["--images", "t/depth", "--out", "t", *teachers, *skip])))
@@ -729,8 +729,7 @@ def files_that_are_inputs(dice, at, good):
     scannet(at / "scans")
     surface = ["--normal", "t/normal/red_cone/0.npy", "--rgb", "t/rgb/red_cone/0.png"]
     out = dice.choice((surface[1], surface[3], "t/rgb/red_cone/0.ply", "t/mine.ply"))
-    for name in ("mine.ply", "mine.png"):
-        (at / "t" / name).write_bytes(b"mine")
+    (at / "t/mine.png").write_bytes(b"mine")  # where the views of t/mine.ply would be
     return dice.choice((
         (mesh, [*surface, "--out", out]),
         (mesh, [*surface, "--out", out]),
@@ -769,7 +768,7 @@ CONTENTS = (b"mine", b"", b"{}", b"[]", b'{"complete": true}', b'{"step": 1}\n',
 
 def foreign_meta(dice):
     """A meta.json of samples that names files of others, or a bent one."""
-    stem = dice.choice(("000000", "../precious", "../t/rgb/red_cone/0", "/dev/null", 7, None))
+    stem = dice.choice(("000000", "../../precious", "../../t/rgb/red_cone/0", "/dev/null", 7, None))
     entry = {"stem": stem, "index": 0, "class_id": 1, "given": {}, "sha256": {}}
     meta = {"complete": True, "task": "generate", "samples": [entry], "extras": {},
             "endings": {"rgb": [".png"]}}
