@@ -59,7 +59,7 @@ def create(folder, meta, names, labels=None):
         return same_meta(folder, meta)
     listed, there = os.fsencode("\n".join(names)) + b"\n", folder / "names.txt"
     if not there.is_file() or there.read_bytes() != listed:  # else a killed process began here
-        for name in ("names.txt", *(f"{stem}.npy" for stem in schema(meta))):
+        for name in ("names.txt", "skipped.txt", *(f"{stem}.npy" for stem in schema(meta))):
             check(not (folder / name).exists(), f"{folder / name}: is there, and of no cache of these "
                   "samples; use another --out")
         with whole_file(there) as file:

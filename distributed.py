@@ -262,11 +262,16 @@ def check_apart(outputs, inputs):
     """Raise InputError where a file to be written is a file that is read, or is a folder; None is none."""
     for out in filter(None, outputs):
         check(not os.path.isdir(out), f"{out}: is a folder; give the name of a file to write")
+        there = os.path.exists(out)
         for given in filter(None, inputs):
-            same = os.path.realpath(out) == os.path.realpath(given)
-            if os.path.exists(out) and os.path.exists(given):
-                same = os.path.samefile(out, given)
-            check(not same, f"{out}: would be overwritten, and is read ({given}); give another file")
+            if there == os.path.exists(given):  # else they differ
+                same = os.path.samefile if there else _same_place
+                check(not same(out, given),
+                      f"{out}: would be overwritten, and is read ({given}); give another file")
+
+
+def _same_place(one, other):
+    return os.path.realpath(one) == os.path.realpath(other)
 
 
 def check_folder(out, walked):

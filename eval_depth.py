@@ -433,8 +433,9 @@ class Semantic(Segmentation):
         image = np.where(image == VOID, UNKNOWN, image.astype(np.int64))
         known = image[image != UNKNOWN]
         low, high = known.min(initial=0), known.max(initial=0)
-        check(low >= 0 and high < top, f"{name}: labels {low} to {high}, they go from 0 to {top - 1} (255 is "
-              "not scored); bring the palette of all classes, or compare segments with --seg-mode instance")
+        check(low >= 0 and high < top, f"{name}: label {min(low, 0) or high}, labels go from 0 to {top - 1} "
+              f"({VOID} is not scored); bring the palette of all classes, or compare segments with "
+              "--seg-mode instance")
         return image
 
     def combine(self, maps):
@@ -567,11 +568,11 @@ class Frame(NamedTuple):
 
 
 class Source:
-    """Frames with truth. It says names, recipe, the folders that it reads, the modalities of its truth (a
-    caller may narrow them), what its segmentation is, and load(i) -> Frame.
+    """Frames with truth. It says names, recipe, the folders and files that it reads, the modalities of its
+    truth (a caller may narrow them), what its segmentation is, and load(i) -> Frame.
     """
 
-    palette, seg_mode, folders = None, "semantic", ()
+    palette, seg_mode, folders, files = None, "semantic", (), ()
     axes = "ours"  # of the true normals
 
     def frame(self, i):
@@ -950,21 +951,29 @@ def save_maps(out, metrics, source, frame, maps):
             save_array(out / spread / f"{stem}.npy", maps[spread])
 
 
+def check_report(out):
+    """Raise InputError where files of the report's names are there that no evaluation has written."""
+    table = out / "per_image.csv"
+    ours = table.is_file() and table.read_bytes()[:5] in (b"name,", b"name\n")
+    for name in ("per_image.csv", "grid.png", "frames.txt"):
+        check(ours or not (out / name).exists(), f"{out / name}: is there, and of no evaluation; use another "
+              "--out")
+
+
 def claim_maps(out, source):
     """Note in OUT/maps.json whose maps OUT holds. Raises InputError where there are others already."""
-    path = out / "maps.json"
-    own = {}
+    path, own = out / "maps.json", []
     if path.is_file():
-        with reading(path, "use another --out"):
-            own = json.loads(path.read_text())
+        with reading(path, "it is of no evaluation; use another --out"):
+            own = list(map(str, json.loads(path.read_text())["stems"]))
     folders = [f"{before}{m}" for m in source.modalities for before in ("", "error_", "spread_")]
     stems = [source.stem(i) for i in range(len(source.names))]
     there = [out / folder / f"{stem}{end}" for folder in folders if (out / folder).is_dir()
-             for stem in set(stems) - set(own.get("stems", ())) for end in (".png", ".npy")]
+             for stem in set(stems) - set(own) for end in (".png", ".npy")]
     for file in there:
         check(not file.exists(), f"{file}: is there, and not by an evaluation; use another --out")
     with whole_file(path) as file:
-        file.write(json.dumps({"stems": sorted({*stems, *own.get("stems", ())})}).encode())
+        file.write(json.dumps({"stems": sorted({*stems, *own})}).encode())
 
 
 def write_table(path, names, metrics):
@@ -1049,7 +1058,8 @@ def arguments():
     check(scenes and args.ensemble >= 1 and 0 <= low < high, f"--ensemble {args.ensemble} --toy {args.toy} "
           f"--depth-range {low} {high}: counts from 1 to a million, 0 <= MIN < MAX")
     check(args.scannet or not (args.list or args.num), "--list and --num belong to --scannet")
-    check_apart([args.json], [args.ckpt, args.list, args.palette])
+    check_apart([args.json, args.scannet and args.out / "frames.txt"],
+                [args.ckpt, args.list, args.palette, args.vae])
     return args
 
 
@@ -1096,6 +1106,9 @@ def main():
         source.palette = read_palette(palette)
     seg_mode = source.seg_mode = args.seg_mode or source.seg_mode
     check_folder(args.out, source.folders)
+    read = [path for files in source.files for path in files.values()]
+    said = [root / "tree.json" for root in (args.data, args.gt, args.pred) if root]
+    check_apart([args.json], [*read, *said, loaded and loaded.path])
     if rank == 0 and "depth" in asked and isinstance(source, Files):
         print(f"true depth files hold {source.facts.depth_space} ({source.facts.said})")
     rules = Rules(args.alignment, args.depth_range, seg_mode, source.palette, args.eps)
@@ -1114,8 +1127,10 @@ def main():
     if args.toy:
         predictors["mean_map"] = guess
     with only_writer(args.out):
-        if rank == 0 and args.save_maps:
-            claim_maps(args.out, source)
+        if rank == 0:
+            check_report(args.out)
+            if args.save_maps:
+                claim_maps(args.out, source)
         barrier()
         save = functools.partial(save_maps, args.out, fresh, source) if args.save_maps else None
         scored = evaluate(source, predictors, rules, args.batch_size, save)

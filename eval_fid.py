@@ -501,7 +501,7 @@ class Archive:
     remedy = "damaged or cut short; make it again"
 
     def __init__(self, path):
-        self.path, self.lock = path, threading.Lock()
+        self.path, self.files, self.lock = path, [path], threading.Lock()
         with reading(f"{path}: arr_0", self.remedy):
             self.file = zipfile.ZipFile(path).open("arr_0.npy")
             version, _ = np.lib.format.read_magic(self.file)
@@ -885,6 +885,8 @@ def main():
     work = Work(*setup(), args.batch_size)
     files = Files(*(getattr(args, name) for name in Files._fields))
     sources = [open_source(path, args.crop) for path in (args.samples, args.reference) if path]
+    for source in sources:
+        check_apart([args.save_stats, args.json], source.pictures.files if source.pictures else ())
     paired = METRICS[args.metrics[0]].takes == "pairs"
     metrics = possible(sources, args.metrics) if args.reference and not paired else args.metrics
     rows = [METRICS[metric] for metric in metrics]

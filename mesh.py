@@ -17,6 +17,8 @@ from scipy.sparse.linalg import cg
 from distributed import check, check_apart, command_parser, run, whole_file
 from modalities import MODALITIES, read_mask, read_rgb
 
+MADE = "comment by mesh.py"  # a line of the header: the PNG beside such a PLY shows it
+
 
 def integrate(normal, mask, focal=None, sharpness=2.0, iterations=100, tolerance=1e-5):
     """Depth of a masked normal map: (H, W) float64, NaN outside of the mask.
@@ -107,6 +109,7 @@ def write_ply(path, vertices, faces, colours):
     header = "\n".join([
         "ply",
         "format binary_little_endian 1.0",
+        MADE,
         f"element vertex {len(points)}",
         *(f"property float {name}" for name in ("x", "y", "z")),
         *(f"property uchar {name}" for name in ("red", "green", "blue")),
@@ -191,10 +194,12 @@ def main():
     add("--focal", type=float, help="in half-widths of the picture; default: orthographic")
     add("--out", type=pathlib.Path, required=True)
     args = parser.parse_args()
+    check(args.out.name, f"--out {args.out}: is no name of a file to write")
     preview = args.out.with_suffix(".png")
     check_apart([args.out, preview], [args.normal, args.rgb, args.mask])
-    check(args.out.exists() or not preview.exists(),
-          f"{preview}: the views would overwrite it, and it is of no mesh; use another --out")
+    if preview.exists():
+        ours = args.out.is_file() and MADE.encode() in args.out.read_bytes()[:200]
+        check(ours, f"{preview}: the views would overwrite it, and it is of no mesh; use another --out")
     row = MODALITIES["normal"]
     raster = row.open(args.normal)
     normal = row.array(raster) if raster.top else raster.values

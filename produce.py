@@ -34,7 +34,24 @@ def read_meta(out):
     with reading(path, "use another --out"):
         meta = json.loads(path.read_text())
     check(isinstance(meta, dict) and "complete" in meta, f"{path}: is not of samples; use another --out")
-    return {"samples": [], **meta}
+    meta = {"samples": [], **meta}
+    check(_names_own(meta), f"{path}: names its samples in another way than here, or files outside of {out}; "
+          "use another --out")
+    return meta
+
+
+def _names_own(meta):
+    """Whether what a meta.json says of its files is of our form, and they all lie in its folder."""
+    samples, folders = meta["samples"], [meta.get("endings", {}), meta.get("extras", {})]
+    formed = isinstance(samples, list) and all(isinstance(found, dict) for found in folders)
+    if not formed or not all(isinstance(ends, list) for found in folders for ends in found.values()):
+        return False
+    if not all(isinstance(sample, dict) and sample.keys() >= {"stem", "class_id", "given"}
+               for sample in samples):
+        return False
+    names = [sample["stem"] for sample in samples]
+    names += [name for found in folders for folder, ends in found.items() for name in (folder, *ends)]
+    return all(isinstance(name, str) and "/" not in name and name.strip(".") for name in names)
 
 
 def write_meta(out, meta):

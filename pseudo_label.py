@@ -184,6 +184,17 @@ def label_photo(path, stem, out, teachers, depth_space):
         save_picture(rgb, image, digest)
 
 
+def remove_own(path):
+    """Remove a picture that this command has made, nobody else's."""
+    try:
+        with Image.open(path) as image:
+            own = "photo" in image.info
+    except OSError:
+        own = False
+    if own:
+        path.unlink()
+
+
 def label(photos, out, teachers, depth_space, skip_broken):
     """Label photos, (stem, path) each; with skip_broken those that fail are listed in out/skipped.txt."""
     for stem, path in photos:
@@ -192,7 +203,7 @@ def label(photos, out, teachers, depth_space, skip_broken):
         except InputError as error:
             check(skip_broken, f"{error}, or leave it out with --skip-broken")
             for m in teachers:  # no modality without the others
-                (out / m / f"{stem}.png").unlink(missing_ok=True)
+                remove_own(out / m / f"{stem}.png")
             out.mkdir(parents=True, exist_ok=True)
             with open(out / "skipped.txt", "a", errors="backslashreplace") as file:
                 file.write(f"{stem}\t{error}\n")
@@ -225,14 +236,18 @@ def main():
         check(stem not in photos, f"--images {args.images}: the stem {stem} is there twice; keep one")
         photos[stem] = path
     check(names, "no teacher; name at least one of --depth, --normal, --seg")
-    said = {"upright": True, **({"depth_space": "disparity"} if args.depth else {}),
-            **({"seg_mode": "instance"} if args.seg else {})}
+    said = {"depth": {"depth_space": "disparity"}, "seg": {"seg_mode": "instance"}}
+    said = {key: value for m in names for key, value in said.get(m, {}).items()}
+    if not any((args.out / m).is_dir() for m in names):  # else some maps are of others' making
+        said["upright"] = True
     if rank:
         barrier()  # the first process fetches what the others then find on the disk
     teachers = {m: load_teacher(m, name, device) for m, name in names.items()}
     left_out = args.out / "skipped.txt"
     with only_writer(args.out):
         if rank == 0:
+            lines = left_out.read_text(errors="replace").splitlines() if left_out.exists() else []
+            check(all("\t" in line for line in lines), f"{left_out}: is no list of photos; use another --out")
             left_out.unlink(missing_ok=True)  # what was left out is tried, and listed, again
             write_facts(args.out, **said)
             barrier()

@@ -114,6 +114,7 @@ def begin_log(folder, step, notes):
         with reading(path, foreign):
             check("batch_size" in json.loads(path.read_text()), f"{path}: {foreign}")
     if log.exists():
+        check(path.exists() or not log.stat().st_size, f"{log}: {foreign}")
         with reading(log, foreign):
             lines = [line for line in log.read_text().splitlines() if line.endswith("}")]  # whole ones
             kept = [line + "\n" for line in lines if json.loads(line)["step"] <= step]

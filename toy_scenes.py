@@ -12,6 +12,7 @@ A scene is a pure function of its integer seed. Seeds below 2**31 are for traini
     label    index into CLASSES: the main object's type and family of hue
 """
 import colorsys
+import io
 import pathlib
 from typing import NamedTuple
 
@@ -276,13 +277,17 @@ def teacher(scene, grid):
 
 
 def write_scene(out, seed, size):
-    """OUT/<modality>/<class>/<seed>.png of a scene."""
+    """OUT/<modality>/<class>/<seed>.png of a scene. InputError where another picture is there already."""
     scene = render(seed, size)
     for name, array in maps(scene).items():
-        row = MODALITIES[name]
-        picture = row.picture(row.from_pixels(row.to_pixels(array)))
-        with whole_file(out / name / CLASSES[scene.label].replace(" ", "_") / f"{seed}.png") as file:
-            Image.fromarray(picture).save(file, "png")
+        row, data = MODALITIES[name], io.BytesIO()
+        Image.fromarray(row.picture(row.from_pixels(row.to_pixels(array)))).save(data, "png")
+        path = out / name / CLASSES[scene.label].replace(" ", "_") / f"{seed}.png"
+        same = path.exists() and path.read_bytes() == data.getvalue()
+        check(same or not path.exists(), f"{path}: another picture is there; use another --out")
+        if not same:
+            with whole_file(path) as file:
+                file.write(data.getvalue())
 
 
 def main():

@@ -91,12 +91,13 @@ def find_pictures(folder, arrays=False):
 
 def _walk(folder):
     """Yield (path, None) of the files below a folder; (path, why) of what is left out."""
+    above = {}  # {a folder: where it and those that lead to it really lie}
     for place, folders, files in os.walk(folder, followlinks=True):
         place = pathlib.Path(place)
         real = place.resolve()
-        above = {real, *real.parents}
+        above[place] = {real, *real.parents} | above.get(place.parent, set())
         for name in list(folders):
-            circular = (place / name).is_symlink() and (place / name).resolve() in above
+            circular = (place / name).is_symlink() and (place / name).resolve() in above[place]
             if name.startswith(".") or circular:
                 folders.remove(name)
                 yield place / name, "circular" if circular else "hidden"

@@ -21,7 +21,8 @@ import unicodedata
 import torch
 import torch.nn.functional as F
 
-from distributed import InputError, check, check_apart, command_parser, reading, run, sha256, whole_file
+from distributed import (InputError, check, check_apart, command_parser, reading, run, sha256,
+                         whole_file)
 from model import SIZES, build_model
 
 FORMAT = "mmgen-1"
@@ -465,14 +466,14 @@ def main():
     what.add_argument("--export-official", type=pathlib.Path, metavar="FILE",
                       help="write the EMA as MMGen's own code loads it")
     args = parser.parse_args()
-    check_apart([args.export, args.export_official], [locate(args.ckpt)])
+    path = args.export or args.export_official
+    check_apart([path], [locate(args.ckpt)])
     checkpoint = load_checkpoint(args.ckpt)
     if args.export:
         ema = {key: value.to(torch.bfloat16) for key, value in without_projector(checkpoint["ema"]).items()}
         out = dict(ema=ema, step=checkpoint["step"], config=checkpoint["config"], format=FORMAT)
     else:
         out = to_official(checkpoint, args.ckpt)
-    path = args.export or args.export_official
     with whole_file(path) as file:
         torch.save(out, file)
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")

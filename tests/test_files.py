@@ -16,6 +16,7 @@ import eval_depth
 import locks
 import prep_latents
 import pseudo_label
+import runs
 import sample
 import toy_scenes
 import trees
@@ -79,6 +80,16 @@ def test_one_listing(tmp_path, capsys):
     with pytest.raises(InputError, match=r"no pictures in this folder \(left out: 1 hidden\)"):
         trees.find_pictures(base / ".hidden" if (base / ".hidden/3.png").rename(
             base / ".hidden/.3.png") else base)
+
+
+def test_links_that_lead_into_each_other_are_followed_once(tmp_path, capsys):
+    for one, other in ("pq", "qp"):
+        grey(tmp_path / one / f"{one}.png")
+        for name in "12":  # the ways would double at each step
+            (tmp_path / one / name).symlink_to(tmp_path / other)
+    found = [path.relative_to(tmp_path).as_posix() for path in trees.find_pictures(tmp_path)]
+    assert found == ["p/1/q.png", "p/2/q.png", "p/p.png", "q/1/p.png", "q/2/p.png", "q/q.png"]
+    assert "8 circular" in capsys.readouterr().out
 
 
 def test_accents_match_in_both_spellings(tmp_path):
@@ -179,7 +190,7 @@ def test_unknown_of_normals_and_of_transparent_pixels(tmp_path):
     depth = np.dstack([np.full((4, 4), 100, np.uint8)] * 3 + [np.full((4, 4), 255, np.uint8)])
     depth[0] = (255, 255, 255, 0)
     raster = MODALITIES["depth"].open(save(tmp_path / "depth.png", depth))
-    assert (MODALITIES["depth"].array(raster) == np.float32(100 / 255)).all()
+    assert (MODALITIES["depth"].array(raster) == 100).all()
     strokes = np.zeros((4, 4, 4), np.uint8)
     strokes[:2] = 255
     strokes[3, :, :3] = 255  # white, and transparent
@@ -435,6 +446,56 @@ def test_nothing_that_is_read_is_written(tmp_path, command):
     assert photo.read_bytes() == before
 
 
+def test_results_never_take_the_place_of_what_they_are_of(tmp_path, command):
+    """Pictures of a set, checkpoints by their folder, autoencoders, lists."""
+    data = tree(tmp_path / "d")
+    photo, vae, ckpt = next(data.glob("rgb/a/*.png")), tmp_path / "v.safetensors", tmp_path / "run/1.pt"
+    ckpt.parent.mkdir()
+    vae.write_bytes((DEMO / "vae.safetensors").read_bytes())
+    ckpt.write_bytes((DEMO / "mmgen.pt").read_bytes())
+    (tmp_path / "run/latest.pt").symlink_to("1.pt")
+    grey(tmp_path / "s/x/color/1.jpg")
+    save(tmp_path / "s/x/depth/1.png", np.full((8, 8), 900, np.uint16))
+    (tmp_path / "frames.txt").write_text("x/color/1.jpg x/depth/1.png\n")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    own = ("--out", tmp_path / "e", *QUICK, "--ckpt", DEMO / "mmgen.pt")
+    for line in (
+            ("eval_depth", "--data", data, "--json", photo, *own),
+            ("eval_depth", "--toy", 1, "--vae", vae, "--json", vae, *own),
+            ("eval_depth", "--toy", 1, *own[:-1], tmp_path / "run", "--json", tmp_path / "run/latest.pt"),
+            ("eval_depth", "--scannet", tmp_path / "s", "--list", tmp_path / "frames.txt", "--out", tmp_path),
+            ("eval_fid", data, data, "--metrics", "latent-fd", "--json", photo),
+            ("eval_fid", data, "--metrics", "latent-fd", "--save-stats", photo),
+            ("weights", "--ckpt", ckpt, "--export", ckpt),
+            ("weights", "--ckpt", tmp_path / "run", "--export", tmp_path / "run/latest.pt"),
+            ("toy_vae", "--init", vae, "--out", vae, "--steps", 1)):
+        with pytest.raises(InputError, match="would be overwritten, and is read"):
+            command(*line)
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+
+def test_a_strange_record_is_refused_and_deletes_nothing(tmp_path, command):
+    """meta.json of another form, or that names files elsewhere; a log of no run; no name of a mesh."""
+    out, mine = tmp_path / "o", grey(tmp_path / "mine.png")
+    (out / "rgb").mkdir(parents=True)
+    own = {"stem": "x", "index": 0, "class_id": 1, "given": {}}
+    good = {"complete": True, "samples": [own], "endings": {"rgb": [".png"]}, "extras": {}}
+    for bad in ({"samples": 7}, {"samples": [7]}, {"samples": [{"index": 0}]}, {"endings": 7},
+                {"samples": [{**own, "stem": "../../mine"}]}, {"endings": {"..": [".png"]}},
+                {"endings": {"rgb": ["/../../mine.png"]}}, {"endings": {"rgb": 7}}, {"extras": [1]}):
+        (out / "meta.json").write_text(json.dumps({**good, **bad}))
+        with pytest.raises(InputError, match="names its samples in another way"):
+            command("sample", "--task", "generate", "--num", 1, "--out", out, "--overwrite", *QUICK, "--ckpt",
+                    DEMO / "mmgen.pt")
+    assert mine.is_file()
+    (tmp_path / "log.jsonl").write_text('{"loss": 1}\n')
+    with pytest.raises(InputError, match="log.jsonl: is of no training run"):
+        runs.begin_log(tmp_path, 0, {})
+    assert not (tmp_path / "args.json").exists()
+    with pytest.raises(InputError, match="--out .: is no name of a file"):
+        command("mesh", "--normal", mine, "--rgb", mine, "--out", ".")
+
+
 HOLD = """
 import sys, time; sys.path.insert(0, sys.argv[1])
 import pathlib, distributed, locks
@@ -508,6 +569,43 @@ def test_a_changed_photo_is_labelled_again(tmp_path, command, monkeypatch):
     assert held["depth_space"] == "disparity" and held["upright"] is True
     flat = pseudo_label.depth_picture(np.array([[1.0, 2.0], [0.0, 4.0]]), (2, 2), "depth")
     assert np.asarray(flat).min() == 0 and np.asarray(flat)[1, 0] != 0  # unknown is not the farthest
+
+
+def test_what_others_have_in_a_folder_is_left(tmp_path, command, monkeypatch):
+    """Files of the names that a command writes, but not by it: refused, and as they were."""
+    files = {name: tmp_path / name for name in (
+        "c/rgb.npy", "r/log.jsonl", "q/args.json", "e/per_image.csv", "f/grid.png", "g/maps.json", "m.ply",
+        "m.png", "p/skipped.txt")}
+    for path in files.values():
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("mine")
+    scene = toy_scenes.render(toy_scenes.HELD_OUT)
+    picture = tmp_path / "t/rgb/red_cone/2147483649.png"
+    grey(picture)
+    save(tmp_path / "n.npy", scene.normal.astype(np.float32))
+    save(tmp_path / "i/a.png", scene.rgb)
+    command("prep_latents", "--toy", 4, "--no-dino", "--out", tmp_path / "cache")
+    train = ("train", "--data", tmp_path / "cache", "--model", "T/2", "--steps", 1, "--batch-size", 4,
+             "--run")
+    score = ("eval_depth", "--toy", 1, "--ckpt", DEMO / "mmgen.pt", *QUICK, "--save-maps", "--out")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "teach2.py").write_text("def depth(image): return 1 / 0")
+    before = {path: path.read_bytes() for path in (*files.values(), picture)}
+    for line in (
+            ("prep_latents", "--toy", 4, "--no-dino", "--out", tmp_path / "c"),
+            (*train, tmp_path / "r"), (*train, tmp_path / "q"),
+            (*score, tmp_path / "e"), (*score, tmp_path / "f"), (*score, tmp_path / "g"),
+            ("mesh", "--normal", "n.npy", "--rgb", "i/a.png", "--out", "m.ply"),
+            ("toy_scenes", "--num", 2, "--out", tmp_path / "t"),
+            ("pseudo_label", "--images", "i", "--out", "p", "--depth", "py:teach2:depth")):
+        with pytest.raises(InputError, match="use another|is of no"):
+            command(*line)
+    assert before == {path: path.read_bytes() for path in before}
+    own = save(tmp_path / "o/depth/a.png", scene.rgb[..., 0])  # not made by the command: not removed by it
+    kept = own.read_bytes()
+    command("pseudo_label", "--images", tmp_path / "i", "--out", tmp_path / "o", "--depth", "py:teach2:depth",
+            "--normal", "py:teach2:depth", "--skip-broken")
+    assert own.read_bytes() == kept and "a\t" in (tmp_path / "o/skipped.txt").read_text()
 
 
 def test_samples_name_their_class_and_say_who_has_none(tmp_path, command):
