@@ -46,9 +46,10 @@ def _names_own(meta):
     formed = isinstance(samples, list) and all(isinstance(found, dict) for found in folders)
     if not formed or not all(isinstance(ends, list) for found in folders for ends in found.values()):
         return False
-    if not all(isinstance(sample, dict) and sample.keys() >= {"stem", "class_id", "given"}
-               for sample in samples):
-        return False
+    for sample in samples:
+        there = isinstance(sample, dict) and sample.keys() >= {"stem", "class_id", "given"}
+        if not there or not all(isinstance(sample.get(key, {}), dict) for key in ("given", "sha256")):
+            return False
     names = [sample["stem"] for sample in samples]
     names += [name for found in folders for folder, ends in found.items() for name in (folder, *ends)]
     return all(isinstance(name, str) and "/" not in name and name.strip(".") for name in names)
