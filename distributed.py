@@ -17,6 +17,8 @@ import os
 import pathlib
 import platform
 import sys
+import tempfile
+import threading
 import time
 
 import torch
@@ -34,6 +36,20 @@ def check(ok, message):
     """Raise InputError with this message unless ok."""
     if not ok:
         raise InputError(message)
+
+
+@contextlib.contextmanager
+def utf8_path(path):
+    """A name of a file that libraries can take which know UTF-8 alone: its own, or that of a link for now."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        with tempfile.TemporaryDirectory() as folder:
+            link = pathlib.Path(folder, "file")
+            link.symlink_to(os.path.abspath(path))
+            yield link
+    else:
+        yield path
 
 
 @contextlib.contextmanager
@@ -74,12 +90,18 @@ def _number(name, default, least=0):
 def _meet(backend):
     """Join the other processes. Raises InputError where they cannot be reached."""
     address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    told = f"still waiting for the other processes at {address}, of RANK and WORLD_SIZE in the environment"
+    late = threading.Timer(30, print, [told], {"flush": True, "file": sys.stderr})
+    late.daemon = True
+    late.start()
     try:
         dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))
     except (OSError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:100]
         raise InputError(f"MASTER_ADDR:MASTER_PORT {address}: the processes cannot meet there "
                          f"({type(error).__name__}: {reason}); start the command with torchrun") from error
+    finally:
+        late.cancel()
 
 
 def setup():
@@ -191,15 +213,15 @@ def _leftovers(folder):
     return found
 
 
-def _is_dead(temporary):
-    """Whether the process that a temporary's name tells is gone."""
+def alive(pid):
+    """Whether a process of this host lives."""
     try:
-        os.kill(int(temporary.name.split(".")[-2]), 0)
-    except (ProcessLookupError, ValueError):
-        return True
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
     except OSError:  # it lives, and is somebody else's
         pass
-    return False
+    return True
 
 
 @contextlib.contextmanager
@@ -216,7 +238,8 @@ def whole_file(path):
     mark = hashlib.sha256(os.fsencode(who)).hexdigest()[:16]
     leftovers = _leftovers(path.parent)
     for left in leftovers.pop(mark, []) + leftovers.pop(path.name, []):  # the name: older versions'
-        if _is_dead(left):
+        writer = left.name.split(".")[-2]
+        if writer.isdecimal() and not alive(int(writer)):
             left.unlink(missing_ok=True)
     temporary = path.with_name(f".{mark}.{os.getpid()}.tmp")
     try:
@@ -259,19 +282,19 @@ def sha256(path):
 # What may be written.
 
 def check_apart(outputs, inputs):
-    """Raise InputError where a file to be written is a file that is read, or is a folder; None is none."""
+    """Raise InputError where a file to be written is a file that is read, lies among those of a folder that
+    is read, or cannot be one; None is none.
+    """
     for out in filter(None, outputs):
         check(not os.path.isdir(out), f"{out}: is a folder; give the name of a file to write")
-        there = os.path.exists(out)
+        for above in pathlib.Path(out).parents:
+            check(not above.is_file(), f"{out}: {above} is a file; give another name")
+        real = os.path.realpath(out)
         for given in filter(None, inputs):
-            if there == os.path.exists(given):  # else they differ
-                same = os.path.samefile if there else _same_place
-                check(not same(out, given),
-                      f"{out}: would be overwritten, and is read ({given}); give another file")
-
-
-def _same_place(one, other):
-    return os.path.realpath(one) == os.path.realpath(other)
+            same = os.path.realpath(given) == real
+            if os.path.exists(real) and os.path.exists(given):
+                same = os.path.samefile(real, given)  # hard links, too
+            check(not same, f"{out}: would be overwritten, and is read ({given}); give another file")
 
 
 def check_folder(out, walked):

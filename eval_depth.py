@@ -38,7 +38,7 @@ from distributed import (InputError, barrier, check, check_apart, check_folder, 
                          gather, place, reading, run, setup, share, whole_file, write_json)
 from locks import only_writer
 from modalities import (MODALITIES, PLAIN, VOID, Scalar, check_turned, draw_grid, fill_unknown, is_array,
-                        label_colour, nearest_colour, segments, unit)
+                        label_colour, nearest_colour, segments, turned_of, unit)
 from trees import facts_of, find_pictures, flat_name, folders_of, pictures_by_stem, read_palette
 from vae import encoder_of
 from weights import classes_of, load_model, newest_checkpoint
@@ -520,7 +520,9 @@ def stems(base):
     """Files below a folder -> {stem as one name: path}."""
     found = pictures_by_stem(base)
     files = {flat_name(stem): path for stem, path in found.items()}
-    check(len(files) == len(found), f"{base}: two files have the same path with _ for /; rename one")
+    names = list(map(flat_name, found))
+    twice = [stem for stem in found if names.count(flat_name(stem)) > 1] if len(files) < len(found) else []
+    check(not twice, f"{base}: {' and '.join(twice[:2])} have one name with _ for /; rename one")
     return files
 
 
@@ -678,7 +680,7 @@ class ScanNet(Files):
         """All frames below the root: (RGB file, depth file), each relative to it."""
         found = [path.relative_to(self.root) for path in find_pictures(self.root)]
         colours = {(p.parents[1], p.stem): p for p in found if p.match("color/*") or p.match("colour/*")}
-        depths = {(p.parents[1], p.stem): p for p in found if p.match("depth/*.png")}
+        depths = {(p.parents[1], p.stem): p for p in found if p.match("depth/*.[pP][nN][gG]")}
         pairs = [(colours[key].as_posix(), p.as_posix()) for key, p in depths.items() if key in colours]
         check(pairs, f"--scannet {self.root}: no frames; the layout is <scene>/color/<k>.jpg beside "
               "<scene>/depth/<k>.png")
@@ -718,7 +720,9 @@ class Tree(Files):
               f"{', '.join(dense())}; found {', '.join(found) or 'none'}")
         self.names, self.files = matched(found)
         self.modalities, self.facts, self.folders = available(found), facts, list(folders.values())
-        self.seg_mode, self.palette = meta["seg_mode"], facts.palette
+        if "instance" in (facts.seg_mode, meta["seg_mode"]):  # one of both knows no classes
+            self.seg_mode = "instance"
+        self.palette = facts.palette
         if self.palette is None and meta["palette"]:
             self.palette = np.array(meta["palette"], np.uint8)
         within = {name: path.relative_to(folders["rgb"]).parent.as_posix()
@@ -736,6 +740,7 @@ class Pairs(Files):
         of_pred, of_gt = folders_of(pred), folders_of(gt)
         both = [m for m in dense() if m in of_pred and m in of_gt]
         self.modalities, self.facts, self.alignment = modalities or both, facts, alignment
+        self.seg_mode, self.palette = facts.seg_mode or self.seg_mode, facts.palette
         alone = len(self.modalities) == 1  # its files may lie in the folders themselves
         check(alone or (both and set(self.modalities) <= set(both)),
               f"--pred {pred} --gt {gt}: no {'/ '.join(dense())}/ folder in both; name one with --modality "
@@ -772,6 +777,8 @@ class Pairs(Files):
         kind, facts = MODALITIES[modality], self.told()
         space = "disparity" if is_array(path) else self.alignment  # a zero of an array is a value
         raster = kind.open(path, facts._replace(depth_space=space))
+        truth = files[modality]
+        check_turned([raster._replace(path=truth, turned=turned_of(truth)), raster])
         found = metric_class(modality, self.seg_mode).read_prediction(kind, raster)
         size, wanted = found.shape[:2], frame.truth[modality].shape[:2]
         check(size == wanted, f"{path}: size {size}, its truth {files[modality]} has {wanted}; "
@@ -1073,7 +1080,9 @@ def truth_of(args, meta):
     if args.data:
         return Tree(args.data, meta, facts)
     if facts.said == PLAIN.said:
-        facts = facts._replace(depth_space="depth")
+        made = sampled(args.gt)
+        facts = facts._replace(depth_space="disparity" if made else "depth",
+                               said="by its meta.json" if made else facts.said)
     return Pairs(args.pred, args.gt, args.modality, args.alignment, facts)
 
 
@@ -1105,12 +1114,17 @@ def main():
     if palette:
         source.palette = read_palette(palette)
     seg_mode = source.seg_mode = args.seg_mode or source.seg_mode
-    check_folder(args.out, source.folders)
+    inner = {path.parent for files in source.files for path in files.values()}
+    check_folder(args.out, [*source.folders, *inner])
     read = [path for files in source.files for path in files.values()]
     said = [root / "tree.json" for root in (args.data, args.gt, args.pred) if root]
     check_apart([args.json], [*read, *said, loaded and loaded.path])
     if rank == 0 and "depth" in asked and isinstance(source, Files):
-        print(f"true depth files hold {source.facts.depth_space} ({source.facts.said})")
+        print(f"true depth files hold {source.facts.depth_space} ({source.facts.said}); predictions are "
+              f"aligned in {args.alignment}")
+        if source.facts.depth_space == "disparity":
+            low, high = args.depth_range
+            print(f"of disparity, of 8 and 16 bits in [0, 1], its inverse from {low:g} to {high:g} is scored")
     rules = Rules(args.alignment, args.depth_range, seg_mode, source.palette, args.eps)
     recipe = dict(**source.recipe, count=total, modalities=asked,
                   alignment=f"{args.alignment}, least squares per image", depth_range=args.depth_range,

@@ -886,7 +886,9 @@ def main():
     files = Files(*(getattr(args, name) for name in Files._fields))
     sources = [open_source(path, args.crop) for path in (args.samples, args.reference) if path]
     for source in sources:
-        check_apart([args.save_stats, args.json], source.pictures.files if source.pictures else ())
+        beside = [folder / "meta.json" for folder in (source.path, source.path.parent)]
+        files_read = source.pictures.files if source.pictures else ()
+        check_apart([args.save_stats, args.json], [*files_read, *beside])
     paired = METRICS[args.metrics[0]].takes == "pairs"
     metrics = possible(sources, args.metrics) if args.reference and not paired else args.metrics
     rows = [METRICS[metric] for metric in metrics]

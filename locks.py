@@ -6,7 +6,7 @@ import platform
 import threading
 import time
 
-from distributed import InputError, place
+from distributed import InputError, alive, place
 
 STALE = 120  # seconds without a heartbeat after which a writer counts as dead
 
@@ -36,7 +36,10 @@ def _heartbeat(path):
     one's is fresh.
     """
     if path.exists() and path.stat().st_size and time.time() - path.stat().st_mtime < STALE:
-        return None
+        words = path.read_text(errors="replace").split()
+        here = words[-1:] == [platform.node()] and words[1:2] and words[1].isdecimal()
+        if not here or alive(int(words[1])):
+            return None
     path.touch()
     ended = threading.Event()
 

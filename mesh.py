@@ -15,7 +15,7 @@ from scipy.ndimage import label
 from scipy.sparse.linalg import cg
 
 from distributed import check, check_apart, command_parser, run, whole_file
-from modalities import MODALITIES, read_mask, read_rgb
+from modalities import MODALITIES, check_turned, read_mask
 
 MADE = "comment by mesh.py"  # a line of the header: the PNG beside such a PLY shows it
 
@@ -168,6 +168,13 @@ def view(vertices, faces, colours, yaw, size=256):
     return image
 
 
+def views_of(path):
+    """The picture beside a PLY file."""
+    if path.suffix.lower() in (".ply", ".png"):
+        return path.with_suffix(".png")
+    return path.with_name(f"{path.name}.png")
+
+
 def write_mesh(path, normal, mask, rgb, focal=None):
     """Integrate the masked normals and write the surface in the colours of rgb (H, W, 3), and beside it a
     picture of it from three sides -> number of vertices and faces.
@@ -177,7 +184,7 @@ def write_mesh(path, normal, mask, rgb, focal=None):
     colours = rgb[np.isfinite(depth)]
     write_ply(path, vertices, faces, colours)
     views = [view(vertices, faces, colours, yaw) for yaw in (-50, 0, 50)]
-    with whole_file(path.with_suffix(".png")) as file:
+    with whole_file(views_of(path)) as file:
         Image.fromarray(np.hstack(views)).save(file, "png")
     return len(vertices), len(faces)
 
@@ -195,7 +202,8 @@ def main():
     add("--out", type=pathlib.Path, required=True)
     args = parser.parse_args()
     check(args.out.name, f"--out {args.out}: is no name of a file to write")
-    preview = args.out.with_suffix(".png")
+    preview = views_of(args.out)
+    check(preview != args.out, f"{args.out}: is the name of a picture; name a PLY file")
     check_apart([args.out, preview], [args.normal, args.rgb, args.mask])
     if preview.exists():
         ours = args.out.is_file() and MADE.encode() in args.out.read_bytes()[:200]
@@ -206,8 +214,10 @@ def main():
     known = np.ones(normal.shape[:2], bool) if raster.known is None else raster.known
     check(args.focal is None or args.focal > 0,
           f"--focal {args.focal}: must be positive, in half-widths of the picture")
-    rgb = np.asarray(read_rgb(args.rgb))
-    mask = known if args.mask is None else read_mask(args.mask)
+    photo = MODALITIES["rgb"].open(args.rgb)
+    masked = read_mask(args.mask) if args.mask else raster._replace(values=known)
+    check_turned([photo, raster, masked])
+    rgb, mask = photo.values, masked.values
     check(normal.shape == rgb.shape and mask.shape == rgb.shape[:2], f"{args.normal}: normals "
           f"{normal.shape}, picture {rgb.shape}, mask {mask.shape}; they must be of one size")
     vertices, faces = write_mesh(args.out, normal, mask & known, rgb, args.focal)

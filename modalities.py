@@ -32,7 +32,7 @@ class Facts(NamedTuple):
     """What the files of a data set hold, where that can be read in two ways."""
     depth_space: str = "disparity"  # or "depth"
     depth_unit: float = None        # metres of a level of integer depth; None: a millimetre, of 16 bits
-    focal: float = None             # focal length in half-widths of the picture
+    depth_void: float = None        # value of unknown depth or disparity, beside what cannot be one
     seg_mode: str = None            # "semantic" or "instance"; None: nobody says
     palette: np.ndarray = None      # colours of labels, uint8 (K, 3)
     void: int = None                # label of unknown pixels; None: VOID
@@ -73,6 +73,14 @@ TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
          7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90}  # orientation tag: what undoes it
 
 
+def turned_of(path):
+    """The orientation tag of a file, by its head alone; of an array 1."""
+    if is_array(path):
+        return 1
+    with reading(path, "replace or remove it"), Image.open(path) as image:
+        return _orientation(image)
+
+
 def _orientation(image):
     """The orientation tag, 1 where there is none that can be read; no other tag is looked at."""
     try:
@@ -90,10 +98,11 @@ def read_picture(path):
     with reading(path, "replace or remove it"), Image.open(path) as image:
         check(image.width * image.height <= MAX_PIXELS, f"{path}: {image.width}x{image.height} is over "
               f"{MAX_PIXELS / 1e6:.0f} megapixels; make it smaller")
-        image.load()
         turned = _orientation(image)
-        if turned > 1:
-            image = image.transpose(TURNS[turned])
+        image.load()
+        left = _orientation(image)  # Pillow has turned TIFF files itself
+        if left > 1:
+            image = image.transpose(TURNS[left])
         return _unpacked(image)._replace(turned=turned)
 
 
@@ -145,14 +154,6 @@ def read_rgb(path):
     for values without a scale.
     """
     return Image.fromarray(_to_rgb(path, read_picture(path)))
-
-
-def read_mask(path):
-    """A picture of a mask -> bool (H, W): where it is white; what is transparent is not."""
-    picture = read_picture(path)
-    image = Image.fromarray(_to_rgb(path, picture._replace(alpha=None)))
-    white = np.asarray(image.convert("L")) > 127
-    return white if picture.alpha is None else white & (picture.alpha > 127)
 
 
 def read_array(path):
@@ -277,6 +278,16 @@ def check_turned(rasters):
         check(first.turned == other.turned or told or other.facts.upright, f"{other.path}: its orientation "
               f"tag is {other.turned}, that of {first.path} is {first.turned} (1: none); one alone would be "
               "turned: make both upright")
+
+
+def read_mask(path):
+    """A picture of a mask -> Raster of bool (H, W): where it is white; what is transparent is not."""
+    picture = read_picture(path)
+    image = Image.fromarray(_to_rgb(path, picture._replace(alpha=None)))
+    white = np.asarray(image.convert("L")) > 127
+    if picture.alpha is not None:
+        white = white & (picture.alpha > 127)
+    return Raster(path, white, turned=picture.turned)
 
 
 class Kind:
@@ -417,9 +428,12 @@ class Flat(Colour):
         check(sure, f"{path}: holds 0 and {VOID} alone, and a label {VOID} is unknown; if this is a mask, "
               "write labels 0 and 1, or colours")
         void = VOID if void is None else void
+        first, last = used.min(), used.max()
+        check((first >= 0 or first == void) and last < 2 ** 24, f"{path}: labels from {first} to {last}, "
+              'they go from 0 to 2^24; say in tree.json which one is unknown, as "void"')
         used = used[used != void]
         if told is None:
-            colours = label_colour(labels) if own is None else own[labels.clip(0, 255)]
+            colours = label_colour(labels.clip(0)) if own is None else own[labels.clip(0, 255)]
             return Raster(path, colours, labels != void, labels=labels)
         place = {tuple(colour): k for k, colour in reversed(list(enumerate(told.tolist())))}
         if own is not None and all(tuple(own[k].tolist()) in place for k in used):
@@ -479,6 +493,8 @@ class Disparity(Scalar):
     def known(self, values, facts):
         """In files of depth zero and, of 16 bits, the highest level are unknown."""
         known = np.isfinite(values)
+        if facts.depth_void is not None:
+            known &= values != facts.depth_void
         if facts.depth_space == "depth":
             known &= values > 0
             if values.dtype == np.uint16:
@@ -669,7 +685,7 @@ def draw_grid(rows, columns, cell=128):
                 continue
             image = Image.fromarray(picture)
             scale = cell / max(image.size)
-            small = (round(image.width * scale), round(image.height * scale))
+            small = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
             image = image.resize(small, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.BOX)
             left = gap + j * pitch + (cell - image.width) // 2
             sheet.paste(image, (left, top + i * pitch + (cell - image.height) // 2))

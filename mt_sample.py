@@ -29,7 +29,7 @@ from dataset import to_unit
 from distributed import (check, check_apart, check_folder, command_parser, run, setup,
                          sha256, whole_file, write_json)
 from locks import only_writer
-from modalities import MODALITIES, as_it_is, enlarge, read_array, read_mask
+from modalities import MODALITIES, as_it_is, check_turned, enlarge, read_array, read_mask
 from mt_diffusion import Chain, draw_images
 from produce import SHOWN, finish, produce, write_grid, write_npz
 from trees import facts_of, find_files, flat_name, picture_folder, stem_of
@@ -83,7 +83,9 @@ def read_hidden(request, fit, full, patches, seed):
         large = F.interpolate(squares, whole.shape[1:])[0, 0].numpy() < 1
         return Hidden({"rgb": pixels}, whole, mask, large)
     file = request.files["mask"]
-    image = Image.fromarray(read_mask(file).astype(np.float32))
+    masked = read_mask(file)
+    check_turned([raster, masked])
+    image = Image.fromarray(masked.values.astype(np.float32))
     check(image.size == raster.size, f"{file}: {image.width}x{image.height}, {path} is {raster.size[0]}x"
           f"{raster.size[1]}; they must be of one size")
     mask = np.asarray(fit(image)) > 1e-3  # a pixel that shrinks away would count as known
@@ -276,7 +278,7 @@ def arguments():
     parser.add_argument("--features", type=pathlib.Path,
                         help="generate, feature checkpoints: .npy (K, F), one vector a sample")
     args = parser.parse_args()
-    check_apart([args.json], [args.ckpt, args.features])
+    check_apart([args.json], [args.ckpt, args.features, args.data and args.data / "tree.json"])
     samplers.check_flags(args)
     sample.check_flags(args)
     restoring = args.task == "restore"
@@ -318,7 +320,7 @@ def check_task(args, model):
           "nothing of classes")
 
 
-def with_masks(requests, mask, num):
+def with_masks(requests, mask, location):
     """Requests of photos with the mask of each: one file, or of a folder that of the photo's name."""
     if not mask.is_dir():
         return [request._replace(files={**request.files, "mask": mask}) for request in requests]
@@ -327,8 +329,8 @@ def with_masks(requests, mask, num):
     out = []
     for request in requests:
         photo = request.files["rgb"]
-        place = request.stem.removesuffix(f"_{request.index % num}") if num > 1 else request.stem
         alone = stem_of(photo, photo.parent)
+        place = flat_name(stem_of(photo, location)) if location.is_dir() else alone
         found = [folder[name] for name in (place, alone) if name in folder]
         check(found, f"{photo}: no mask {place} or {alone} in {mask}")
         out.append(request._replace(files={**request.files, "mask": found[0]}))
@@ -348,10 +350,10 @@ def requests_of(args, model, meta):
     given = model.modalities[1] if args.task == "translate" else "rgb"  # 1: the source
     locations = sample.locations_of(args.image, [given], args.task)
     walked = [*locations, *([picture_folder(args.mask, "mask")] if args.mask else [])]
-    check_folder(args.out, [location for location in walked if location.is_dir()])
     requests = sample.of_pictures([given], locations, None, args.num or 1, meta)
     if args.mask:
-        requests = with_masks(requests, args.mask, args.num or 1)
+        requests = with_masks(requests, args.mask, locations[0])
+    check_folder(args.out, sample.folders_read(walked, requests))
     return requests, sample.facts_for([given], locations, args.depth_space, meta)
 
 
@@ -404,7 +406,7 @@ def main():
     recipe = None if rank > 0 else dict(
         task=args.task, **recipe_of(loaded, args.seed, evaluations, **walk), **extras_of(args),
         fit=args.fit, truncate=args.truncate, outputs=list(outputs.folders), endings=outputs.endings,
-        depth_space=facts["depth"].depth_space if "depth" in facts else None, palette=meta["palette"])
+        reading=sample.recorded(facts), palette=meta["palette"])
     single = args.fit == "full" and args.task != "generate"  # pictures of different shapes do not stack
     with only_writer(args.out):
         drawn = produce(args.out, requests, draw, outputs, recipe, 1 if single else args.batch_size,
@@ -419,8 +421,8 @@ def main():
                           for name in names if name in folders}
                 truth = truth_beside(model, encoder, meta, facts) if args.task == "translate" else None
                 write_grid(args.out, requests, drawn, labels, truth)
-            if args.npz:
-                write_npz(args.out, requests)
+            if args.npz or (args.out / "samples.npz").exists():
+                write_npz(args.out)
             finish(args.out, **scores)
             print(args.out / ("grid.png" if folders else "classes"))
 

@@ -25,7 +25,8 @@ import toy_scenes
 from distributed import (InputError, barrier, check, check_folder, command_parser, prefetch, run,
                          say, setup, share)
 from locks import only_writer
-from modalities import MODALITIES, PLAIN, VOID, centre_crop, check_turned, label_colour
+from modalities import (MODALITIES, PLAIN, VOID, centre_crop, check_turned, is_array, label_colour,
+                        read_picture)
 from trees import facts_of, folders_of, natural, pictures_by_stem, read_palette
 from vae import load_encoder, timm_model
 
@@ -71,6 +72,30 @@ def hold_labels(files, facts):
     return False
 
 
+def palette_of(files, facts):
+    """The colours of the labels that occur in files, where nobody tells them: the files' own palette if they
+    all have the same, else label_colour's.
+    """
+    def look(path):
+        try:
+            raster = MODALITIES["seg"].open(path, facts)
+            own = None if is_array(path) else read_picture(path).palette
+        except InputError:  # said when its row is made
+            return -1, None
+        if raster.labels is None:
+            return -1, None
+        known = raster.labels if raster.known is None else raster.labels[raster.known]
+        return known.max(initial=-1), None if own is None else own.tobytes()
+
+    highest, own = zip(*prefetch(look, files, threads=8, ahead=64))
+    count = int(max(highest)) + 1
+    check(count <= VOID, f"labels up to {count - 1}: a semantic segmentation has up to {VOID} classes; is it "
+          "--seg-mode instance?")
+    if None not in own and len(set(own)) == 1:
+        return np.frombuffer(own[0], np.uint8).reshape(-1, 3)[:count]
+    return label_colour(np.arange(count))
+
+
 class FolderSource:
     """A folder tree root/<modality>/<class>/<name>.png; facts: what its files hold.
 
@@ -101,7 +126,7 @@ class FolderSource:
         self.labelled = "seg" in self.files and hold_labels(self.files["seg"].values(), facts)
         semantic = facts.seg_mode == "semantic"
         if semantic and self.labelled and facts.palette is None:
-            self.held = facts._replace(palette=label_colour(np.arange(VOID)))
+            self.held = facts._replace(palette=palette_of(self.files["seg"].values(), facts))
         told = semantic and self.held.palette is not None
         self.facts = dict(source="folder", seg_mode=facts.seg_mode or "instance",
                           depth_space=facts.depth_space, class_names=classes,
@@ -414,7 +439,8 @@ def main():
         facts = facts_of(args.data, args.depth_space, args.palette and read_palette(args.palette))
         facts = facts._replace(seg_mode=args.seg_mode or facts.seg_mode)
         source = FolderSource(args.data, size, modalities, facts)
-        check_folder(args.out, source.folders)
+        inner = {path.parent for files in source.files.values() for path in files.values()}
+        check_folder(args.out, [*source.folders, *inner])
         say(f"{args.data}: {describe(source)}")
     encoder = load_encoder(args.vae or ("toy" if toy else "sd-mse"), device)
     check(size % (2 * encoder.factor) == 0, f"--size {size}: must be a multiple of {2 * encoder.factor} "

@@ -102,7 +102,7 @@ def entries_of(requests, class_names):
         name = class_names[request.label] if request.label < len(class_names) else None
         entries.append(dict(
             stem=request.stem, index=request.index, class_id=request.label, class_name=name,
-            given={m: str(path) for m, path in request.files.items()},
+            given={m: os.path.abspath(path) for m, path in request.files.items()},
             sha256={m: digests[path] for m, path in request.files.items()}))
     return entries
 
@@ -156,20 +156,18 @@ def take_up(out, recipe, requests, class_names, outputs, overwrite):
             path.unlink(missing_ok=True)
         meta, old = {}, {}
 
-    def unchanged(entry):
-        before = old.get(entry["stem"], {})
-        return all(before.get(key) == entry[key] for key in ("index", "class_id", "sha256"))
+    def is_there(entry):
+        same = old.get(entry["stem"], {}).get("sha256") == entry["sha256"]
+        return same and all(path.is_file() for path in files_of(out, entry["stem"], outputs.endings))
 
-    def drawn(entry):
-        return all(path.is_file() for path in files_of(out, entry["stem"], outputs.endings))
-
-    there = [unchanged(entry) and drawn(entry) for entry in entries]
+    there = [is_there(entry) for entry in entries]
     if any(there):
         print(f"{out}: {sum(there)} of {len(there)} samples are there")
-    samples = {**old, **{entry["stem"]: entry for entry in entries}}
+    # What stays keeps its entry, too: the index of its noise may be another one now.
+    samples = {**old, **{entry["stem"]: entry for entry, kept in zip(entries, there) if not kept}}
     extras = {**meta.get("extras", {}), **outputs.extras}
     write_meta(out, {**recipe, "extras": extras, "samples": list(samples.values()), "complete": False})
-    return [request for request, is_there in zip(requests, there) if not is_there]
+    return [request for request, kept in zip(requests, there) if not kept]
 
 
 def produce(out, requests, draw, outputs, recipe, batch_size, class_names=(), overwrite=False):
@@ -207,16 +205,17 @@ def produce(out, requests, draw, outputs, recipe, batch_size, class_names=(), ov
 # ------------------------------------------------------------------------------------------------
 # Pictures of all, and one array.
 
-def read_rgb_file(out, folder, request):
+def read_rgb_file(out, folder, stem):
     """A picture that was written: by an earlier run, or by another process."""
-    return np.asarray(Image.open(out / folder / f"{request.stem}.png").convert("RGB"))
+    return np.asarray(Image.open(out / folder / f"{stem}.png").convert("RGB"))
 
 
 def write_grid(out, requests, drawn, folders, truth=None):
     """OUT/grid.png, a row a request; folders {name: label}, truth(request) -> {modality: picture}."""
     rows, labels = [], []
     for request in requests[:SHOWN]:
-        pictures = drawn.get(request.index) or {name: read_rgb_file(out, name, request) for name in folders}
+        pictures = drawn.get(request.index)
+        pictures = pictures or {name: read_rgb_file(out, name, request.stem) for name in folders}
         beside = {f"{m} (truth)": picture for m, picture in truth(request).items()} if truth else {}
         rows.append({**{label: pictures[name] for name, label in folders.items()}, **beside})
         labels += [label for label in rows[-1] if label not in labels]
@@ -224,13 +223,15 @@ def write_grid(out, requests, drawn, folders, truth=None):
         draw_grid([[row.get(label) for label in labels] for row in rows], labels).save(file, "png")
 
 
-def write_npz(out, requests):
-    """OUT/samples.npz: the written RGB as arr_0 uint8 (N, H, W, 3), picture by picture."""
-    first = read_rgb_file(out, "rgb", requests[0])
-    header = dict(descr="|u1", fortran_order=False, shape=(len(requests), *first.shape))
+def write_npz(out):
+    """OUT/samples.npz: the written RGB of all samples as arr_0 uint8 (N, H, W, 3), picture by picture."""
+    stems = [sample["stem"] for sample in read_meta(out)["samples"]]
+    stems = [stem for stem in stems if (out / "rgb" / f"{stem}.png").is_file()]
+    first = read_rgb_file(out, "rgb", stems[0])
+    header = dict(descr="|u1", fortran_order=False, shape=(len(stems), *first.shape))
     with whole_file(out / "samples.npz") as file, zipfile.ZipFile(file, "w") as archive:
         with archive.open("arr_0.npy", "w", force_zip64=True) as array:
             np.lib.format.write_array_header_1_0(array, header)
             read = functools.partial(read_rgb_file, out, "rgb")
-            for image in tqdm(prefetch(read, requests, threads=4, ahead=64), total=len(requests), desc="npz"):
+            for image in tqdm(prefetch(read, stems, threads=4, ahead=64), total=len(stems), desc="npz"):
                 array.write(image.tobytes())

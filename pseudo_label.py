@@ -33,6 +33,9 @@ from modalities import MODALITIES, encoded, fill_unknown, read_rgb, unit
 from trees import find_pictures, stem_of, write_facts
 
 
+LABELS = ("depth", "normal", "seg")  # what teachers make
+
+
 # ------------------------------------------------------------------------------------------------
 # Teachers: functions from a PIL image to an array.
 
@@ -114,7 +117,12 @@ def seg_picture(array, size, seed):
     if array.ndim < 3 or array.shape[2] != 3:
         if array.dtype.kind not in "iub":
             raise ValueError(f"{array.dtype} {array.shape}; masks are bool, labels whole numbers")
-    if array.ndim == 3 and array.shape[2] != 3 or array.dtype == bool:
+    masks = array.ndim == 3 and array.shape[2] != 3 or array.dtype == bool
+    if masks and array.ndim == 3:
+        ratio = array.shape[2] * size[1] / max(1, array.shape[1] * size[0])  # 1: of the photo's shape
+        if abs(ratio - 1) > 0.05:
+            raise ValueError(f"{array.dtype} {array.shape}; masks are (K, H, W), labels (H, W)")
+    if masks:
         array = paint(array.reshape(-1, *array.shape[-2:]).astype(bool), seed)
     elif array.ndim == 2:
         array = paint(np.stack([array == k for k in np.unique(array)]), seed)
@@ -170,8 +178,13 @@ def label_photo(path, stem, out, teachers, depth_space):
     with reading(path, "replace or remove it"):
         digest = sha256(path)
     missing = [m for m in teachers if not is_of(out / m / f"{stem}.png", digest)]
+    for m in LABELS:
+        other = out / m / f"{stem}.png"
+        stale = m not in teachers and other.exists() and not is_of(other, digest)
+        check(not stale, f"{other}: was made of another photo of this name; name its teacher, too, or "
+              "remove it")
     rgb = out / "rgb" / f"{stem}.png"
-    inside = path.resolve().is_relative_to((out / "rgb").resolve())
+    inside = path.parent.resolve().is_relative_to((out / "rgb").resolve())  # the file may be a link
     copy = not inside and not is_of(rgb, digest)
     if not missing and not copy:
         return
@@ -216,7 +229,7 @@ def main():
     add("--images", type=pathlib.Path, required=True,
         help="folder of photos, <class>/<name>.jpg or flat; OUT/rgb itself is left as it is")
     add("--out", type=pathlib.Path, required=True)
-    for modality in ("depth", "normal", "seg"):
+    for modality in LABELS:
         add(f"--{modality}", metavar="TEACHER")
     add("--depth-space", choices=("disparity", "depth"), default="disparity",
         help="what the depth teacher returns")
@@ -238,7 +251,7 @@ def main():
     check(names, "no teacher; name at least one of --depth, --normal, --seg")
     said = {"depth": {"depth_space": "disparity"}, "seg": {"seg_mode": "instance"}}
     said = {key: value for m in names for key, value in said.get(m, {}).items()}
-    if not any((args.out / m).is_dir() for m in names):  # else some maps are of others' making
+    if not any((args.out / m).is_dir() for m in LABELS):  # else some maps are of others' making
         said["upright"] = True
     if rank:
         barrier()  # the first process fetches what the others then find on the disk

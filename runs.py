@@ -56,6 +56,9 @@ def checkpoint_of(path, new, defaults, shaping):
         default = defaults.get(part, {}).get(key)
         theirs, ours = (_plain(config[part].get(key, default)) for config in (old, new))
         free = part == "train" and key in (*FREE, *shaping)
+        gone = part == "train" and key not in new[part]
+        check(theirs == ours or not gone, f"{path}: was trained with {key} = {str(theirs)[:80]}, which this "
+              "version does not know; use another --run, or the version that trained it")
         check(theirs == ours or free, f"{path}: was trained with {key} = {str(theirs)[:80]}, "
               f"this command has {str(ours)[:80]}; use another --run or the same command and arguments")
     return checkpoint

@@ -71,7 +71,8 @@ def labels_of(location, stems, meta):
     folders = {stem: pathlib.PurePosixPath(stem).parent.as_posix() for stem in stems}
     if location.is_dir():
         base = location.resolve().name  # it may be a class's own folder
-        folders = {stem: base if folder == "." else folder for stem, folder in folders.items()}
+        if "." not in meta["class_names"]:  # else of a tree without class folders
+            folders = {stem: base if folder == "." else folder for stem, folder in folders.items()}
         known = classes_of(set(folders.values()), meta["class_names"])
     else:
         known = {}
@@ -269,7 +270,7 @@ def write_object(request, arrays, out, palette, segment, focal):
 
 def read_arrays(out, request):
     """What write_object needs of a sample that was written earlier."""
-    arrays = {name: read_rgb_file(out, name, request) for name in ("rgb", "seg")}
+    arrays = {name: read_rgb_file(out, name, request.stem) for name in ("rgb", "seg")}
     return {**arrays, "normal": np.load(out / "normal" / f"{request.stem}.npy")}
 
 
@@ -372,6 +373,22 @@ def facts_for(given, locations, depth_space, meta):
     return facts
 
 
+def recorded(facts):
+    """How given files are read, for a recipe."""
+    said = {m: facts[m]._asdict() for m in facts if m != "rgb"}
+    for told in said.values():
+        told.pop("said")
+        told["palette"] = None if told["palette"] is None else told["palette"].tolist()
+    return said
+
+
+def folders_read(locations, requests):
+    """The folders whose pictures are read, those behind links, too; none of single files."""
+    walked = [location for location in locations if location.is_dir()]
+    inner = {path.parent for request in requests for path in request.files.values()} if walked else ()
+    return [*walked, *inner]
+
+
 def tell(requests, facts, meta):
     """Print how the given files are read, and how many of their pictures have a class."""
     if "depth" in facts:
@@ -429,8 +446,8 @@ def main():
     recipe = None if rank > 0 else dict(
         task=args.task, given=given, **samplers.recipe(loaded, sampling, args.seed), fit=args.fit,
         truncate=args.truncate, outputs={m: MODALITIES[m].meaning for m in wanted}, endings=outputs.endings,
-        depth_space=facts["depth"].depth_space if "depth" in facts else None, palette=meta["palette"])
-    check_folder(args.out, [location for location in locations if location.is_dir()])
+        reading=recorded(facts), palette=meta["palette"])
+    check_folder(args.out, folders_read(locations, requests))
     labels = {name: f"{name} (given)" if name in given else name.replace("_", " ") for name in folders}
     labels = {name: labels[name] for name in (*given, *folders) if name in labels}  # the given first
 
@@ -446,8 +463,8 @@ def main():
         barrier()
         if rank == 0:
             write_grid(args.out, requests, drawn, labels, truth)
-            if args.npz:
-                write_npz(args.out, requests)
+            if args.npz or (args.out / "samples.npz").exists():  # of all, when some are added
+                write_npz(args.out)
             finish(args.out)
             print(args.out / "grid.png")
 

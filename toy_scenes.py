@@ -302,6 +302,8 @@ def main():
           f"--num {args.num} --start {args.start} --size {args.size}: "
           "1 to ten million scenes from seed 0 on, of 8 to 4096 pixels")
     with only_writer(args.out):
+        told = (args.out / "tree.json").exists() or not any((args.out / m).exists() for m in MAPS)
+        check(told, f"--out {args.out}: holds pictures of which no tree.json tells; use another folder")
         write_facts(args.out, depth_space="disparity", seg_mode="semantic", palette=PALETTE.tolist())
         for seed in range(args.start, args.start + args.num):
             write_scene(args.out, seed, args.size)

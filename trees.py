@@ -1,7 +1,7 @@
 """Folder trees of pictures: what lies in them, by which names it belongs together, and what it holds.
 
     <root>/{rgb,depth,normal,seg}/<class>/<name>.png
-    <root>/tree.json    what can be read in two ways: {"format", "depth_space", "depth_unit", "focal",
+    <root>/tree.json    what can be read in two ways: {"format", "depth_space", "depth_unit", "depth_void",
                         "seg_mode", "palette", "void", "upright"}, each of which may be missing; Facts of
                         modalities.py says what they mean
 """
@@ -35,7 +35,8 @@ def endings():
     """The endings of the formats that Pillow reads."""
     Image.init()
     known = Image.registered_extensions().items()
-    return frozenset(end for end, name in known if name in Image.OPEN and name not in UNREADABLE)
+    readable = {end for end, name in known if name in Image.OPEN and name not in UNREADABLE}
+    return frozenset((*readable, ".mpo"))  # several JPEGs in one file
 
 
 def stem_of(path, base):
@@ -98,7 +99,7 @@ def _walk(folder):
         above[place] = {real, *real.parents} | above.get(place.parent, set())
         for name in list(folders):
             circular = (place / name).is_symlink() and (place / name).resolve() in above[place]
-            if name.startswith(".") or circular:
+            if name.startswith((".", "@eaDir")) or circular:  # the latter: a network drive's thumbnails
                 folders.remove(name)
                 yield place / name, "circular" if circular else "hidden"
         for name in files:
@@ -118,7 +119,8 @@ def pictures_by_stem(folder):
         stem = stem_of(path, folder)
         other = files.get(stem, path)
         same_kind = other is not path and is_array(other) == is_array(path)
-        check(not same_kind, f"{path}: the stem {stem} is there twice ({other.name}); keep one")
+        names = " and ".join(ascii(each.name) for each in (other, path))  # accents may be spelt in two ways
+        check(not same_kind, f"{path}: the stem {stem} is there twice ({names}); keep one")
         if stem not in files or is_array(path):
             files[stem] = path
     return files
@@ -191,9 +193,10 @@ def beside(files, modalities):
 
 def tree_of(location):
     """The tree.json of the tree that a file or folder lies in, or None."""
-    path = pathlib.Path(os.path.abspath(location))
-    roots = [path] if path.is_dir() else []
-    roots += [inner.parent for inner in (path, *path.parents) if inner.name in (*MODALITIES, *ALIASES)]
+    roots = []
+    for path in (pathlib.Path(os.path.abspath(location)), pathlib.Path(os.path.realpath(location))):
+        roots += [path] if path.is_dir() else []
+        roots += [inner.parent for inner in (path, *path.parents) if inner.name in (*MODALITIES, *ALIASES)]
     return next((root / "tree.json" for root in roots if (root / "tree.json").is_file()), None)
 
 
@@ -216,19 +219,20 @@ def read_facts(path):
         held = json.loads(path.read_text())
         check(isinstance(held, dict) and held.get("format") == FORMAT,
               f"{path}: format is not {FORMAT!r}; it says nothing of the tree's files, take it away")
-        told = {key: value for key, value in held.items() if key in Facts._fields and value is not None}
-    told.pop("said", None)
+    keys = [key for key in Facts._fields if key != "said"]
+    for key in held:
+        check(key in ("format", *keys), f"{path}: has a key {key!r}; the keys are {', '.join(keys)}")
+    told = {key: value for key, value in held.items() if key in keys and value is not None}
     wanted = {"depth_space": ("disparity", "depth"), "seg_mode": ("semantic", "instance"),
               "upright": (True, False)}
     for key, allowed in wanted.items():
         check(told.get(key, allowed[0]) in allowed, f"{path}: {key} is {told.get(key)!r}, must be one of "
               f"{', '.join(map(str, allowed))}")
-    for key in ("depth_unit", "focal"):
-        number = told.get(key, 1.0)
-        check(isinstance(number, (int, float)) and 0 < number < 1e9,
-              f"{path}: {key} is {number!r}, must be a number above 0")
-    void = told.get("void", 0)
-    check(isinstance(void, int) and 0 <= void < 65536, f"{path}: void is {void!r}, must be a label")
+    for key, kinds, least in (("depth_unit", (int, float), 1e-12), ("depth_void", (int, float), -1e12),
+                              ("void", (int,), -1)):
+        number = told.get(key, 1)
+        check(type(number) in kinds and least <= number < 1e12, f"{path}: {key} is {number!r}, must be a "
+              f"{'whole ' if float not in kinds else ''}number from {least:g} on")
     if "palette" in told:
         told["palette"] = as_palette(told["palette"], path)
     said = {"said": f"by {path}"} if "depth_space" in told else {}

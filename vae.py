@@ -13,7 +13,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import safe_open
 
-from distributed import InputError, autocast, check, reading, say, sha256
+from distributed import InputError, autocast, check, reading, say, sha256, utf8_path
 from weights import bare
 
 SD_CONFIG = dict(channels=(128, 256, 512, 512), layers=2, groups=32, latent_channels=4, scale=0.18215)
@@ -231,7 +231,7 @@ def load_vae(name_or_path):
     check(path.is_file(), f"--vae {name_or_path}: no such file; give a .safetensors file, "
           f"{', '.join(RELEASED)} or toy")
     with reading(f"--vae {path}", "download or train it again"):
-        with safe_open(path, "pt") as file:
+        with utf8_path(path) as name, safe_open(name, "pt") as file:
             config = json.loads((file.metadata() or {}).get("config", "null"))
             state = {key: file.get_tensor(key).float() for key in file.keys()}
         vae = AutoencoderKL(**(config or {**SD_CONFIG, "scale": _scale_beside(path)}))

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 
 from distributed import (InputError, check, check_apart, command_parser, reading, run, sha256,
-                         whole_file)
+                         utf8_path, whole_file)
 from model import SIZES, build_model
 
 FORMAT = "mmgen-1"
@@ -115,9 +115,13 @@ def load_checkpoint(path):
 def _load(path):
     """What torch.save wrote, mapped into memory unless it is of torch's older format."""
     with open(path, "rb") as file:
-        zipped = file.read(4) == b"PK\x03\x04"
-    with torch.serialization.safe_globals([argparse.Namespace]):  # of the released files' arguments
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        head = file.read(24)
+    check(not head.startswith(b"version https://git-lfs"), f"{path}: is the stub of a Git LFS file; fetch "
+          "the file itself with `git lfs pull`")
+    zipped = head.startswith(b"PK\x03\x04")
+    with (torch.serialization.safe_globals([argparse.Namespace]),  # of the released files' arguments
+          utf8_path(path) as name):
+        return torch.load(name, map_location="cpu", weights_only=True, mmap=zipped)
 
 
 def _is_state(state):
@@ -467,7 +471,8 @@ def main():
                       help="write the EMA as MMGen's own code loads it")
     args = parser.parse_args()
     path = args.export or args.export_official
-    check_apart([path], [locate(args.ckpt)])
+    check_apart([path], [args.ckpt, locate(args.ckpt)])
+    check(path.name != "latest.pt", f"{path}: a training run's latest.pt has this name; give another one")
     checkpoint = load_checkpoint(args.ckpt)
     if args.export:
         ema = {key: value.to(torch.bfloat16) for key, value in without_projector(checkpoint["ema"]).items()}

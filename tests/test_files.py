@@ -2,6 +2,7 @@
 import json
 import os
 import pathlib
+import platform
 import subprocess
 import sys
 import unicodedata
@@ -25,7 +26,8 @@ from distributed import InputError, check_apart, check_folder, whole_file
 from locks import only_writer
 from modalities import (MODALITIES, PLAIN, centre_crop, check_turned, label_colour, read_mask, read_picture,
                         read_rgb)
-from weights import DEMO
+from vae import load_vae
+from weights import DEMO, load_model
 
 DEPTH = PLAIN._replace(depth_space="depth")
 QUICK = ("--sampler", "euler", "--steps", 1)
@@ -194,11 +196,21 @@ def test_unknown_of_normals_and_of_transparent_pixels(tmp_path):
     strokes = np.zeros((4, 4, 4), np.uint8)
     strokes[:2] = 255
     strokes[3, :, :3] = 255  # white, and transparent
-    assert read_mask(save(tmp_path / "strokes.png", strokes)).sum() == 8
+    assert read_mask(save(tmp_path / "strokes.png", strokes)).values.sum() == 8
 
 
 # ------------------------------------------------------------------------------------------------
 # Bit depth and range.
+
+def test_unknown_disparity_is_told(tmp_path):
+    """A stereo matcher's 0 and a raster's "no data" are values, unless tree.json says which."""
+    row, values = MODALITIES["depth"], np.array([[0, 50, 100, 200]] * 4, np.uint8)
+    path = save(tmp_path / "t/depth/a.png", values)
+    assert row.open(path).known is None
+    trees.write_facts(tmp_path / "t", depth_void=0)
+    raster = row.open(path, trees.facts_of(path))
+    assert raster.known[0].tolist() == [False, True, True, True] and raster.values[0, 0] == 50
+
 
 def test_one_scene_in_three_files_is_one_condition(tmp_path):
     """16-bit disparity, millimetres and metres."""
@@ -240,7 +252,7 @@ def test_deep_pictures_are_scaled_by_their_bits(tmp_path):
     deep = level.astype(np.uint16) * 257
     paths = save(tmp_path / "8.png", level), save(tmp_path / "16.png", deep)
     assert np.array_equal(*(np.asarray(read_rgb(path)) for path in paths))
-    assert np.array_equal(*(read_mask(path) for path in paths))
+    assert np.array_equal(*(read_mask(path).values for path in paths))
     assert np.array_equal(*(MODALITIES["rgb"].array(MODALITIES["rgb"].open(path)) for path in paths))
     ids = level.astype(np.uint16) * 200
     raster = MODALITIES["seg"].open(save(tmp_path / "ids.png", ids))
@@ -290,7 +302,7 @@ def test_tree_json_says_what_files_hold(tmp_path):
     with pytest.raises(InputError, match="says depth_space = depth, the files would hold disparity"):
         trees.write_facts(tmp_path / "t", depth_space="disparity")
     for key, value in (("depth_space", "metres"), ("palette", [[1, 2]]), ("depth_unit", -1), ("void", "x"),
-                       ("format", "other")):
+                       ("format", "other"), ("depth-space", "depth"), ("depth_unit", True)):
         held = {"format": trees.FORMAT, key: value}
         (tmp_path / "t/tree.json").write_text(json.dumps(held))
         with pytest.raises(InputError, match=f"tree.json: .*{key}|tree.json: not a list"):
@@ -311,6 +323,10 @@ def test_labels_take_colours_from_who_says_them(tmp_path):
         row.open(path, PLAIN._replace(palette=told[:2]))
     with pytest.raises(InputError, match="labels from 0 to 255, the palette has 3 colours"):
         row.open(path, facts._replace(void=1))
+    ignored = save(tmp_path / "ids.npy", np.where(labels == 255, -1, labels.astype(np.int64)))
+    with pytest.raises(InputError, match='labels from -1 to 2, .*"void"'):
+        row.open(ignored)
+    assert np.array_equal(row.open(ignored, PLAIN._replace(void=-1)).values, raster.values)
     own = Image.fromarray(np.array([[2, 0, 1, 1]] * 4, np.uint8))
     own.putpalette(told[[1, 2, 0]].tobytes())  # an order of its own
     own.save(tmp_path / "own.png")
@@ -328,7 +344,7 @@ def test_label_pictures_are_cached_and_scored(tmp_path, command):
     out = command("prep_latents", "--data", data, "--out", tmp_path / "c", "--no-dino", "--vae", "none",
                   "--size", 64, "--seg-mode", "semantic")
     meta = json.loads((tmp_path / "c/meta.json").read_text())
-    assert "files hold labels" in out and meta["palette"] == label_colour(np.arange(255)).tolist()
+    assert "files hold labels" in out and meta["palette"] == label_colour(np.arange(6)).tolist()
     (tmp_path / "p.json").write_text(json.dumps(toy_scenes.PALETTE.tolist()))
     command("prep_latents", "--data", data, "--out", tmp_path / "c2", "--no-dino", "--vae", "none", "--size",
             64, "--palette", tmp_path / "p.json")
@@ -395,6 +411,11 @@ def test_orientation_is_read_alone_and_must_agree(tmp_path):
             check_turned([raster, plain])
         check_turned([raster, plain._replace(facts=PLAIN._replace(upright=True))])
         check_turned([raster, depth.open(tagged("e.png", tag, square))])
+    turned = read_picture(tagged("f.tif", 3))  # Pillow turns TIFF files itself
+    assert turned.turned == 3 and turned.values[0].max() < 50 < turned.values[-1].min()
+    mask = read_mask(tagged("mask.png", 3, square))
+    with pytest.raises(InputError, match="mask.png: its orientation tag is 3"):
+        check_turned([plain, mask])
     tall = depth.open(save(tmp_path / "tall.png", np.zeros((16, 8), np.uint8)))
     check_turned([photo.open(tmp_path / "a.jpg"), tall])  # its shape says that it was made of the turned one
 
@@ -504,6 +525,27 @@ with locks.only_writer(sys.argv[2]), distributed.whole_file(pathlib.Path(sys.arg
 """
 
 
+def test_links_hide_no_folder_that_is_read(tmp_path, command):
+    """OUT must lie apart from where links lead; a tree.json is found through them."""
+    grey(tmp_path / "real/1.png", 9, (64, 64))
+    (tmp_path / "list").mkdir()
+    (tmp_path / "list/cls").symlink_to(tmp_path / "real")
+    with pytest.raises(InputError, match="whose pictures are read"):
+        command("sample", "--task", "understand", "--image", tmp_path / "list", "--out", tmp_path / "real",
+                "--ckpt", DEMO / "mmgen.pt", *QUICK)
+    assert len(list((tmp_path / "real").iterdir())) == 1
+    grey(tmp_path / "t/depth/x.png")
+    trees.write_facts(tmp_path / "t", depth_space="depth")
+    (tmp_path / "short").symlink_to(tmp_path / "t/depth")
+    assert trees.facts_of(tmp_path / "short/x.png").depth_space == "depth"
+    odd = tmp_path / os.fsdecode(b"odd\xff")
+    odd.mkdir()
+    for name in ("mmgen.pt", "vae.safetensors"):
+        (odd / name).write_bytes((DEMO / name).read_bytes())
+    assert load_model(odd / "mmgen.pt").step == load_model(DEMO / "mmgen.pt").step
+    assert load_vae(odd / "vae.safetensors").scale == load_vae("toy").scale
+
+
 def test_a_folder_has_one_writer(tmp_path, monkeypatch):
     """The second is refused by name, its neighbours' files are left; death frees the folder."""
     folder = tmp_path / "out"
@@ -537,6 +579,10 @@ def test_a_folder_has_one_writer(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="process 1 on elsewhere"):
         with only_writer(folder):
             pass
+    (folder / ".writer").write_text(f"process {other.pid} on {platform.node()}")
+    with only_writer(folder):  # that one is dead
+        pass
+    (folder / ".writer").write_text("process 1 on elsewhere")
     os.utime(folder / ".writer", (0, 0))  # its heart has stopped
     with only_writer(folder):
         pass
@@ -567,6 +613,13 @@ def test_a_changed_photo_is_labelled_again(tmp_path, command, monkeypatch):
     assert np.array_equal(read_rgb(tmp_path / "out/rgb/a.png"), read_rgb(tmp_path / "photos/a.png"))
     held = json.loads((tmp_path / "out/tree.json").read_text())
     assert held["depth_space"] == "disparity" and held["upright"] is True
+    with pytest.raises(InputError, match="depth/a.png: was made of another photo of this name"):
+        save(tmp_path / "photos/a.png", rng.integers(0, 256, (8, 8, 3)).astype(np.uint8))
+        command("pseudo_label", "--images", "photos", "--out", "out", "--seg", "py:teach:depth")
+    with pytest.raises(ValueError, match="masks are"):
+        pseudo_label.seg_picture(np.zeros((6, 9, 4), bool), (9, 6), 0)  # (H, W, K)
+    with pytest.raises(ValueError, match="no unit vectors"):
+        pseudo_label.normal_picture(np.full((4, 4, 3), (0.5, 0.5, 1.0)), (4, 4))
     flat = pseudo_label.depth_picture(np.array([[1.0, 2.0], [0.0, 4.0]]), (2, 2), "depth")
     assert np.asarray(flat).min() == 0 and np.asarray(flat)[1, 0] != 0  # unknown is not the farthest
 
@@ -616,4 +669,7 @@ def test_samples_name_their_class_and_say_who_has_none(tmp_path, command):
     samples = json.loads((tmp_path / "s/meta.json").read_text())["samples"]
     assert [sample["class_name"] for sample in samples] == [None, "red cone"]
     assert "1 of 2 pictures are of no class" in out
-    assert sample.labels_of(pathlib.Path("x.png"), ["x"], dict(class_names=["x"], num_classes=1)) == {"x": 1}
+    meta = dict(class_names=["x"], num_classes=1)
+    assert sample.labels_of(pathlib.Path("x.png"), ["x"], meta) == {"x": 1}
+    flat = dict(class_names=["."], num_classes=1)
+    assert sample.labels_of(tmp_path, ["y"], flat) == {"y": 0}
