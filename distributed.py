@@ -282,9 +282,7 @@ def sha256(path):
 # What may be written.
 
 def check_apart(outputs, inputs):
-    """Raise InputError where a file to be written is a file that is read, lies among those of a folder that
-    is read, or cannot be one; None is none.
-    """
+    """Raise InputError where a file to be written is a file that is read, or cannot be one; None is none."""
     for out in filter(None, outputs):
         check(not os.path.isdir(out), f"{out}: is a folder; give the name of a file to write")
         for above in pathlib.Path(out).parents:

@@ -472,7 +472,8 @@ def main():
     args = parser.parse_args()
     path = args.export or args.export_official
     check_apart([path], [args.ckpt, locate(args.ckpt)])
-    check(path.name != "latest.pt", f"{path}: a training run's latest.pt has this name; give another one")
+    check(path.name != "latest.pt" or not path.exists(),
+          f"{path}: is what a training run goes on from; give another name")
     checkpoint = load_checkpoint(args.ckpt)
     if args.export:
         ema = {key: value.to(torch.bfloat16) for key, value in without_projector(checkpoint["ema"]).items()}
