@@ -13,7 +13,7 @@ import torch
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 TRAIN = ("--model", "T/2", "--steps", "6", "--batch-size", "8", "--ckpt-every", "3", "--log-every", "2",
-         "--preview-every", "1000")
+         "--preview-every", "1000", "--repa-weight", "0")
 
 
 @pytest.fixture(autouse=True, scope="session")
