@@ -233,7 +233,7 @@ def test_the_sampler_draws_the_gaussians(schedule):
         return
     given = X + noise((1, 2, 2))
     for family in ("paper", "revert"):
-        z, x = exact(schedule, family).sample(noise, known, given, mt.Chain(steps=500))
+        z, x = exact(schedule, family).sample(noise, known, given, mt.Chain(steps=300))
         assert torch.equal(x, given) and z.mean().item() == pytest.approx(0.5, abs=0.03)
         assert (z - 0.8 * x).var().item() == pytest.approx(0.357, abs=0.02)
         assert covariance_of(z, x) == pytest.approx(0.8, abs=0.04)
