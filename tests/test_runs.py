@@ -335,7 +335,8 @@ def test_a_non_finite_gradient_changes_nothing_and_ten_stop_the_run(cache, tmp_p
     def always(v, target, supervised):
         return true_error(v, target, supervised) * float("nan")
 
-    flags = ("--data", cache, "--model", "T/2", "--batch-size", 4, "--preview-every", 1000, "--repa-weight", 0)
+    flags = ("--data", cache, "--model", "T/2", "--batch-size", 4, "--preview-every", 1000,
+             "--repa-weight", 0)
     monkeypatch.setattr(train, "velocity_error", poisoned)
     command("train", *flags, "--run", tmp_path / "a", "--steps", 1)
     calls.clear()
