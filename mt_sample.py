@@ -31,8 +31,8 @@ from distributed import (check, check_apart, check_folder, command_parser, run, 
 from locks import only_writer
 from modalities import MODALITIES, as_it_is, check_turned, enlarge, read_array, read_mask
 from mt_diffusion import Chain, draw_images
-from produce import SHOWN, finish, produce, write_grid, write_npz
-from trees import facts_of, find_files, flat_name, picture_folder, stem_of
+from produce import SHOWN, finish, folders_read, produce, write_grid, write_npz
+from trees import facts_of, find_files, flat_name, picture_folder, recorded, stem_of
 from vae import encoder_of
 from weights import load_model, newest_checkpoint
 
@@ -353,7 +353,7 @@ def requests_of(args, model, meta):
     requests = sample.of_pictures([given], locations, None, args.num or 1, meta)
     if args.mask:
         requests = with_masks(requests, args.mask, locations[0])
-    check_folder(args.out, sample.folders_read(walked, requests))
+    check_folder(args.out, folders_read(walked, requests))
     return requests, sample.facts_for([given], locations, args.depth_space, meta)
 
 
@@ -406,7 +406,7 @@ def main():
     recipe = None if rank > 0 else dict(
         task=args.task, **recipe_of(loaded, args.seed, evaluations, **walk), **extras_of(args),
         fit=args.fit, truncate=args.truncate, outputs=list(outputs.folders), endings=outputs.endings,
-        reading=sample.recorded(facts), palette=meta["palette"])
+        reading=recorded(facts), palette=meta["palette"])
     single = args.fit == "full" and args.task != "generate"  # pictures of different shapes do not stack
     with only_writer(args.out):
         drawn = produce(args.out, requests, draw, outputs, recipe, 1 if single else args.batch_size,

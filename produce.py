@@ -85,6 +85,13 @@ def all_files(out, meta):
     return files + [out / name for name in WHOLE] if meta["samples"] else []
 
 
+def folders_read(locations, requests):
+    """The folders whose pictures are read, those behind links, too; none of single files."""
+    walked = [location for location in locations if location.is_dir()]
+    inner = {path.parent for request in requests for path in request.files.values()} if walked else ()
+    return [*walked, *inner]
+
+
 # ------------------------------------------------------------------------------------------------
 # What is there, and what is left.
 

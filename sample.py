@@ -26,8 +26,8 @@ from locks import only_writer
 from mesh import pick_segment, write_mesh
 from modalities import (MODALITIES, as_it_is, centre_crop, check_turned, enlarge, filter_of, nearest_colour,
                         segments)
-from produce import finish, produce, read_rgb_file, write_grid, write_npz
-from trees import beside, facts_of, find_files, flat_name, picture_folder
+from produce import finish, folders_read, produce, read_rgb_file, write_grid, write_npz
+from trees import beside, facts_of, find_files, flat_name, picture_folder, recorded
 from vae import encoder_of
 from weights import DEMO, classes_of, load_model, newest_checkpoint
 
@@ -68,17 +68,15 @@ def labels_of(location, stems, meta):
     """{stem: class} of pictures: what their folders name, num_classes where they do not; a single file has
     none.
     """
+    none, names = meta["num_classes"], meta["class_names"]
+    if not location.is_dir():
+        return dict.fromkeys(stems, none)
     folders = {stem: pathlib.PurePosixPath(stem).parent.as_posix() for stem in stems}
-    if location.is_dir():
-        base = location.resolve().name  # it may be a class's own folder
-        if "." not in meta["class_names"]:  # else of a tree without class folders
-            folders = {stem: base if folder == "." else folder for stem, folder in folders.items()}
-        known = classes_of(set(folders.values()), meta["class_names"])
-    else:
-        known = {}
-    none = meta["num_classes"]
-    labels = {stem: known.get(folder) for stem, folder in folders.items()}
-    return {stem: none if label is None else label for stem, label in labels.items()}
+    if "." not in names:  # else of a tree without class folders
+        own = location.resolve().name  # it may be a class's own folder
+        folders = {stem: own if folder == "." else folder for stem, folder in folders.items()}
+    known = classes_of(set(folders.values()), names)
+    return {stem: none if known[folder] is None else known[folder] for stem, folder in folders.items()}
 
 
 def of_pictures(given, locations, label, num, meta):
@@ -371,22 +369,6 @@ def facts_for(given, locations, depth_space, meta):
         if facts[m].palette is None and meta["palette"]:
             facts[m] = facts[m]._replace(palette=np.array(meta["palette"], np.uint8))
     return facts
-
-
-def recorded(facts):
-    """How given files are read, for a recipe."""
-    said = {m: facts[m]._asdict() for m in facts if m != "rgb"}
-    for told in said.values():
-        told.pop("said")
-        told["palette"] = None if told["palette"] is None else told["palette"].tolist()
-    return said
-
-
-def folders_read(locations, requests):
-    """The folders whose pictures are read, those behind links, too; none of single files."""
-    walked = [location for location in locations if location.is_dir()]
-    inner = {path.parent for request in requests for path in request.files.values()} if walked else ()
-    return [*walked, *inner]
 
 
 def tell(requests, facts, meta):

@@ -213,6 +213,15 @@ def facts_of(location, depth_space=None, palette=None):
     return facts if palette is None else facts._replace(palette=palette)
 
 
+def recorded(facts):
+    """How given files are read, for a recipe."""
+    said = {m: facts[m]._asdict() for m in facts if m != "rgb"}
+    for told in said.values():
+        told.pop("said")
+        told["palette"] = None if told["palette"] is None else told["palette"].tolist()
+    return said
+
+
 def read_facts(path):
     """A tree.json -> Facts. Raises InputError for anything else."""
     with reading(path, "give {\"format\": \"" + FORMAT + "\", \"depth_space\": ...}, or take it away"):
