@@ -27,6 +27,7 @@ sys.path.insert(0, str(ROOT))
 
 import eval_fid  # noqa: E402
 import toy_scenes  # noqa: E402
+import trees  # noqa: E402
 import weights  # noqa: E402
 from distributed import command_parser  # noqa: E402
 from model import build_model  # noqa: E402
@@ -130,6 +131,8 @@ def bring(folder):
     """All that the reader brings."""
     for i in range(8):
         scene = save_scene(folder, i)
+    for tree in ("scenes", "truth"):  # depth in metres; the others hold disparity
+        trees.write_facts(folder / tree, depth_space="depth")
     hole = np.zeros((64, 64), np.uint8)
     hole[10:30, 20:40] = 255
     for name in ("photo.png", "photo.jpg"):

@@ -395,16 +395,18 @@ def evaluators():
 
 def robustness():
     """results/fuzz.json, fuzz_again.json (its failures after mending, --only) and soak.json."""
-    fuzz, again, soak = read("fuzz"), read("fuzz_again"), read("soak")
+    fuzz, soak = read("fuzz"), read("soak")
     broken = [case["verdict"] for case in fuzz["failures"]]
     halves = broken.count("half-written")
     fuzzed = (f"{fuzz['refused with a line']} refused with a line, {fuzz['accepted']} accepted, "
-              f"{len(broken)} tracebacks or hangs, {halves} half-written files; the {again['inputs']} again, "
-              f"mended: {again['refused with a line']} refused with a line, {again['accepted']} accepted, "
-              f"{len(again['failures'])} failures")
+              f"{len(broken) - halves} tracebacks, hangs or given files changed, {halves} half-written files")
+    if broken:
+        again = read("fuzz_again")
+        fuzzed += (f"; the {again['inputs']} again, mended: {again['refused with a line']} refused with a "
+                   f"line, {again['accepted']} accepted, {len(again['failures'])} failures")
     soaked = (f"{soak['steps_done_again']} steps done again, {soak['rounds_that_differ']} rounds differ from "
               f"runs that nobody killed, {soak['stray_files']} stray files")
-    what = "damaged and odd pictures, caches, checkpoints, folders, flags, one each"
+    what = "damaged and odd pictures, caches, checkpoints, folders, flags, outputs, one each"
     kills = f"{soak['kills_training']} + {soak['kills_sampling']} kills"
     rows = [[f"`studies/fuzz.py`: {what}", f"{fuzz['inputs']:,}", fuzzed],
             ["`studies/soak.py`: train, kill, resume, sample, kill, continue",
