@@ -460,8 +460,9 @@ class Scalar(Kind):
         return Raster(path, array, self.known(array, facts), TOPS.get(array.dtype))
 
     def of_picture(self, path, picture, facts):
-        values, colours = picture.values, picture.colours
-        if colours is not None:
+        values = picture.values
+        if values.ndim == 3 or picture.palette is not None or picture.mode == "1":
+            colours = picture.colours
             spread = np.ptp(colours.astype(np.int16), 2).max()
             check(spread <= 16, f"{path}: is in colours (mode {picture.mode}, channels up to {spread} levels "
                   "apart); one grey channel of values is needed, not a colour map or packed bytes")
