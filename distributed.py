@@ -345,6 +345,7 @@ def run(main):
         return
     if _told("RANK").isdecimal() and int(_told("RANK")) > 0:
         time.sleep(3)  # where all meet the same error, torchrun ends this one before it repeats the line
-    print(f"{pathlib.Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
+    line = message.replace("\n", "\\n")  # a name may hold one
+    print(f"{pathlib.Path(sys.argv[0]).name}: error: {line}", file=sys.stderr, flush=True)
     sys.stdout.flush()
     os._exit(2)  # a waiting collective of another process must not keep this one alive

@@ -237,7 +237,7 @@ def keep(path, held, **options):
     out, ending = io.BytesIO(), path.suffix.lower()
     try:
         held.save(out, Image.registered_extensions().get(ending, "PNG"), **options)
-    except (OSError, TypeError, ValueError):
+    except (OSError, TypeError, ValueError, SyntaxError):  # the last of a broken orientation tag
         out = io.BytesIO()
         held.save(out, "TIFF" if held.mode in "FI" else "PNG")
     path.write_bytes(out.getvalue())
