@@ -115,6 +115,8 @@ def read_meta(folder):
     for key in ("count", "scale", "resolution", "latent_channels", "num_classes"):
         check(isinstance(meta[key], (int, float)) and 0 <= meta[key] < 1e12,
               f"{path}: {key} is {str(meta[key])[:40]}, expected a number; {again}")
+    with reading(path, again):
+        schema(meta)
     return meta
 
 

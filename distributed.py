@@ -295,6 +295,16 @@ def check_apart(outputs, inputs):
             check(not same, f"{out}: would be overwritten, and is read ({given}); give another file")
 
 
+def check_replaced(path, head):
+    """Raise InputError where a result would replace a file of another kind than its own, which begins with
+    one of the bytes `head`; path None is none.
+    """
+    if path and os.path.isfile(path):
+        with open(path, "rb") as file:
+            first = file.read(1)
+        check(first in head, f"{path}: is there, and no earlier result; give another file")
+
+
 def check_folder(out, walked):
     """Raise InputError where a folder to be written equals, contains or lies in one whose pictures are
     read.

@@ -34,8 +34,8 @@ from tqdm import tqdm
 
 import samplers
 import toy_scenes
-from distributed import (InputError, barrier, check, check_apart, check_folder, command_parser,
-                         gather, place, reading, run, setup, share, whole_file, write_json)
+from distributed import (InputError, barrier, check, check_apart, check_folder, check_replaced,
+                         command_parser, gather, place, reading, run, setup, share, whole_file, write_json)
 from locks import only_writer
 from modalities import (MODALITIES, PLAIN, VOID, Scalar, check_turned, draw_grid, fill_unknown, is_array,
                         label_colour, nearest_colour, segments, turned_of, unit)
@@ -1065,6 +1065,7 @@ def arguments():
     check(scenes and args.ensemble >= 1 and 0 <= low < high, f"--ensemble {args.ensemble} --toy {args.toy} "
           f"--depth-range {low} {high}: counts from 1 to a million, 0 <= MIN < MAX")
     check(args.scannet or not (args.list or args.num), "--list and --num belong to --scannet")
+    check_replaced(args.json, b"{")
     check_apart([args.json, args.scannet and args.out / "frames.txt"],
                 [args.ckpt, args.list, args.palette, args.vae])
     return args

@@ -28,8 +28,8 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-from distributed import (all_reduce, barrier, check, check_apart, command_parser, gather, prefetch, reading,
-                         run, say, setup, share, whole_file, write_json)
+from distributed import (all_reduce, barrier, check, check_apart, check_replaced, command_parser, gather,
+                         prefetch, reading, run, say, setup, share, whole_file, write_json)
 from modalities import centre_crop, read_rgb
 from trees import find_pictures, flat_name, stem_of
 from vae import load_vae, sha256
@@ -874,6 +874,8 @@ def arguments():
           f"--batch-size {args.batch_size} --crop {args.crop}: at least 1, at least 8")
     read = (args.samples, args.reference, args.inception, args.dinov2, args.vgg, args.lpips_heads, args.vae)
     check_apart([args.save_stats, args.json], read)
+    check_replaced(args.json, b"{")
+    check_replaced(args.save_stats, b"P")  # of a zip file
     return args
 
 

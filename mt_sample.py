@@ -26,7 +26,7 @@ import mt_diffusion
 import sample
 import samplers
 from dataset import to_unit
-from distributed import (check, check_apart, check_folder, command_parser, run, setup,
+from distributed import (check, check_apart, check_folder, check_replaced, command_parser, run, setup,
                          sha256, whole_file, write_json)
 from locks import only_writer
 from modalities import MODALITIES, as_it_is, check_turned, enlarge, read_array, read_mask
@@ -278,6 +278,7 @@ def arguments():
     parser.add_argument("--features", type=pathlib.Path,
                         help="generate, feature checkpoints: .npy (K, F), one vector a sample")
     args = parser.parse_args()
+    check_replaced(args.json, b"{")
     check_apart([args.json], [args.ckpt, args.features, args.data and args.data / "tree.json"])
     samplers.check_flags(args)
     sample.check_flags(args)

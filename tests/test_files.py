@@ -493,7 +493,7 @@ def test_results_never_take_the_place_of_what_they_are_of(tmp_path, command):
             ("weights", "--ckpt", ckpt, "--export", ckpt),
             ("weights", "--ckpt", tmp_path / "run", "--export", tmp_path / "run/latest.pt"),
             ("toy_vae", "--init", vae, "--out", vae, "--steps", 1)):
-        with pytest.raises(InputError, match="would be overwritten, and is read"):
+        with pytest.raises(InputError, match="would be overwritten, and is read|no earlier result"):
             command(*line)
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 
@@ -647,6 +647,11 @@ def test_what_others_have_in_a_folder_is_left(tmp_path, command, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "teach2.py").write_text("def depth(image): return 1 / 0")
     before = {path: path.read_bytes() for path in (*files.values(), picture)}
+    for flag in ("--json", "--save-stats"):
+        with pytest.raises(InputError, match="is there, and no earlier result"):
+            command("eval_fid", tmp_path / "i", tmp_path / "i", "--metrics", "latent-fd", flag, picture)
+    with pytest.raises(InputError, match="is there, and no earlier result"):
+        command("eval_depth", "--toy", 1, "--json", picture)
     for line in (
             ("prep_latents", "--toy", 4, "--no-dino", "--out", tmp_path / "c"),
             (*train, tmp_path / "r"), (*train, tmp_path / "q"),

@@ -173,6 +173,11 @@ def test_a_damaged_cache_is_refused(cache, tmp_path, command):
     np.save(tmp_path / "done/done.npy", np.ones(24, np.uint8))
     with pytest.raises(InputError, match="depth.npy: no such file"):
         command("train", "--data", tmp_path / "done", "--run", tmp_path / "run", *TRAIN)
+    meta = json.loads((tmp_path / "done/meta.json").read_text())
+    for key, value in (("modalities", [[1]]), ("latent_size", 8), ("grid", None)):
+        (tmp_path / "done/meta.json").write_text(json.dumps({**meta, key: value}))
+        with pytest.raises(InputError, match="meta.json: not readable .*run prep_latents.py again"):
+            command("train", "--data", tmp_path / "done", "--run", tmp_path / "run", *TRAIN)
 
 
 # ------------------------------------------------------------------------------------------------
