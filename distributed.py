@@ -328,7 +328,7 @@ def command_parser(doc):
 def _one_line(error):
     """What a command says of an error that is not a fault of its own; None where it is one."""
     if isinstance(error, InputError):
-        return str(error)
+        return str(error).replace("\n", "\\n")  # a name may hold one
     if isinstance(error, OSError):  # full disk, no permission, no such folder
         return f"{error.filename or 'output'}: {error.strerror or error}; check the path and the free space"
     if isinstance(error, KeyboardInterrupt):
@@ -355,7 +355,6 @@ def run(main):
         return
     if _told("RANK").isdecimal() and int(_told("RANK")) > 0:
         time.sleep(3)  # where all meet the same error, torchrun ends this one before it repeats the line
-    line = message.replace("\n", "\\n")  # a name may hold one
-    print(f"{pathlib.Path(sys.argv[0]).name}: error: {line}", file=sys.stderr, flush=True)
+    print(f"{pathlib.Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
     sys.stdout.flush()
     os._exit(2)  # a waiting collective of another process must not keep this one alive

@@ -109,9 +109,7 @@ def test_long_names_and_names_that_are_not_text(tmp_path, command):
     short = trees.flat_name(f"folder/{long}")
     assert len(short) == trees.LONGEST and short != trees.flat_name(f"folder/{long}x")
     assert trees.flat_name(short) == short and trees.flat_name("a/b.0001") == "a_b.0001"
-    broken = grey(tmp_path / "line\nbreak.png")
-    done = shell("sample.py", "--task", "understand", "--image", f"{broken}x", "--out", tmp_path / "o")
-    assert done.returncode == 2 and "line\\nbreak.pngx: no such file" in done.stderr.splitlines()[-1]
+    assert distributed._one_line(InputError("line\nbreak.png: no file")) == "line\\nbreak.png: no file"
     odd = os.fsdecode(b"caf\xe9")
     for m in ("rgb", "seg"):
         grey(tmp_path / "t" / m / odd / f"{odd}.png", 9, (64, 64))
