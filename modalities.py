@@ -4,6 +4,7 @@ A modality is a row of MODALITIES, of one of a few kinds. A kind says how its fi
 what the network is shown (pixels, float32 (3, H, W) in [-1, 1]), what the user is given (an array) and how
 that looks (uint8 (H, W, 3)). Adding a modality of a kind that is there is one row.
 """
+import json
 import pathlib
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 
-from distributed import InputError, check, reading
+from distributed import InputError, check, reading, whole_file
 
 MAX_PIXELS = 100_000_000  # a larger picture is refused before it is decoded
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS
@@ -41,7 +42,26 @@ class Facts(NamedTuple):
 
 
 PLAIN = Facts()  # of files of which nobody says anything
+FACTS_FORMAT = "mmgen-tree-1"
 TOPS = {np.dtype(np.uint8): 255, np.dtype(np.uint16): 65535}  # the level that stands for 1
+
+
+def write_facts(root, **told):
+    """Write what is told of a tree's files into its tree.json, beside what it says already.
+
+    Raises InputError where that contradicts.
+    """
+    path, held = root / "tree.json", {"format": FACTS_FORMAT}
+    if path.is_file():
+        with reading(path, "use another folder"):
+            held = dict(json.loads(path.read_text()))
+    check(held.get("format") == FACTS_FORMAT, f"{path}: format is not {FACTS_FORMAT!r}; use another folder")
+    for key, value in told.items():
+        check(held.get(key, value) == value, f"{path}: says {key} = {str(held.get(key))[:60]}, the files "
+              f"would hold {str(value)[:60]}; use another folder")
+    if held != {**held, **told} or not path.is_file():
+        with whole_file(path) as file:
+            file.write(json.dumps({**held, **told}, indent=1).encode())
 
 
 def is_array(path):

@@ -21,14 +21,15 @@ import torch.nn.functional as F
 from PIL import Image
 from scipy import ndimage
 
-import eval_depth
 import mt_diffusion
 import sample
 import samplers
 from dataset import to_unit
 from distributed import (check, check_apart, check_folder, check_replaced, command_parser, run, setup,
                          sha256, whole_file, write_json)
+from evaluation import Ceiling, Checkpoint, Toy, Tree, evaluate
 from locks import only_writer
+from metrics import Rules, metrics_of, print_table, results
 from modalities import MODALITIES, as_it_is, check_turned, enlarge, read_array, read_mask
 from mt_diffusion import Chain, draw_images
 from produce import SHOWN, finish, folders_read, produce, write_grid, write_npz
@@ -217,8 +218,8 @@ def report_classes(out, requests, num_classes):
 # ------------------------------------------------------------------------------------------------
 # Translations against the truth.
 
-class Translations(eval_depth.Checkpoint):
-    """A predictor of eval_depth.py; sampling is a Chain."""
+class Translations(Checkpoint):
+    """A predictor of evaluation.py; sampling is a Chain."""
 
     def draw(self, frames, modalities, indices):
         rgb, y = self.inputs(frames)
@@ -233,19 +234,19 @@ def score(args, loaded, encoder, chain, rank):
     model, meta = loaded.model, loaded.meta
     target, origin = model.modalities
     check(origin == "rgb", f"{loaded.path}: translates {origin}, only translations of rgb are scored")
-    source = eval_depth.Toy(args.toy) if args.toy else None
-    source = source or eval_depth.Tree(args.data, meta, facts_of(args.data, args.depth_space))
+    source = Toy(args.toy) if args.toy else None
+    source = source or Tree(args.data, meta, facts_of(args.data, args.depth_space))
     check(target in source.modalities, f"--task evaluate: there is no truth of {target}")
     source.modalities = [target]
-    rules = eval_depth.Rules(seg_mode=source.seg_mode, palette=source.palette)
-    metrics, size = eval_depth.metrics_of([target], rules), meta["resolution"]
+    rules = Rules(seg_mode=source.seg_mode, palette=source.palette)
+    metrics, size = metrics_of([target], rules), meta["resolution"]
     predictors = {"value": Translations(model, size, encoder, chain, metrics, args.seed),
-                  "ceiling": eval_depth.Ceiling(encoder, size, metrics)}
-    scored = eval_depth.evaluate(source, predictors, rules, args.batch_size)
+                  "ceiling": Ceiling(encoder, size, metrics)}
+    scored = evaluate(source, predictors, rules, args.batch_size)
     if rank > 0:
         return
-    result = {**eval_depth.results(scored["value"]), "ceiling": eval_depth.results(scored["ceiling"])}
-    eval_depth.print_table(scored["value"], result)
+    result = {**results(scored["value"]), "ceiling": results(scored["ceiling"])}
+    print_table(scored["value"], result)
     if args.json:
         recipe = dict(**source.recipe, count=len(source.names),
                       **recipe_of(loaded, args.seed, chain.steps, **chain._asdict()))

@@ -29,8 +29,8 @@ from tqdm import tqdm
 from distributed import (InputError, barrier, check, check_folder, command_parser, reading, run,
                          setup, sha256, whole_file)
 from locks import only_writer
-from modalities import MODALITIES, encoded, fill_unknown, read_rgb, unit
-from trees import find_pictures, stem_of, write_facts
+from modalities import MODALITIES, encoded, fill_unknown, read_rgb, unit, write_facts
+from trees import find_pictures, stem_of
 
 
 LABELS = ("depth", "normal", "seg")  # what teachers make

@@ -21,8 +21,7 @@ from PIL import Image
 
 from distributed import check, command_parser, run, whole_file
 from locks import only_writer
-from modalities import MODALITIES
-from trees import write_facts
+from modalities import MODALITIES, write_facts
 
 HELD_OUT = 2 ** 31
 SEGMENTS = ("floor", "wall", "sphere", "box", "cylinder", "cone")

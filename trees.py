@@ -18,10 +18,9 @@ import unicodedata
 import numpy as np
 from PIL import Image
 
-from distributed import check, reading, say, whole_file
-from modalities import MODALITIES, Facts, is_array
+from distributed import check, reading, say
+from modalities import FACTS_FORMAT, MODALITIES, Facts, is_array
 
-FORMAT = "mmgen-tree-1"
 ALIASES = {"mask": "seg"}  # the released data's name
 LONGEST = 240              # bytes of a file's name before its ending; file systems take 255 in all
 UNREADABLE = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")  # Pillow knows them, and needs another program
@@ -224,10 +223,10 @@ def recorded(facts):
 
 def read_facts(path):
     """A tree.json -> Facts. Raises InputError for anything else."""
-    with reading(path, "give {\"format\": \"" + FORMAT + "\", \"depth_space\": ...}, or take it away"):
+    with reading(path, "give {\"format\": \"" + FACTS_FORMAT + "\", \"depth_space\": ...}, or take it away"):
         held = json.loads(path.read_text())
-        check(isinstance(held, dict) and held.get("format") == FORMAT,
-              f"{path}: format is not {FORMAT!r}; it says nothing of the tree's files, take it away")
+        check(isinstance(held, dict) and held.get("format") == FACTS_FORMAT,
+              f"{path}: format is not {FACTS_FORMAT!r}; it says nothing of the tree's files, take it away")
     keys = [key for key in Facts._fields if key != "said"]
     for key in held:
         check(key in ("format", *keys), f"{path}: has a key {key!r}; the keys are {', '.join(keys)}")
@@ -246,24 +245,6 @@ def read_facts(path):
         told["palette"] = as_palette(told["palette"], path)
     said = {"said": f"by {path}"} if "depth_space" in told else {}
     return Facts(**told, **said)
-
-
-def write_facts(root, **told):
-    """Write what is told of a tree's files into its tree.json, beside what it says already.
-
-    Raises InputError where that contradicts.
-    """
-    path = root / "tree.json"
-    held = {"format": FORMAT}
-    if path.is_file():
-        read_facts(path)
-        held = json.loads(path.read_text())
-    for key, value in told.items():
-        check(held.get(key, value) == value, f"{path}: says {key} = {str(held.get(key))[:60]}, the files "
-              f"would hold {str(value)[:60]}; use another folder")
-    if held != {**held, **told} or not path.is_file():
-        with whole_file(path) as file:
-            file.write(json.dumps({**held, **told}, indent=1).encode())
 
 
 def as_palette(found, path):

@@ -25,8 +25,9 @@ from tqdm import tqdm
 import samplers
 import toy_scenes
 from distributed import command_parser, run, setup
-from eval_depth import Rules, mean_map, metrics_of, results
+from evaluation import mean_map
 from eval_fid import add_moments, finish_moments, frechet
+from metrics import Rules, metrics_of, results
 from modalities import MODALITIES, nearest_colour
 from vae import encoder_of
 from weights import DEMO, load_model

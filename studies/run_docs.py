@@ -26,8 +26,8 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import eval_fid  # noqa: E402
+import modalities  # noqa: E402
 import toy_scenes  # noqa: E402
-import trees  # noqa: E402
 import weights  # noqa: E402
 from distributed import command_parser  # noqa: E402
 from model import build_model  # noqa: E402
@@ -132,7 +132,7 @@ def bring(folder):
     for i in range(8):
         scene = save_scene(folder, i)
     for tree in ("scenes", "truth"):  # depth in metres; the others hold disparity
-        trees.write_facts(folder / tree, depth_space="depth")
+        modalities.write_facts(folder / tree, depth_space="depth")
     hole = np.zeros((64, 64), np.uint8)
     hole[10:30, 20:40] = 255
     for name in ("photo.png", "photo.jpg"):

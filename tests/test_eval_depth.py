@@ -11,10 +11,13 @@ import torch
 from PIL import Image
 
 import eval_depth
+import evaluation
 import toy_scenes
 from conftest import shell
 from distributed import InputError
-from eval_depth import Rules
+from evaluation import Ceiling, Toy, Tree, evaluate
+from metrics import (Normal, Rules, Semantic, align, angles, boundary, depth_scores, f_score, instance_scores,
+                     matches, metrics_of, normal_scores, results, semantic_scores)
 from modalities import MODALITIES, segments
 from vae import Pixels
 
@@ -30,26 +33,26 @@ FEW = ("--ckpt", "demo/mmgen.pt", "--sampler", "euler", "--steps", 1)
 @pytest.mark.parametrize("space", ("disparity", "depth"))
 def test_an_affine_prediction_is_perfect(space):
     target = 1 / DEPTH if space == "disparity" else DEPTH
-    aligned = eval_depth.align((target - 0.3) / 1.7, DEPTH, VALID, space)
-    scores = eval_depth.depth_scores(aligned, DEPTH, VALID)
+    aligned = align((target - 0.3) / 1.7, DEPTH, VALID, space)
+    scores = depth_scores(aligned, DEPTH, VALID)
     assert scores["abs_rel"] < 1e-6 and scores["rmse"] < 1e-6 and scores["delta1"] == 1
 
 
 def test_the_wrong_space_shows():
-    wrong = eval_depth.depth_scores(eval_depth.align(1 / DEPTH, DEPTH, VALID, "depth"), DEPTH, VALID)
+    wrong = depth_scores(align(1 / DEPTH, DEPTH, VALID, "depth"), DEPTH, VALID)
     assert wrong["abs_rel"] > 0.1
 
 
 @pytest.mark.parametrize("space", ("disparity", "depth"))
 def test_a_constant_prediction_gets_the_best_constant(space):
-    aligned = eval_depth.align(np.full_like(DEPTH, 0.7), DEPTH, VALID, space)
+    aligned = align(np.full_like(DEPTH, 0.7), DEPTH, VALID, space)
     want = 1 / np.mean(1 / DEPTH[VALID]) if space == "disparity" else DEPTH[VALID].mean()
     assert np.allclose(aligned, want)
 
 
 def test_depth_scores_by_hand():
     guess, truth = np.array([[1.0, 2.0, 4.0]]), np.array([[1.0, 2.6, 3.5]])
-    scores = eval_depth.depth_scores(guess, truth, truth > 0)
+    scores = depth_scores(guess, truth, truth > 0)
     assert scores["abs_rel"] == pytest.approx((0.6 / 2.6 + 0.5 / 3.5) / 3)
     assert scores["rmse"] == pytest.approx(np.sqrt((0.36 + 0.25) / 3))
     assert scores["delta1"] == pytest.approx(2 / 3) and scores["delta2"] == 1
@@ -66,18 +69,18 @@ def test_normals_rotated_by_ten_degrees():
     angle = np.radians(10)
     turned = normal * np.cos(angle) + np.cross(axis, normal) * np.sin(angle)
     normal[:5] = 0  # unknown
-    got = eval_depth.angles(turned.astype(np.float32), normal)
+    got = angles(turned.astype(np.float32), normal)
     assert len(got) == 25 * 30 and np.abs(got - 10).max() < 1e-4
-    scores = eval_depth.normal_scores(got)
+    scores = normal_scores(got)
     assert scores["normal_11.25"] == 100 and scores["normal_7.5"] == 0
     assert scores["normal_rmse"] == pytest.approx(10, abs=1e-4)
 
 
 def test_pooled_median_is_that_of_all_pixels(tmp_path):
-    metric, every = eval_depth.Normal("normal", Rules()), []
+    metric, every = Normal("normal", Rules()), []
     for i in range(3):
         truth, guess = (RNG.standard_normal((20, 20 + i, 3)) for _ in range(2))
-        every.append(eval_depth.angles(guess, truth))
+        every.append(angles(guess, truth))
         metric.add(i, str(i), truth, guess)
     got, every = metric.result(), np.concatenate(every)
     assert got["normal_median"] == pytest.approx(np.median(every), abs=2e-4)
@@ -90,34 +93,34 @@ def test_pooled_median_is_that_of_all_pixels(tmp_path):
 
 def test_semantic_scores_by_hand():
     confusion = np.array([[3, 1, 0, 0], [0, 4, 0, 0], [0, 0, 0, 0], [1, 0, 0, 1]])  # class 2 is absent
-    got = eval_depth.semantic_scores(confusion)
+    got = semantic_scores(confusion)
     assert got["pixel_accuracy"] == pytest.approx(0.8)
     assert got["class_accuracy"] == pytest.approx(np.mean([3 / 4, 1, 1 / 2]))
     assert got["miou"] == pytest.approx(np.mean([3 / 5, 4 / 5, 1 / 2]))
-    counted = eval_depth.semantic_scores(confusion, 1e-12)
+    counted = semantic_scores(confusion, 1e-12)
     assert counted["miou"] == pytest.approx(np.mean([3 / 5, 4 / 5, 0, 1 / 2]))
 
 
 def test_permuted_labels_are_the_same_segments():
     truth = np.repeat(np.repeat(RNG.integers(0, 6, (8, 8)), 8, 0), 8, 1)
-    got = eval_depth.instance_scores(RNG.permutation(6)[truth], truth)
+    got = instance_scores(RNG.permutation(6)[truth], truth)
     assert got == pytest.approx({"miou": 1, "best_overlap": 1, "ari": 1, "boundary_f": 1})
-    noise = eval_depth.instance_scores(RNG.integers(0, 6, truth.shape), truth)
+    noise = instance_scores(RNG.integers(0, 6, truth.shape), truth)
     assert abs(noise["ari"]) < 0.02 and noise["miou"] < 0.2
 
 
 def test_a_true_segment_without_partner_counts_zero():
     truth = np.zeros((10, 10), int)
     truth[:, 5:] = 1
-    assert eval_depth.instance_scores(np.zeros((10, 10), int), truth)["miou"] == pytest.approx(0.25)
+    assert instance_scores(np.zeros((10, 10), int), truth)["miou"] == pytest.approx(0.25)
 
 
 @pytest.mark.parametrize("shift, f", ((3, 1), (4, 0)))
 def test_boundary_shifted_by_pixels(shift, f):
     a, b = np.zeros((256, 256), int), np.zeros((256, 256), int)  # diagonal 362: radius ceil(2.9) = 3
     a[:, 100:], b[:, 100 + shift:] = 1, 1
-    counts = eval_depth.matches(eval_depth.boundary(a), eval_depth.boundary(b))
-    assert eval_depth.f_score(counts) == f
+    counts = matches(boundary(a), boundary(b))
+    assert f_score(counts) == f
 
 
 def test_soft_edges_are_scored_at_the_best_threshold():
@@ -135,27 +138,27 @@ def test_segments_of_a_noisy_picture():
     noisy = (colours[truth] + RNG.normal(0, 4, (128, 128, 3))).clip(0, 255).astype(np.uint8)
     noisy[60:64, 20:24] = 255  # a speck of its own colour
     index = segments(noisy)
-    assert index.max() + 1 == 16 and eval_depth.instance_scores(index, truth)["miou"] > 0.99
+    assert index.max() + 1 == 16 and instance_scores(index, truth)["miou"] > 0.99
     exact = segments(colours[truth].astype(np.uint8))  # at most 256 colours: taken as they are
-    assert eval_depth.instance_scores(exact, truth)["miou"] == 1
+    assert instance_scores(exact, truth)["miou"] == 1
 
 
 def test_ari_and_confusion_equal_scikit_learn(figure):
     metrics = pytest.importorskip("sklearn.metrics")
     a, b = RNG.integers(0, 5, (30, 30)), RNG.integers(0, 7, (30, 30))
     b[:15] = a[:15]
-    ours = eval_depth.instance_scores(a, b)["ari"]
+    ours = instance_scores(a, b)["ari"]
     theirs = metrics.adjusted_rand_score(b.ravel(), a.ravel())
     confusion = metrics.confusion_matrix(b.ravel(), a.ravel(), labels=range(7))
     iou = metrics.jaccard_score(b.ravel(), a.ravel(), average="macro")
     figure("scikit-learn adjusted Rand index: theirs, ours", [float(theirs), float(ours)])
     assert ours == pytest.approx(theirs, abs=1e-12)
-    assert eval_depth.semantic_scores(confusion)["miou"] == pytest.approx(iou, abs=1e-12)
+    assert semantic_scores(confusion)["miou"] == pytest.approx(iou, abs=1e-12)
 
 
 def scored(modality, prediction, truth, palette=None):
     """Scores over a set of one image, fitted in depth."""
-    metric = eval_depth.metrics_of([modality], Rules("depth", palette=palette))[modality]
+    metric = metrics_of([modality], Rules("depth", palette=palette))[modality]
     metric.add(0, "f", truth, prediction)
     return metric.result()
 
@@ -164,12 +167,12 @@ def test_depths_are_clipped_after_the_fit():
     truth = np.array([[1.0, 2.0, 3.0, 4.0, 9.9]])
     guess = np.array([[1.0, 2.0, 3.0, 4.0, 30.0]])
     valid = truth > 0
-    fit = eval_depth.align(guess, truth, valid, "depth")
-    want = eval_depth.depth_scores(np.minimum(np.maximum(fit, 1e-3), 10), truth, valid)
+    fit = align(guess, truth, valid, "depth")
+    want = depth_scores(np.minimum(np.maximum(fit, 1e-3), 10), truth, valid)
     assert scored("depth", guess, truth)["abs_rel"] == pytest.approx(want["abs_rel"])
     below = np.array([[1.0, 2.0, 3.0, -50.0, 0.2]])  # the fit leaves the range
     truth = np.array([[0.01, 5.0, 9.9, 0.01, 0.5]])
-    fit = eval_depth.align(below, truth, truth > 0, "depth")
+    fit = align(below, truth, truth > 0, "depth")
     rmse = np.sqrt(np.mean((np.clip(fit, 1e-3, 10) - truth) ** 2))
     assert fit.min() < 0 and scored("depth", below, truth)["rmse"] == pytest.approx(rmse)
 
@@ -185,7 +188,7 @@ def test_ignored_and_unknown_labels():
 
 
 def test_an_ensemble_is_its_median():
-    metrics = eval_depth.metrics_of(("depth", "normal", "seg"), Rules(palette=toy_scenes.PALETTE))
+    metrics = metrics_of(("depth", "normal", "seg"), Rules(palette=toy_scenes.PALETTE))
     median, spread = metrics["depth"].combine([np.full((4, 4), v) for v in (0.1, 0.2, 0.9)])
     assert np.allclose(median, 0.2) and np.allclose(spread, np.std([0.1, 0.2, 0.9]))
     vote, doubt = metrics["seg"].combine([toy_scenes.PALETTE[np.full((4, 4), k)] for k in (1, 2, 2)])
@@ -221,8 +224,8 @@ def test_depth_scores_equal_marigold(space, figure):
         p, g, mask = (torch.from_numpy(x) for x in (np.clip(theirs, 1e-3, 10), truth, valid))
         want = dict(abs_rel=metric.abs_relative_difference(p, g, mask), rmse=metric.rmse_linear(p, g, mask),
                     delta1=metric.delta1_acc(p, g, mask))
-        ours = np.clip(eval_depth.align(guess, truth, valid, space), 1e-3, 10)
-        got = eval_depth.depth_scores(ours, truth, valid)
+        ours = np.clip(align(guess, truth, valid, space), 1e-3, 10)
+        got = depth_scores(ours, truth, valid)
         worst = {k: max(worst.get(k, 0.0), abs(float(v) - float(got[k]))) for k, v in want.items()}
     figure(f"Marigold, 200 random maps with holes, {space} alignment: largest differences", worst)
     assert max(worst.values()) <= 1e-6
@@ -232,7 +235,7 @@ def test_depth_scores_equal_marigold(space, figure):
 # Whole commands.
 
 def test_toy_command_reproduces_its_json(command, monkeypatch, tmp_path):
-    monkeypatch.setattr(eval_depth, "mean_map", functools.partial(eval_depth.mean_map, 100))
+    monkeypatch.setattr(evaluation, "mean_map", functools.partial(evaluation.mean_map, 100))
 
     def run(name, *more):
         return command("eval_depth", "--toy", 6, *FEW, "--out", tmp_path / name,
@@ -253,7 +256,7 @@ def test_toy_command_reproduces_its_json(command, monkeypatch, tmp_path):
 
 
 def test_an_ensemble_of_samples(command, monkeypatch, tmp_path):
-    monkeypatch.setattr(eval_depth, "mean_map", functools.partial(eval_depth.mean_map, 100))
+    monkeypatch.setattr(evaluation, "mean_map", functools.partial(evaluation.mean_map, 100))
 
     def run(name, *more):
         command("eval_depth", "--toy", 3, *FEW, "--out", tmp_path / name, "--save-maps",
@@ -420,8 +423,8 @@ def test_folder_tree(command, tmp_path):
 
 
 def ceiling(size):
-    metrics = eval_depth.metrics_of(MODALITIES, Rules(palette=toy_scenes.PALETTE))
-    return eval_depth.Ceiling(Pixels(), size, metrics)
+    metrics = metrics_of(MODALITIES, Rules(palette=toy_scenes.PALETTE))
+    return Ceiling(Pixels(), size, metrics)
 
 
 def test_truth_is_resized_as_training_resizes_it():
@@ -436,7 +439,7 @@ def test_truth_is_resized_as_training_resizes_it():
 
 
 def test_an_image_without_a_score_is_no_case():
-    metric = eval_depth.Semantic("seg", Rules())
+    metric = Semantic("seg", Rules())
     metric.rows = {0: {"miou": np.nan}, 1: {"miou": 0.1}, 2: {"miou": 0.9}}
     picks = eval_depth.cases(metric, 1)
     assert picks[0] == 2 and 0 not in picks
@@ -448,7 +451,7 @@ def test_a_tree_derives_what_it_has_no_folder_for(tmp_path):
     scene = toy_scenes.render(3)
     Image.fromarray(scene.rgb).save(tmp_path / "rgb/a/x.png")
     Image.fromarray(toy_scenes.PALETTE[scene.seg]).save(tmp_path / "seg/a/x.png")
-    tree = eval_depth.Tree(tmp_path, dict(seg_mode="semantic", class_names=["a"], palette=None))
+    tree = Tree(tmp_path, dict(seg_mode="semantic", class_names=["a"], palette=None))
     assert tree.modalities == ["seg", "canny"] and tree.frame(0).class_id == 0
     assert (tree.frame(0).truth["canny"] == MODALITIES["canny"].derive(scene.rgb)).all()
 
@@ -462,12 +465,12 @@ def test_unknown_depth_is_filled_for_the_ceiling_only():
 
 def test_another_scripts_predictor():
     """evaluate() with a predictor that gives the truth, and one that gives one modality alone."""
-    source = eval_depth.Toy(3)
+    source = Toy(3)
     source.modalities = ["normal", "seg"]
-    scored = eval_depth.evaluate(source, {
+    scored = evaluate(source, {
         "value": lambda frames: [frame.truth for frame in frames],
         "flat": lambda frames: [{"normal": np.ones_like(frame.truth["normal"])} for frame in frames],
     }, Rules(palette=source.palette), batch_size=2)
-    perfect, flat = (eval_depth.results(scored[name]) for name in ("value", "flat"))
+    perfect, flat = (results(scored[name]) for name in ("value", "flat"))
     assert perfect["normal_mean"] < 1e-3 and perfect["miou"] == 1
     assert flat["normal_mean"] > 20 and "miou" not in flat

@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 
 import distributed
-import eval_depth
 import locks
+import modalities
 import prep_latents
 import pseudo_label
 import runs
@@ -24,6 +24,7 @@ import trees
 from conftest import ROOT, shell
 from distributed import InputError, check_apart, check_folder, whole_file
 from locks import only_writer
+from metrics import Depth, Normal, angles
 from modalities import (MODALITIES, PLAIN, centre_crop, check_turned, label_colour, read_mask, read_picture,
                         read_rgb)
 from vae import load_vae
@@ -188,8 +189,8 @@ def test_unknown_of_normals_and_of_transparent_pixels(tmp_path):
         raster = row.open(save(tmp_path / name, values))
         assert raster.known.sum() == 11 and not raster.known[0].any() and not raster.known[1, 0], name
         assert np.abs(row.array(raster) - [0, 0, 1]).max() < 0.01, name
-        truth = eval_depth.Normal.read(row, raster)
-        assert (truth[0] == 0).all() and len(eval_depth.angles(normal, truth)) == 11, name
+        truth = Normal.read(row, raster)
+        assert (truth[0] == 0).all() and len(angles(normal, truth)) == 11, name
     depth = np.dstack([np.full((4, 4), 100, np.uint8)] * 3 + [np.full((4, 4), 255, np.uint8)])
     depth[0] = (255, 255, 255, 0)
     raster = MODALITIES["depth"].open(save(tmp_path / "depth.png", depth))
@@ -208,7 +209,7 @@ def test_unknown_disparity_is_told(tmp_path):
     row, values = MODALITIES["depth"], np.array([[0, 50, 100, 200]] * 4, np.uint8)
     path = save(tmp_path / "t/depth/a.png", values)
     assert row.open(path).known is None
-    trees.write_facts(tmp_path / "t", depth_void=0)
+    modalities.write_facts(tmp_path / "t", depth_void=0)
     raster = row.open(path, trees.facts_of(path))
     assert raster.known[0].tolist() == [False, True, True, True] and raster.values[0, 0] == 50
 
@@ -262,12 +263,12 @@ def test_deep_pictures_are_scaled_by_their_bits(tmp_path):
     bits = save(tmp_path / "bits.png", level > 100)
     assert np.array_equal(MODALITIES["seg"].open(bits).labels, level > 100)
     metres = save(tmp_path / "far.tiff", np.array([[1.5, 90.0]], np.float32))
-    truth = eval_depth.Depth.read(MODALITIES["depth"], MODALITIES["depth"].open(metres, DEPTH))
+    truth = Depth.read(MODALITIES["depth"], MODALITIES["depth"].open(metres, DEPTH))
     assert np.allclose(truth, [[1.5, 90.0]])  # not by its own maximum
     with pytest.raises(InputError, match="8.png: uint8 levels carry no unit"):
-        eval_depth.Depth.read(MODALITIES["depth"], MODALITIES["depth"].open(paths[0], DEPTH))
+        Depth.read(MODALITIES["depth"], MODALITIES["depth"].open(paths[0], DEPTH))
     told = DEPTH._replace(depth_unit=0.01)
-    truth = eval_depth.Depth.read(MODALITIES["depth"], MODALITIES["depth"].open(paths[0], told))
+    truth = Depth.read(MODALITIES["depth"], MODALITIES["depth"].open(paths[0], told))
     assert np.allclose(truth, level * 0.01)
 
 
@@ -292,8 +293,8 @@ def test_tree_json_says_what_files_hold(tmp_path):
     grey(tmp_path / "t/depth/a/x.png")
     where = [tmp_path / "t", tmp_path / "t/depth", tmp_path / "t/depth/a/x.png"]
     assert all(trees.facts_of(path) == PLAIN for path in where)
-    trees.write_facts(tmp_path / "t", depth_space="depth", palette=[[1, 2, 3]])
-    trees.write_facts(tmp_path / "t", depth_space="depth", void=7)
+    modalities.write_facts(tmp_path / "t", depth_space="depth", palette=[[1, 2, 3]])
+    modalities.write_facts(tmp_path / "t", depth_space="depth", void=7)
     for path in where:
         facts = trees.facts_of(path)
         assert facts.depth_space == "depth" and "tree.json" in facts.said and facts.void == 7
@@ -301,7 +302,7 @@ def test_tree_json_says_what_files_hold(tmp_path):
     told = trees.facts_of(where[2], "disparity")
     assert told.depth_space == "disparity" and told.said == "by --depth-space"
     with pytest.raises(InputError, match="says depth_space = depth, the files would hold disparity"):
-        trees.write_facts(tmp_path / "t", depth_space="disparity")
+        modalities.write_facts(tmp_path / "t", depth_space="disparity")
     for key, value in (("depth_space", "metres"), ("palette", [[1, 2]]), ("depth_unit", -1), ("void", "x"),
                        ("format", "other"), ("depth-space", "depth"), ("depth_unit", True)):
         held = {"format": trees.FORMAT, key: value}
@@ -536,7 +537,7 @@ def test_links_hide_no_folder_that_is_read(tmp_path, command):
                 "--ckpt", DEMO / "mmgen.pt", *QUICK)
     assert len(list((tmp_path / "real").iterdir())) == 1
     grey(tmp_path / "t/depth/x.png")
-    trees.write_facts(tmp_path / "t", depth_space="depth")
+    modalities.write_facts(tmp_path / "t", depth_space="depth")
     (tmp_path / "short").symlink_to(tmp_path / "t/depth")
     assert trees.facts_of(tmp_path / "short/x.png").depth_space == "depth"
     odd = tmp_path / os.fsdecode(b"odd\xff")

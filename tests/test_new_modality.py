@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import eval_depth
+import evaluation
 import toy_scenes
 import train
 from distributed import InputError
@@ -24,7 +24,7 @@ def rows(monkeypatch):
     """luma, a scalar derived from the RGB, and albedo, a picture that only files have."""
     monkeypatch.setitem(MODALITIES, "luma", Scalar(0.1, "luma in [0, 1]", brightness))
     monkeypatch.setitem(MODALITIES, "albedo", Colour(0.1, "albedo, sRGB"))
-    monkeypatch.setattr(eval_depth, "mean_map", functools.partial(eval_depth.mean_map, 20))
+    monkeypatch.setattr(evaluation, "mean_map", functools.partial(evaluation.mean_map, 20))
 
 
 def test_from_the_cache_to_the_evaluation(rows, command, tmp_path):

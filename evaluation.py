@@ -1,0 +1,424 @@
+"""Scoring a model's maps of images: where frames and their truth come from, what predicts, and both together.
+
+A source gives frames with their truth, a predictor maps for frames, a metric (metrics.py) scores the maps of
+one modality; evaluate() brings them together and knows nothing else of them.
+"""
+import functools
+import hashlib
+import json
+import os
+import random
+from pathlib import PurePosixPath
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+import samplers
+import toy_scenes
+from distributed import InputError, barrier, check, place, reading, share
+from metrics import metric_class, metrics_of
+from modalities import MODALITIES, PLAIN, check_turned, is_array, turned_of
+from trees import facts_of, find_pictures, flat_name, folders_of, pictures_by_stem
+from weights import classes_of
+
+
+# ------------------------------------------------------------------------------------------------
+# Files of truth and predictions.
+
+def stems(base):
+    """Files below a folder -> {stem as one name: path}."""
+    found = pictures_by_stem(base)
+    files = {flat_name(stem): path for stem, path in found.items()}
+    names = list(map(flat_name, found))
+    twice = [stem for stem in found if names.count(flat_name(stem)) > 1] if len(files) < len(found) else []
+    check(not twice, f"{base}: {' and '.join(twice[:2])} have one name with _ for /; rename one")
+    return files
+
+
+def matched(sides):
+    """{what: {stem: path}} -> the stems, sorted, and of each {what: path}. Raises InputError naming the first
+    one that not all have.
+    """
+    first = next(iter(sides.values()))
+    for what, files in sides.items():
+        odd = sorted(first.keys() ^ files.keys())
+        if odd:
+            path = (first | files)[odd[0]]
+            raise InputError(f"{path}: no file with this stem on the other side ({what}; {len(odd)} such); "
+                             "names must match")
+    return sorted(first), [{what: files[stem] for what, files in sides.items()} for stem in sorted(first)]
+
+
+def dense():
+    """The modalities that are predicted."""
+    return [m for m in MODALITIES if m != "rgb"]
+
+
+def sampled(folder):
+    """Whether sample.py made a folder: it says so in meta.json."""
+    try:
+        return "checkpoint_sha256" in json.loads((folder / "meta.json").read_text())
+    except (OSError, ValueError, TypeError):
+        return False
+
+
+def available(given):
+    """Those that are given or can be derived of the RGB."""
+    return [m for m in dense() if m in given or MODALITIES[m].derive]
+
+
+# ------------------------------------------------------------------------------------------------
+# Sources.
+
+class Frame(NamedTuple):
+    index: int               # in the set
+    name: str
+    truth: dict              # {modality: (H, W[, 3])}
+    rgb: np.ndarray = None   # uint8 (H, W, 3); None in a comparison of folders
+    class_id: int = None     # None when unknown
+
+
+class Source:
+    """Frames with truth. It says names, recipe, the folders and files that it reads, the modalities of its
+    truth (a caller may narrow them), what its segmentation is, and load(i) -> Frame.
+    """
+
+    palette, seg_mode, folders, files = None, "semantic", (), ()
+    axes = "ours"  # of the true normals
+
+    def frame(self, i):
+        """Frame i, its normals in our axes."""
+        frame = self.load(i)
+        if self.axes == "marigold" and "normal" in frame.truth:
+            frame.truth["normal"] = frame.truth["normal"] * [-1, 1, 1]
+        return frame
+
+    def stem(self, i):
+        """The name of frame i's maps."""
+        return flat_name(self.names[i])
+
+    def truth(self, given, rgb):
+        """The modalities' maps: given ones, and what is derived of the RGB."""
+        return {m: given[m] if m in given else MODALITIES[m].derive(rgb) for m in self.modalities}
+
+
+class Toy(Source):
+    """Held-out toy scenes."""
+
+    palette = toy_scenes.PALETTE
+
+    def __init__(self, count):
+        self.seeds = range(toy_scenes.HELD_OUT, toy_scenes.HELD_OUT + count)
+        self.names, self.modalities = list(map(str, self.seeds)), available(toy_scenes.MAPS)
+        self.recipe = dict(source="toy, held out", seeds=[self.seeds.start, self.seeds.stop])
+
+    def load(self, i):
+        scene = toy_scenes.render(self.seeds[i])
+        return Frame(i, self.names[i], self.truth(scene._asdict(), scene.rgb), scene.rgb)
+
+
+def square(array):
+    """The centre square of (H, W[, 3])."""
+    height, width = array.shape[:2]
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    return array[top:top + side, left:left + side]
+
+
+class Files(Source):
+    """Frames of files: {modality: path} of each; facts: what they hold; classes {name: class}."""
+
+    facts, classes = PLAIN, {}
+
+    def told(self):
+        """The facts by which files are read."""
+        return self.facts._replace(palette=self.palette if self.seg_mode == "semantic" else None)
+
+    def load(self, i):
+        """RGB is brought to the truth's size, and both are cut to the centre square; without RGB nothing is.
+
+        Raises InputError where they differ in shape.
+        """
+        name, files, facts = self.names[i], self.files[i], self.told()
+        read = [m for m in ("rgb", *self.modalities) if m in files]
+        rasters = {m: MODALITIES[m].open(files[m], facts) for m in read}
+        check_turned(list(rasters.values()))
+        truth = {m: metric_class(m, self.seg_mode).read(MODALITIES[m], raster)
+                 for m, raster in rasters.items() if m != "rgb"}
+        if "rgb" not in files:
+            return Frame(i, name, truth)
+        rgb = Image.fromarray(MODALITIES["rgb"].array(rasters["rgb"]))
+        truth = self.truth(truth, np.asarray(rgb))
+        for m, array in truth.items():
+            height, width = array.shape[:2]
+            check(abs(rgb.width / rgb.height / (width / height) - 1) <= 0.02, f"{name}: the RGB is "
+                  f"{rgb.width}x{rgb.height}, its {m} {width}x{height}; they must show the same view")
+        if rgb.size != (width, height):
+            rgb = rgb.resize((width, height), Image.Resampling.BICUBIC)
+        label = self.classes.get(name)
+        truth = {m: square(array) for m, array in truth.items()}
+        return Frame(i, name, truth, square(np.asarray(rgb)), label)
+
+
+class ScanNet(Files):
+    """Frames as ScanNet exports them: <scene>/{color,colour}/<k>.jpg and <scene>/depth/<k>.png in
+    millimetres.
+
+    listed, a file, names the frames (an RGB and a depth file in each line, Marigold's format); count of them
+    are drawn with the seed. list: the frames taken, in the same format.
+    """
+
+    seg_mode, facts = "instance", PLAIN._replace(depth_space="depth", said="ScanNet's millimetres")
+
+    def __init__(self, root, listed=None, count=None, seed=0):
+        self.root, self.modalities, self.folders = root, ["depth"], [root]
+        pairs = self._listed(listed) if listed else self._found()
+        count = count or (len(pairs) if listed else 5000)
+        if count < len(pairs):
+            pairs = sorted(random.Random(seed).sample(pairs, count))
+        self.names = [rgb for rgb, _ in pairs]
+        self.files = [{"rgb": root / rgb, "depth": root / depth} for rgb, depth in pairs]
+        self.list = os.fsencode("".join(f"{rgb}\t{depth}\n" for rgb, depth in pairs))
+        digest = hashlib.sha256(self.list).hexdigest()
+        self.recipe = dict(source="scannet", frames_sha256=digest, list=listed and listed.name)
+
+    def stem(self, i):
+        return flat_name(PurePosixPath(self.names[i]).with_suffix("").as_posix())
+
+    def _found(self):
+        """All frames below the root: (RGB file, depth file), each relative to it."""
+        found = [path.relative_to(self.root) for path in find_pictures(self.root)]
+        colours = {(p.parents[1], p.stem): p for p in found if p.match("color/*") or p.match("colour/*")}
+        depths = {(p.parents[1], p.stem): p for p in found if p.match("depth/*.[pP][nN][gG]")}
+        pairs = [(colours[key].as_posix(), p.as_posix()) for key, p in depths.items() if key in colours]
+        check(pairs, f"--scannet {self.root}: no frames; the layout is <scene>/color/<k>.jpg beside "
+              "<scene>/depth/<k>.png")
+        lost = len(depths) - len(pairs)
+        if lost:
+            print(f"{self.root}: {lost} of {len(depths)} depth frames have no picture in color/ "
+                  "and are not used")
+        return pairs
+
+    def _listed(self, listed):
+        """The frames of a list. Marigold's write 000300.jpg where ScanNet's exporter writes 300.jpg."""
+        def there(file):
+            path = plain = PurePosixPath(file)
+            if path.stem.isdecimal():
+                plain = path.with_name(f"{int(path.stem)}{path.suffix}")
+            found = [p for p in (path, plain) if (self.root / p).is_file()]
+            check(found, f"--list {listed}: {self.root / file}: no such file; "
+                  "export this frame or leave its line out")
+            return found[0].as_posix()
+
+        with reading(f"--list {listed}", "give a text file"):
+            lines = os.fsdecode(listed.read_bytes()).splitlines()
+        lines = [line for line in lines if line.strip()]
+        pairs = [line.split("\t" if "\t" in line else None)[:2] for line in lines]
+        check(pairs and all(len(pair) == 2 for pair in pairs),
+              f"--list {listed}: each line names an RGB file and a depth file below {self.root}")
+        return [(there(rgb), there(depth)) for rgb, depth in pairs]
+
+
+class Tree(Files):
+    """A folder tree as prep_latents.py reads it; meta: the checkpoint's; facts: what the files hold."""
+
+    def __init__(self, root, meta, facts=PLAIN):
+        folders = folders_of(root)
+        found = {m: stems(folder) for m, folder in folders.items()}
+        check("rgb" in found and len(found) > 1, f"--data {root}: needs rgb/ and one of "
+              f"{', '.join(dense())}; found {', '.join(found) or 'none'}")
+        self.names, self.files = matched(found)
+        self.modalities, self.facts, self.folders = available(found), facts, list(folders.values())
+        if "instance" in (facts.seg_mode, meta["seg_mode"]):  # one of both knows no classes
+            self.seg_mode = "instance"
+        self.palette = facts.palette
+        if self.palette is None and meta["palette"]:
+            self.palette = np.array(meta["palette"], np.uint8)
+        within = {name: path.relative_to(folders["rgb"]).parent.as_posix()
+                  for name, path in found["rgb"].items()}
+        known = classes_of(set(within.values()), meta["class_names"])
+        self.classes = {name: known[folder] for name, folder in within.items()}
+        self.recipe = dict(source="folder", folder=root.name, depth_space=facts.depth_space)
+
+
+class Pairs(Files):
+    """Truth and predictions of a folder each, matched by stem; nothing is cropped or resized."""
+
+    def __init__(self, pred, gt, modalities=None, alignment="disparity", facts=PLAIN):
+        """facts: what the truth holds."""
+        of_pred, of_gt = folders_of(pred), folders_of(gt)
+        both = [m for m in dense() if m in of_pred and m in of_gt]
+        self.modalities, self.facts, self.alignment = modalities or both, facts, alignment
+        self.seg_mode, self.palette = facts.seg_mode or self.seg_mode, facts.palette
+        alone = len(self.modalities) == 1  # its files may lie in the folders themselves
+        check(alone or (both and set(self.modalities) <= set(both)),
+              f"--pred {pred} --gt {gt}: no {'/ '.join(dense())}/ folder in both; name one with --modality "
+              "when the files lie in the folders themselves")
+        truth = {m: stems(of_gt.get(m, gt)) for m in self.modalities}
+        predictions = {f"predicted_{m}": stems(of_pred.get(m, pred)) for m in self.modalities}
+        self.folders = [folder.get(m, base) for m in self.modalities
+                        for folder, base in ((of_gt, gt), (of_pred, pred))]
+        self._check_space(pred, predictions.get("predicted_depth", {}).values())
+        self.names, self.files = matched(truth | predictions)
+        self.recipe = dict(source="predictions", pred=pred.name, gt=gt.name, depth_space=facts.depth_space)
+
+    def _check_space(self, pred, files):
+        """Raise InputError where depth is predicted in another space than the alignment's, or in which one
+        nobody says.
+        """
+        facts = facts_of(pred)
+        space = None if facts.said == PLAIN.said else facts.depth_space
+        if space is None and sampled(pred):
+            space = "disparity"
+        check(not files or space in (None, self.alignment), f"--pred {pred}: holds {space} ({facts.said}); "
+              f"add --alignment {space}")
+        for path in files if space is None else ():
+            check(self.alignment == "depth" or is_array(path), f"{path}: a picture may be in millimetres, "
+                  f"which is depth; if so, add --alignment depth; of disparity say so in {pred}/tree.json")
+
+    def predict(self, frames):
+        """A predictor."""
+        return [{m: self._prediction(frame, m) for m in frame.truth} for frame in frames]
+
+    def _prediction(self, frame, modality):
+        files = self.files[frame.index]
+        path = files[f"predicted_{modality}"]
+        kind, facts = MODALITIES[modality], self.told()
+        space = "disparity" if is_array(path) else self.alignment  # a zero of an array is a value
+        raster = kind.open(path, facts._replace(depth_space=space))
+        truth = files[modality]
+        check_turned([raster._replace(path=truth, turned=turned_of(truth)), raster])
+        found = metric_class(modality, self.seg_mode).read_prediction(kind, raster)
+        size, wanted = found.shape[:2], frame.truth[modality].shape[:2]
+        check(size == wanted, f"{path}: size {size}, its truth {files[modality]} has {wanted}; "
+              "resize the prediction, never the truth")
+        return found
+
+
+# ------------------------------------------------------------------------------------------------
+# Predictors. A predictor is called with a list of Frames and returns a dict for each: {modality: map}, of
+# those of frame.truth that it can predict, (H, W[, 3]) at the truth's size, as the modality's metric takes
+# it. There may be a spread_<modality>, (H, W), beside a map: it is saved, not scored.
+
+class Checkpoint(NamedTuple):
+    """A model's maps of RGB: frame i's member k of the ensemble is drawn with the noise of i + k * 2^32.
+
+    A model of another kind overrides draw.
+    """
+    model: torch.nn.Module
+    resolution: int
+    encoder: object              # of vae.py
+    sampling: samplers.Sampling
+    metrics: dict                # as of metrics_of
+    seed: int = 0
+    ensemble: int = 1
+
+    def inputs(self, frames):
+        """Pixels (N, 3, S, S) and classes (N,) on the model's device."""
+        kind, null = MODALITIES["rgb"], self.model.num_classes
+        device = next(self.model.parameters()).device
+        rgb = np.stack([kind.to_pixels(kind.crop(frame.rgb, self.resolution)) for frame in frames])
+        y = [null if frame.class_id is None else frame.class_id for frame in frames]
+        return torch.from_numpy(rgb).to(device), torch.tensor(y, device=device)
+
+    def draw(self, frames, modalities, indices):
+        """Pixels (N, len(modalities), 3, S, S), with the noise of these indices."""
+        rgb, y = self.inputs(frames)
+        noise = samplers.Noise(self.seed, indices, y.device)
+        given = {"rgb": self.encoder.encode(rgb, noise)}
+        x = samplers.sample_latents(self.model, y, given, noise, self.sampling)
+        wanted = [self.model.modalities.index(m) for m in modalities]
+        return samplers.decode(self.encoder, x, wanted, self.sampling.precision)
+
+    def __call__(self, frames):
+        wanted = [m for m in self.model.modalities if m in frames[0].truth]
+        members = []
+        for k in range(self.ensemble):
+            indices = [frame.index + (k << 32) for frame in frames]
+            members.append(self.draw(frames, wanted, indices).cpu().numpy())
+        members = np.stack(members, 2)  # (N, len(wanted), ensemble, 3, S, S)
+        return [self._combined(frame, dict(zip(wanted, pixels))) for frame, pixels in zip(frames, members)]
+
+    def _combined(self, frame, members):
+        """{modality: pixels (ensemble, 3, S, S)} of one frame -> its maps and spreads."""
+        maps = {}
+        for m, pixels in members.items():
+            kind, shape = MODALITIES[m], frame.truth[m].shape[:2]
+            one, spread = self.metrics[m].combine([kind.from_pixels(x) for x in pixels])
+            maps[m] = kind.resize(one, shape)
+            if spread is not None:
+                maps[f"spread_{m}"] = MODALITIES["depth"].resize(spread, shape)
+        return maps
+
+
+class Ceiling(NamedTuple):
+    """The truth encoded and decoded: what a perfect model would score."""
+    encoder: object
+    resolution: int
+    metrics: dict
+
+    def pixels(self, modality, truth):
+        """Truth -> pixels (3, S, S) as training would have seen it."""
+        kind = MODALITIES[modality]
+        return kind.to_pixels(kind.crop(self.metrics[modality].target(truth), self.resolution))
+
+    def decoded(self, modality, truth):
+        kind, pixels = MODALITIES[modality], torch.from_numpy(self.pixels(modality, truth))
+        x = self.encoder.round_trip(pixels[None])[0].cpu().numpy()
+        return kind.resize(kind.from_pixels(x), truth.shape[:2])
+
+    def __call__(self, frames):
+        return [{m: self.decoded(m, truth) for m, truth in frame.truth.items()} for frame in frames]
+
+
+@functools.cache
+def mean_map(count=2000):
+    """The toy training scenes' mean disparity, mean normal and most frequent segment: what guessing
+    scores.
+    """
+    kind, disparity, normal, votes = MODALITIES["depth"], 0, 0, 0
+    for seed in range(count):
+        scene = toy_scenes.render(seed)
+        disparity = disparity + kind.from_pixels(kind.to_pixels(1 / scene.depth))
+        normal = normal + scene.normal
+        votes = votes + np.eye(len(toy_scenes.PALETTE))[scene.seg]
+    return {"depth": disparity / count, "normal": normal / np.linalg.norm(normal, axis=-1, keepdims=True),
+            "seg": toy_scenes.PALETTE[votes.argmax(-1)]}
+
+
+def guess(frames):
+    """The predictor of the mean map."""
+    return [mean_map()] * len(frames)
+
+
+# ------------------------------------------------------------------------------------------------
+
+def evaluate(source, predictors, rules, batch_size=16, save=None):
+    """Score predictors {name: predictor} on a source's frames, shared out over the processes -> {name:
+    {modality: Metric}}, the same on all.
+
+    save(frame, maps), if given, is called with what the first predictor gave. Raises InputError for truth
+    that cannot be read and for predictions that cannot be scored.
+    """
+    rank, world = place()
+    scored = {name: metrics_of(source.modalities, rules) for name in predictors}
+    total, first = len(source.names), next(iter(predictors))
+    with tqdm(total=total, desc="evaluate", disable=rank > 0) as bar:
+        for block in share(range(total), rank, world, batch_size):
+            frames = [source.frame(i) for i in block]
+            for name, predict in predictors.items():
+                for frame, maps in zip(frames, predict(frames)):
+                    for m, metric in scored[name].items():
+                        if m in maps:
+                            metric.add(frame.index, frame.name, frame.truth[m], maps[m])
+                    if save and name == first:
+                        save(frame, maps)
+            bar.update(len(block) * world)
+    for metrics in scored.values():
+        for metric in metrics.values():
+            metric.merge()
+    barrier()
+    return scored
