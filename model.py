@@ -79,14 +79,19 @@ class Head(nn.Module):
 
 
 class TimeEmbedder(nn.Module):
-    """One shared MLP embeds each modality's noise level to D/2; a second one fuses the M embeddings to D."""
+    """One shared MLP embeds each modality's noise level to D/2; a second one fuses the M embeddings to D.
 
-    def __init__(self, width, num_modalities):
+    Not fused, of one modality alone: the first MLP embeds to D, as in SiT and REPA.
+    """
+
+    def __init__(self, width, num_modalities, fused):
         super().__init__()
-        half = width // 2
-        self.mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, half))
-        self.mlp_fused = nn.Sequential(nn.Linear(num_modalities * half, width), nn.SiLU(),
-                                       nn.Linear(width, width))
+        part = width // 2 if fused else width
+        self.mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, part))
+        self.mlp_fused = nn.Identity()
+        if fused:
+            self.mlp_fused = nn.Sequential(nn.Linear(num_modalities * part, width), nn.SiLU(),
+                                           nn.Linear(width, width))
 
     def forward(self, level):                                                        # (N, M) in [0, 1]
         k = torch.arange(128, dtype=torch.float32, device=level.device)
@@ -164,7 +169,8 @@ class MMDiT(nn.Module):
     """The MMGen transformer: velocities of all modalities from their noisy latents."""
 
     def __init__(self, depth, width, heads, encoder_depth, modalities, num_classes, latent_channels,
-                 latent_size, patch_size=2, fusion="linear", task_embedding=True, projector=True, z_dim=768):
+                 latent_size, patch_size=2, fusion="linear", fused_time=True, task_embedding=True,
+                 projector=True, z_dim=768):
         super().__init__()
         M = len(modalities)
         self.modalities = tuple(modalities)
@@ -175,7 +181,7 @@ class MMDiT(nn.Module):
         self.encoder_depth = encoder_depth
         self.checkpointing = False  # recompute the blocks in the backward pass
         self.x_embedder = FUSIONS[fusion](M, latent_channels, patch_size, width)
-        self.t_embedder = TimeEmbedder(width, M)
+        self.t_embedder = TimeEmbedder(width, M, fused_time)
         self.task_embedder = nn.Embedding(M + 1, width) if task_embedding else None
         self.y_embedder = nn.Embedding(num_classes + 1, width)
         self.grid = tuple(s // patch_size for s in self.latent_size)
@@ -190,7 +196,9 @@ class MMDiT(nn.Module):
         self._initialise(width)
 
     def _initialise(self, width):
-        """DiT's: Xavier linears, adaLN and output layers zero, so that the first output is 0."""
+        """The released one: Xavier linears, the time MLP and the classes N(0, 0.02), the tasks N(0, 1) as
+        torch draws them, adaLN and output layers zero, so that the first output is 0.
+        """
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -198,9 +206,7 @@ class MMDiT(nn.Module):
             elif isinstance(module, nn.Conv2d):
                 nn.init.xavier_uniform_(module.weight.view(module.weight.shape[0], -1))
                 nn.init.zeros_(module.bias)
-            elif isinstance(module, nn.Embedding):
-                nn.init.normal_(module.weight, std=0.02)
-        for layer in (*self.t_embedder.mlp[::2], *self.t_embedder.mlp_fused[::2]):
+        for layer in (*self.t_embedder.mlp[::2], self.y_embedder):
             nn.init.normal_(layer.weight, std=0.02)
         for block in self.blocks:
             nn.init.zeros_(block.adaLN_modulation[1].weight)
@@ -263,7 +269,7 @@ def build_model(name, modalities=("rgb", "depth", "normal", "seg"), num_classes=
                 latent_size=32, encoder_depth=None, **options):
     """A freshly initialised MMDiT; name is a row of SIZES, latent_size an int or (H, W).
 
-    options: patch_size, fusion (a row of FUSIONS), task_embedding, projector, z_dim.
+    options: patch_size, fusion (a row of FUSIONS), fused_time, task_embedding, projector, z_dim.
     The arguments are kept in model.config, from which a checkpoint rebuilds the model.
     Raises KeyError for an unknown size or fusion, ValueError for a latent size that patches do not tile.
     """

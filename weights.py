@@ -5,13 +5,15 @@
 
 All have SiT's blocks and DiT's names. MMGen's and REPA's time runs from data to noise, so that their
 velocity is the negative of ours: the last layer of each head is negated; what they embed is the noise
-level, as here. SiT's own velocity has our sign, and its time too, so that its time layers do not fit; of
-its learned-sigma heads the first half is the velocity.
+level, as here. SiT's own velocity has our sign, and it embeds our t: its first time layer is turned to read
+the noise level; of its learned-sigma heads the first half is the velocity. REPA's and SiT's networks have
+the RGB alone, and a time MLP that is not fused.
 """
 import argparse
 import collections
 import contextlib
 import functools
+import math
 import os
 import pathlib
 import pickle
@@ -239,10 +241,21 @@ def translate(checkpoint, path):
             key = ours + key.removeprefix(theirs) if key.startswith(theirs) else key
         if OUTPUT.fullmatch(key):
             value = value.unflatten(0, (4, -1))[:, :channels].flatten(0, 1) if origin == "SiT" else -value
-        if origin != "SiT" or not key.startswith("t_embedder."):
-            ema[key] = value
+        if origin == "SiT" and key == "t_embedder.mlp.0.weight":
+            value = _of_noise_level(value)
+        ema[key] = value
     config = _released_config(ema, checkpoint.get("args"), modalities, channels, path)
     return dict(ema=ema, step=int(checkpoint.get("steps", 0)), config=config, origin=origin)
+
+
+def _of_noise_level(weight):
+    """A time MLP's first layer (D, 256), which reads [cos, sin] of f_k t -> the one that gives the same when
+    it reads those of f_k (1 - t): cos f t = cos f cos f(1 - t) + sin f sin f(1 - t), sin f t likewise.
+    """
+    f = torch.exp(-math.log(10000) * torch.arange(128, dtype=torch.float64) / 128)
+    of_cos, of_sin = weight.double().chunk(2, 1)
+    turned = of_cos * f.cos() + of_sin * f.sin(), of_cos * f.sin() - of_sin * f.cos()
+    return torch.cat(turned, 1).to(weight.dtype)
 
 
 def _released_config(ema, args, modalities, channels, path):
@@ -256,6 +269,7 @@ def _released_config(ema, args, modalities, channels, path):
     shared = dict(modalities=list(modalities), num_classes=classes, latent_channels=channels,
                   latent_size=[side, side])
     model = dict(name=names[width], encoder_depth=int(encoder_depth),
+                 fused_time="t_embedder.mlp_fused.0.weight" in ema,
                  task_embedding="task_embedder.weight" in ema, projector="projector.0.weight" in ema,
                  **shared)
     meta = dict(vae="sd-mse", vae_sha256=None, scale=SD_SCALE, resolution=8 * side,
@@ -345,7 +359,7 @@ JOINED = {  # tensors that have a part for each modality, and the dimension alon
 @torch.no_grad()
 def fit(model, meta, checkpoint, path, method="mmgen", names=None):
     """--init: copy what fits of a checkpoint's EMA into the model, modalities and classes matched by name
-    -> a table.
+    -> a table of what became of each weight, and the names of those that were taken as they are.
 
     Where a modality is new, the columns through which it enters start at zero, so that the others keep
     their meaning; a class that the file does not know starts as its null class; positions are interpolated
@@ -386,7 +400,20 @@ def fit(model, meta, checkpoint, path, method="mmgen", names=None):
     check("taken" in fate.values(), f"--init {path}: none of its {len(state)} weights fits; check --model")
     fate.update({f"{key} (file)": "left out" for key in state if key not in used})
     title = f"--init {path} ({checkpoint.get('origin', 'ours')}, step {checkpoint['step']})"
-    return "\n".join([title, *_fate_lines(fate), *notes])
+    taken = {key for key, what in fate.items() if what == "taken"}
+    return "\n".join([title, *_fate_lines(fate), *notes]), taken
+
+
+def renamed(modalities, renames, path):
+    """The modalities of a file by the names of --rename {theirs: ours}. Raises InputError for those that it
+    does not have.
+    """
+    for old in renames:
+        check(old in modalities, f"--rename {old}={renames[old]}: {path} has {', '.join(modalities)}")
+    names = [renames.get(m, m) for m in modalities]
+    check(len(set(names)) == len(names), f"--rename: two modalities of {path} would be called "
+          f"{max(names, key=names.count)}")
+    return names
 
 
 def _unwrapped(state):

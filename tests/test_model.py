@@ -1,6 +1,10 @@
 """model.py: the network."""
+import json
+import re
+
 import pytest
 import torch
+from conftest import ROOT
 
 from model import build_model, sincos_positions
 
@@ -30,6 +34,28 @@ def test_a_fresh_model_outputs_zero():
     model = build_model("T/2", num_classes=5, latent_size=8)
     v, z = model(*inputs())
     assert v.shape == (3, 16, 8, 8) and z.shape == (3, 16, 768) and v.abs().max() == 0
+
+
+def test_initial_weights_are_distributed_as_the_released_codes():
+    """Standard deviation and largest size of each weight of a fresh B/2 of theirs, as recorded: 0 where it
+    starts at zero; a uniform weight ends at 1.73 deviations, a normal one far beyond.
+    """
+    recorded = json.loads((ROOT / "tests/released_init.json").read_text())
+    weights = build_model("B/2").state_dict()
+    kinds = {re.sub(r"(blocks|heads)\.\d+\.", r"\1.", name) for name in weights}
+    assert kinds == {re.sub(r"(blocks|heads)\.\d+\.", r"\1.", name) for name in recorded}
+    for name, (deviation, largest) in recorded.items():
+        weight = weights[name]
+        assert weight.std(unbiased=False).item() == pytest.approx(deviation, rel=0.04), name
+        assert (weight.abs().max() < 2 * weight.std()) == (largest < 2 * deviation), name
+
+
+def test_a_time_mlp_that_is_not_fused_embeds_to_the_width():
+    model = random_model(modalities=["rgb"], fused_time=False, task_embedding=False)
+    names = {name: tuple(p.shape) for name, p in model.t_embedder.named_parameters()}
+    assert names["mlp.2.weight"] == (192, 192) and not any("fused" in name for name in names)
+    x, t, y, given = inputs(channels=4, M=1)
+    assert (model(x, t, y, given)[0] - model(x, 1 - t, y, given)[0]).abs().max() > 1e-4
 
 
 @pytest.mark.parametrize("fusion", ["linear", "mlp", "sequence"])

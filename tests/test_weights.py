@@ -111,12 +111,29 @@ def siblings(kind, model):
 
 
 @pytest.mark.parametrize("kind", ("REPA", "SiT"))
+def test_rgb_models_generate_with_their_own_time_layers(kind, tmp_path):
+    """REPA embeds the noise level, SiT the time itself."""
+    options = dict(modalities=["rgb"], num_classes=12, latent_size=16, task_embedding=False)
+    source = draw(build_model("T/2", fused_time=False, **options))
+    file = siblings(kind, source)
+    state = file["ema"] if kind == "REPA" else file
+    state.update({name: p for name, p in source.state_dict().items() if name.startswith("t_embedder.")})
+    torch.save(file, tmp_path / "s.pt")
+    loaded = load_model(tmp_path / "s.pt")
+    x, t, y, given = inputs(source)
+    theirs = source(x, t if kind == "REPA" else 1 - t, y, given)[0]  # at 1 - t it embeds t
+    ours = loaded.model(x, t, y, given)[0]
+    assert loaded.model.modalities == ("rgb",) and not loaded.model.config["fused_time"]
+    assert (ours - theirs).abs().max() < 1e-5 * theirs.abs().max()
+
+
+@pytest.mark.parametrize("kind", ("REPA", "SiT"))
 def test_init_from_rgb_models(kind, tmp_path):
     source, meta = ours(tmp_path / "a.pt")
     torch.save(siblings(kind, source), tmp_path / "s.pt")
     target = build_model("T/2", num_classes=12, latent_size=16)
     checkpoint = load_checkpoint(tmp_path / "s.pt")
-    table = weights.fit(target, meta, checkpoint, "s.pt")
+    table, _ = weights.fit(target, meta, checkpoint, "s.pt")
     assert checkpoint["origin"] == kind and f"({kind}" in table
     mine, theirs = target.state_dict(), source.state_dict()
     taken = ["heads.0.linear.weight", "heads.0.linear.bias", "blocks.3.attn.qkv.weight", "y_embedder.weight"]
@@ -125,6 +142,25 @@ def test_init_from_rgb_models(kind, tmp_path):
     patches = mine["x_embedder.proj.weight"]
     assert torch.equal(patches[:, :4], theirs["x_embedder.proj.weight"][:, :4]) and not patches[:, 4:].any()
     assert not mine["heads.1.linear.weight"].any() and "heads.1" in table.split("new")[1]
+
+
+def test_a_modality_of_the_file_goes_on_under_another_name(tmp_path):
+    """seg -> canny fine-tunes the head and the columns that there are; without --rename they are new."""
+    source, meta = ours(tmp_path / "a.pt")
+    names = weights.renamed(["rgb", "depth", "normal", "seg"], {"seg": "canny"}, "a.pt")
+    for old, kept in ((names, True), (None, False)):
+        model = build_model("T/2", ["rgb", "depth", "normal", "canny"], 12, 4, 16)
+        both = old and (old, list(model.modalities))
+        table, taken = weights.fit(model, meta, load_checkpoint(tmp_path / "a.pt"), "a.pt", names=both)
+        head = torch.equal(model.heads[3].linear.weight, source.heads[3].linear.weight)
+        columns = model.x_embedder.proj.weight[:, 12:]
+        same_columns = torch.equal(columns, source.x_embedder.proj.weight[:, 12:])
+        assert (head, same_columns, "heads.3.linear.weight" in taken) == (kept,) * 3
+        assert kept or (not columns.any() and "heads.3" in table.split("new")[1])
+    with pytest.raises(InputError, match="--rename edges=canny: a.pt has rgb, depth"):
+        weights.renamed(["rgb", "depth"], {"edges": "canny"}, "a.pt")
+    with pytest.raises(InputError, match="two modalities of a.pt would be called depth"):
+        weights.renamed(["rgb", "depth", "seg"], {"seg": "depth"}, "a.pt")
 
 
 def test_init_matches_modalities_by_name(tmp_path):
@@ -144,7 +180,7 @@ def test_init_with_other_classes_and_resolution(tmp_path):
     source, meta = ours(tmp_path / "a.pt")
     model = build_model("T/2", num_classes=3, latent_size=24)
     meta = {**meta, "class_names": ["c5", "cat", "c0"], "latent_size": [24, 24]}
-    table = weights.fit(model, meta, load_checkpoint(tmp_path / "a.pt"), "a.pt")
+    table, _ = weights.fit(model, meta, load_checkpoint(tmp_path / "a.pt"), "a.pt")
     y = source.y_embedder.weight
     assert torch.equal(model.y_embedder.weight, y[[5, 12, 0, 12]])  # an unknown class is the null class
     assert "inflated    2  pos_embed, y_embedder" in table and "class rows: 2 of 3 known" in table
@@ -161,7 +197,7 @@ def rows_taken(folder, old, new):
     checkpoint = load_checkpoint(folder / "a.pt")
     checkpoint["config"]["meta"]["class_names"] = [] if isinstance(old, int) else list(old)
     model = build_model("T/2", num_classes=len(new), latent_size=16)
-    table = weights.fit(model, {**meta, "class_names": list(new)}, checkpoint, "a.pt")
+    table, _ = weights.fit(model, {**meta, "class_names": list(new)}, checkpoint, "a.pt")
     same = (model.y_embedder.weight[:, None] == source.y_embedder.weight[None]).all(2)
     return [row.nonzero().item() for row in same], table
 
