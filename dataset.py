@@ -178,11 +178,13 @@ class Cache:
         return {stem: x.pin_memory() for stem, x in batch.items()} if pin else batch
 
 
-def part_of(batch_size, rank, world, group):
+def part_of(batch_size, micro_batch, rank, world, group):
     """This process's rows of the global batch, a slice of whole groups of rows.
 
-    Raises InputError where the batch has fewer groups than processes.
+    Raises InputError where the batch has fewer groups than processes, or one of both not whole ones.
     """
+    check(micro_batch >= group and micro_batch % group == 0, f"--micro-batch {micro_batch}: must be a "
+          f"multiple of {group}")
     most = 2 ** 16  # every process draws the noise of the whole batch
     groups = batch_size // group
     check(batch_size % group == 0 and world <= groups and batch_size <= most,

@@ -24,8 +24,8 @@ from PIL import Image
 import samplers
 from distributed import (barrier, check, check_apart, check_folder, check_replaced, command_parser, reading,
                          run, setup, whole_file, write_json)
-from evaluation import (Ceiling, Checkpoint, Files, Pairs, ScanNet, Toy, Tree, dense, evaluate, guess,
-                        sampled)
+from evaluation import (Ceiling, Checkpoint, Files, Pairs, ScanNet, Toy, Tree, compared, dense, evaluate,
+                        guess, panels_of, sampled)
 from locks import only_writer
 from metrics import SEGMENTATION, Rules, metrics_of, print_table, results
 from modalities import MODALITIES, PLAIN, draw_grid
@@ -45,12 +45,6 @@ def cases(metric, count=2):
     order = sorted((i for i in values if np.isfinite(values[i])), key=values.get, reverse=metric.rising)
     middle = max(0, len(order) // 2 - count // 2)
     return list(dict.fromkeys(order[:count] + order[middle:middle + count] + order[-count:]))
-
-
-def panels_of(metrics, frame, maps):
-    """{modality: panels} of a frame's maps that can be compared."""
-    panels = {m: metrics[m].panels(truth, maps[m]) for m, truth in frame.truth.items() if m in maps}
-    return {m: found for m, found in panels.items() if found}
 
 
 def save_array(path, array):
@@ -125,10 +119,7 @@ def write_grid(path, source, predict, metrics):
     for i in picks:
         frame = source.frame(i)
         maps, = predict([frame])
-        line = {} if frame.rgb is None else {"rgb": frame.rgb}
-        for m, panels in panels_of(metrics, frame, maps).items():
-            line |= {f"{m}\n({part})": image for part, image in zip(("truth", "prediction", "error"), panels)}
-        lines.append(line)
+        lines.append(compared(metrics, frame, maps))
     if lines:
         grid = draw_grid([list(line.values()) for line in lines], list(lines[-1]))
         save_array(path, np.asarray(grid))

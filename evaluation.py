@@ -1,4 +1,5 @@
-"""Scoring a model's maps of images: where frames and their truth come from, what predicts, and both together.
+"""How good a model is: where frames and their truth come from, what predicts, both together, and what a run
+shows of itself while it trains.
 
 A source gives frames with their truth, a predictor maps for frames, a metric (metrics.py) scores the maps of
 one modality; evaluate() brings them together and knows nothing else of them.
@@ -8,6 +9,7 @@ import hashlib
 import json
 import os
 import random
+import time
 from pathlib import PurePosixPath
 from typing import NamedTuple
 
@@ -18,10 +20,12 @@ from tqdm import tqdm
 
 import samplers
 import toy_scenes
-from distributed import InputError, barrier, check, place, reading, share
-from metrics import metric_class, metrics_of
-from modalities import MODALITIES, PLAIN, check_turned, is_array, turned_of
+from distributed import InputError, barrier, check, gather, place, reading, share, whole_file
+from metrics import Rules, metric_class, metrics_of, results
+from modalities import (MODALITIES, PLAIN, check_turned, draw_grid, draw_samples, draw_sheet, is_array,
+                        nearest_colour, turned_of)
 from trees import facts_of, find_pictures, flat_name, folders_of, pictures_by_stem
+from vae import encoder_of, latents
 from weights import classes_of
 
 
@@ -422,3 +426,124 @@ def evaluate(source, predictors, rules, batch_size=16, save=None):
             metric.merge()
     barrier()
     return scored
+
+
+# ------------------------------------------------------------------------------------------------
+# Pictures.
+
+def panels_of(metrics, frame, maps):
+    """{modality: panels} of a frame's maps that can be compared."""
+    panels = {m: metrics[m].panels(truth, maps[m]) for m, truth in frame.truth.items() if m in maps}
+    return {m: found for m, found in panels.items() if found}
+
+
+def compared(metrics, frame, maps):
+    """A frame and its maps as a line of a grid: {label: picture}."""
+    line = {} if frame.rgb is None else {"rgb": frame.rgb}
+    for m, panels in panels_of(metrics, frame, maps).items():
+        line |= {f"{m}\n({part})": image for part, image in zip(("truth", "prediction", "error"), panels)}
+    return line
+
+
+# ------------------------------------------------------------------------------------------------
+# A run that is being trained; for what an objective brings see train.MMGen.
+
+def preview(objective, network, path):
+    """Four rows of the cache, their class told: generated, from what may be given, and as they are."""
+    cache, device, channels = objective.cache, objective.device, network.latent_channels
+    rows = cache.rows[:4]
+    here = dict.fromkeys(m for m in network.modalities if m in cache.modalities)
+    batch = {stem: x.to(device) for stem, x in cache.gather(rows, ["labels", *here]).items()}
+    blank = torch.zeros(len(rows), channels, *network.latent_size, device=device)
+    data = {m: latents(batch[m], blank, cache.meta) if m in here else blank for m in network.modalities}
+    drawings = {"generate": {}, **{f"{m} given": {m: data[m]} for m in objective.conditions if m in here}}
+    encoder, grids = encoder_of(cache.meta, device), []
+    for title, given in drawings.items():
+        noise = samplers.Noise(0, range(len(rows)), device)
+        x = objective.draw(network, batch["labels"], given, noise)
+        samples = samplers.decode(encoder, x).cpu().numpy()
+        grids.append(draw_samples(samples, network.modalities, title))
+    samples = samplers.decode(encoder, torch.cat([data[m] for m in network.modalities], 1)).cpu().numpy()
+    grids.append(draw_samples(samples, network.modalities, "data"))
+    with whole_file(path) as file:
+        draw_sheet(grids).save(file, "png")
+
+
+class Trial:
+    """What a run is judged by while it trains: its maps of a source's frames, and on the toy world the class
+    of what it draws.
+
+    Raises InputError where the objective predicts nothing that the source has the truth of.
+    """
+
+    def __init__(self, source, objective):
+        self.source, self.objective, self.meta = source, objective, objective.meta
+        known = objective.predicts
+        source.modalities = [m for m in source.modalities if m in known]
+        check(source.modalities, f"--eval-every: there is no truth of what is predicted of the RGB "
+              f"({', '.join(known) or 'nothing'})")
+        self.encoder = encoder_of(self.meta, objective.device)
+        self.rules = Rules(seg_mode=source.seg_mode, palette=source.palette)
+
+    def score(self, network, path):
+        """-> {score: value}, the same on all processes; path: a picture of the first four frames."""
+        source, metrics = self.source, metrics_of(self.source.modalities, self.rules)
+        predict = self.objective.predictor(network, self.encoder, metrics)
+        scored = evaluate(source, {"value": predict}, self.rules)["value"]
+        if place()[0] == 0:
+            frames = [source.frame(i) for i in range(min(4, len(source.names)))]
+            lines = [compared(scored, frame, maps) for frame, maps in zip(frames, predict(frames))]
+            labels = list(max(lines, key=len))
+            with whole_file(path) as file:
+                draw_grid([[line.get(label) for label in labels] for line in lines], labels).save(file, "png")
+        found = results(scored)
+        if isinstance(source, Toy) and self.meta["class_names"] == list(toy_scenes.CLASSES):
+            found |= self.classes(network, len(source.names))
+        return found
+
+    def classes(self, network, count):
+        """{"class": the share of `count` drawn scenes, of each class in turn, that show it}; {} without
+        segments.
+        """
+        if not {"rgb", "seg"} <= set(network.modalities):
+            return {}
+        rank, world = place()
+        hits, device = [], self.objective.device
+        wanted = [network.modalities.index(m) for m in ("rgb", "seg")]
+        for block in share(range(count), rank, world, 16):
+            y = torch.tensor(block, device=device) % len(toy_scenes.CLASSES)
+            x = self.objective.draw(network, y, {}, samplers.Noise(0, block, device))
+            for label, (rgb, seg) in zip(y.tolist(), samplers.decode(self.encoder, x, wanted).cpu().numpy()):
+                image, colours = (MODALITIES[m].from_pixels(p) for m, p in (("rgb", rgb), ("seg", seg)))
+                hits.append(toy_scenes.class_of(image, nearest_colour(colours, toy_scenes.PALETTE)) == label)
+        return {"class": float(np.mean(sum(gather(hits), [])))}
+
+
+class Watch:
+    """Looks at a run's EMA while it trains: previews every so many steps and, if asked, a Trial.
+
+    toy, a number of held-out scenes, or data, a folder tree, are what it is scored on.
+    """
+
+    def __init__(self, objective, folder, preview_every, eval_every=0, toy=None, data=None):
+        self.objective, self.folder, self.trial = objective, folder, None
+        self.preview_every, self.eval_every = preview_every, eval_every
+        if eval_every:
+            source = Toy(toy) if toy else Tree(data, objective.meta, facts_of(data))
+            self.trial = Trial(source, objective)
+
+    def look(self, network, step):
+        """-> {score: value}, {} where none are due, the same on all processes; the seconds that it took.
+
+        Writes FOLDER/<step>.png and, of a Trial, FOLDER/<step>_eval.png.
+        """
+        start, scores = time.perf_counter(), {}
+        if step % self.preview_every == 0 and place()[0] == 0:
+            try:
+                preview(self.objective, network, self.folder / f"{step:07d}.png")
+            except InputError as error:  # the autoencoder is not here: training does not need it
+                print(f"no preview: {error}")
+        if self.trial and step % self.eval_every == 0:
+            scores = self.trial.score(network, self.folder / f"{step:07d}_eval.png")
+            scores["eval_s"] = time.perf_counter() - start
+        return scores, time.perf_counter() - start

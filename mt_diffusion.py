@@ -20,11 +20,9 @@ import torch.nn.functional as F
 
 import runs
 import train
-from distributed import autocast, check, run, whole_file
-from modalities import draw_samples, draw_sheet
+from distributed import autocast, check, run
 from model import SIZES, Block, build_model, training_flops
-from samplers import Noise, decode
-from vae import encoder_of, latents
+from vae import latents
 from weights import fit
 
 T = 1000  # steps of the trained chain
@@ -496,6 +494,8 @@ class Objective:
         chosen = {key: getattr(args, key) for key in ("hidden", "single") if getattr(args, key) is not None}
         self.setting = self.model.setting._replace(**chosen)
         self.settings = self.setting._asdict()
+        self.conditions = self.sources[1:]
+        self.predicts = [self.sources[0]] if self.conditions == ["rgb"] else []
         self.terms = ("loss_eps", "loss_x", "energy")  # energy: E(X)'s mean square, 0 at first
         self.weights = torch.tensor([args.eps_weight, args.x_weight, 0.0], device=device)
 
@@ -549,8 +549,9 @@ class Objective:
             ema = {key: value for key, value in ema.items() if not key.endswith("y_embedder.weight")}
             if features == self.model.features:
                 self.model.load_state_dict({vectors: checkpoint["ema"][vectors]}, strict=False)
-        table = fit(self.backbone, self.meta, {**checkpoint, "ema": ema}, path, self.method, names)
-        return table + (f"\n  of X's head: {', '.join(sorted(heads))}" if heads else "")
+        table, taken = fit(self.backbone, self.meta, {**checkpoint, "ema": ema}, path, self.method, names)
+        table += f"\n  of X's head: {', '.join(sorted(heads))}" if heads else ""
+        return table, {*(f"backbone.{name}" for name in taken), *heads}
 
     def prepare(self, step, batch, part):
         """A step's draws for the whole global batch, those of this process (slice part) beside its data.
@@ -597,25 +598,8 @@ class Objective:
         about = torch.where(alone, 0.0, self.model.x_error(predicted, x)).sum()
         return torch.stack([error, about, e.square().flatten(1).mean(1).sum()])
 
-    def preview(self, network, path):
-        """Four rows of the cache: generated, translated where X is a picture of its own, and as they are."""
-        rows, size = self.cache.rows[:4], self.meta["latent_size"]
-        batch = self.cache.gather(rows, [*self.sources, "labels"])
-        batch = {stem: x.to(self.device) for stem, x in batch.items()}
-        blank = torch.zeros(len(rows), self.meta["latent_channels"], *size, device=self.device)
-        data = [latents(batch[m], blank, self.meta) for m in self.sources]
-        chain, grids, encoder = Chain(steps=25), [], encoder_of(self.meta, self.device)
-        for title in ("generate", *(f"{m} given" for m in self.sources[1:]), "data"):
-            if title == "data":
-                x = torch.cat(data, 1)
-            else:
-                noise = Noise(0, range(len(rows)), self.device)
-                source = None if title == "generate" else data[1]
-                x = draw_images(network, batch["labels"], noise, chain, source)
-            samples = decode(encoder, x).cpu().numpy()
-            grids.append(draw_samples(samples, network.modalities, title))
-        with whole_file(path) as file:
-            draw_sheet(grids).save(file, "png")
+    def draw(self, network, y, given, noise):
+        return draw_images(network, y, noise, Chain(steps=25), next(iter(given.values()), None))
 
 
 def draw_images(model, y, noise, chain, source=None, size=None):

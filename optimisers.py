@@ -16,7 +16,14 @@ def update(parameters, optimiser):
 
 
 @torch.no_grad()
-def update_ema(ema, model, step):
-    """EMA with the rate min(0.9999, (1 + n) / (10 + n)): a short run's average is not its initial weights."""
-    rate = min(0.9999, (1 + step) / (10 + step))
-    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - rate)
+def update_ema(ema, model, step, ages=None):
+    """EMA with the rate min(0.9999, (1 + n) / (10 + n)): a short run's average is not its initial weights.
+
+    n is the step, of parameters whose average is older their ages {name: steps} more.
+    """
+    averages, weights = list(ema.parameters()), list(model.parameters())
+    older = [ages.get(name, 0) for name, _ in model.named_parameters()] if ages else [0] * len(weights)
+    for age in set(older):
+        n, chosen = step + age, [i for i, own in enumerate(older) if own == age]
+        rate = min(0.9999, (1 + n) / (10 + n))
+        torch._foreach_lerp_([averages[i] for i in chosen], [weights[i] for i in chosen], 1 - rate)

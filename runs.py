@@ -13,11 +13,12 @@ import time
 
 import torch
 
-from distributed import all_reduce, check, reading, whole_file
+from distributed import all_reduce, check, place, reading, whole_file
 from weights import FORMAT, load_checkpoint, load_weights, target_of
 
 FREE = ("data", "run", "steps", "lr", "micro_batch", "log_every", "ckpt_every", "preview_every", "compile",
-        "checkpointing", "init")  # flags that another command of the same run may change
+        "checkpointing", "tensorboard", "init", "rename", "ema_from_init", "eval_every", "eval_toy",
+        "eval_data")  # flags that another command of the same run may change
 
 
 def flags_of(args, objective):
@@ -77,21 +78,28 @@ def latest(folder):
 
 
 def restore(checkpoint, model, ema, optimiser, lr):
-    """Take up weights and optimiser -> the step; the learning rate is set anew."""
+    """Take up weights and optimiser -> the step, the ages of update_ema; the learning rate is set anew."""
     load_weights(model, checkpoint["model"], "the run's model")
     load_weights(ema, checkpoint["ema"], "the run's EMA")
     optimiser.load_state_dict(checkpoint["opt"])
     for group in optimiser.param_groups:
         group["lr"] = lr
-    return checkpoint["step"]
+    return checkpoint["step"], checkpoint.get("ages", {})
 
 
-def save_checkpoint(folder, model, ema, optimiser, step, config):
+def agree(folder, step, device):
+    """Raise InputError unless all processes continue at this step."""
+    total = all_reduce(torch.tensor(step, device=device)).item()
+    check(total == step * place()[1], f"{folder}: this process continues at step {step}, another one "
+          "elsewhere; all nodes must share the folder's file system")
+
+
+def save_checkpoint(folder, model, ema, optimiser, step, config, ages):
     """Write ckpt/<step>.pt under a temporary name, then point latest.pt to it: a link, or its name."""
     path = folder / "ckpt" / f"{step:07d}.pt"
     with whole_file(path) as file:
         torch.save({"model": model.state_dict(), "ema": ema.state_dict(), "opt": optimiser.state_dict(),
-                    "step": step, "config": config, "format": FORMAT}, file)
+                    "step": step, "config": config, "ages": ages, "format": FORMAT}, file)
     name, link = path.relative_to(folder).as_posix(), folder / f".latest.{os.getpid()}"
     link.unlink(missing_ok=True)
     try:
@@ -105,6 +113,31 @@ def save_checkpoint(folder, model, ema, optimiser, step, config):
 
 # ------------------------------------------------------------------------------------------------
 # The log.
+
+class Log:
+    """log.jsonl, and with tensorboard its event files in RUN/tensorboard; process 0 writes."""
+
+    def __init__(self, folder, step, notes, tensorboard=False):
+        """Begin as begin_log does. Raises InputError as that does, and where tensorboard is not installed."""
+        self.folder, self.events, self.first = folder, None, place()[0] == 0
+        if self.first:
+            begin_log(folder, step, notes)
+        if self.first and tensorboard:
+            with reading("--tensorboard", "pip install tensorboard"):
+                from torch.utils.tensorboard import SummaryWriter
+            self.events = SummaryWriter(folder / "tensorboard", purge_step=step + 1)
+
+    def write(self, entry):
+        """Add a line; entry["step"] says of which step."""
+        if not self.first:
+            return
+        with open(self.folder / "log.jsonl", "a") as file:
+            file.write(json.dumps(entry) + "\n")
+        if self.events:
+            for name, value in entry.items():
+                self.events.add_scalar(name, value, entry["step"])
+            self.events.flush()
+
 
 def begin_log(folder, step, notes):
     """Write args.json, and cut log.jsonl back to the step that the run continues from.
@@ -128,12 +161,6 @@ def begin_log(folder, step, notes):
             file.write("".join(kept).encode())
 
 
-def write_log(folder, entry):
-    """Add a line to log.jsonl."""
-    with open(folder / "log.jsonl", "a") as file:
-        file.write(json.dumps(entry) + "\n")
-
-
 class Meter:
     """What the log averages between two lines, gathered on the device: a step reads nothing from it."""
 
@@ -153,14 +180,21 @@ class Meter:
         self.skipped[2] = torch.maximum(self.skipped[2], self.skipped[1])
         self.steps += 1
 
-    def read(self, terms, batch_size):
-        """The entry since the last one, and how many steps in a row were skipped at worst; starts anew."""
+    def skip(self, seconds):
+        """Count so many seconds not as training's."""
+        self.clock += seconds
+
+    def read(self, terms, batch_size, folder):
+        """The entry since the last one; starts anew. Raises InputError after ten bad steps in a row."""
         means = (all_reduce(self.sums.clone()) / self.counts.clamp(min=1)).tolist()
         seconds = time.perf_counter() - self.clock
         entry = {**dict(zip(terms, means)), "grad_norm": (self.norms / self.steps).item(),
                  "img_per_s": self.steps * batch_size / seconds, "skipped": int(self.skipped[0])}
         worst = int(self.skipped[2])
+        check(worst < 10, f"{worst} non-finite gradients in a row, the run stops; the last file in "
+              f"{folder / 'ckpt'} (if any) is good: start a new --run with --init FILE and a lower --lr or "
+              "--precision fp32")
         for counter in (self.sums, self.counts, self.norms, self.skipped[2:]):
             counter.zero_()
         self.steps, self.clock = 0, time.perf_counter()
-        return entry, worst
+        return entry

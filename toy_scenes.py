@@ -275,6 +275,34 @@ def teacher(scene, grid):
     return means @ matrix
 
 
+# ------------------------------------------------------------------------------------------------
+# The class of a picture.
+
+def main_object(segments):
+    """The type (index into TYPES) of the largest object in segment indices (H, W), -1 for none."""
+    areas = [(segments == SEGMENTS.index(shape)).sum() for shape in TYPES]
+    return int(np.argmax(areas)) if max(areas) else -1
+
+
+def hue_of(image, mask):
+    """The nearest hue (index into HUES) of the median colour under a mask (H, W), -1 for none."""
+    if not mask.any():
+        return -1
+    hue = colorsys.rgb_to_hsv(*np.median(image[mask], 0) / 255)[0]
+    distance = [abs((hue - sum(span) / 2 + 0.5) % 1 - 0.5) for span in HUES.values()]
+    return int(np.argmin(distance))
+
+
+def class_of(image, segments):
+    """The class (index into CLASSES) that a picture and its segment indices show, -1 for none."""
+    shape = main_object(segments)
+    if shape < 0:
+        return -1
+    return shape * len(HUES) + hue_of(image, segments == SEGMENTS.index(TYPES[shape]))
+
+
+# ------------------------------------------------------------------------------------------------
+
 def write_scene(out, seed, size):
     """OUT/<modality>/<class>/<seed>.png of a scene. InputError where another picture is there already."""
     scene = render(seed, size)

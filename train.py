@@ -21,15 +21,15 @@ from tqdm import tqdm
 
 import dataset
 import runs
-from distributed import (InputError, all_reduce, autocast, barrier, check, command_parser, run,
-                         setup, whole_file)
+from distributed import autocast, barrier, check, command_parser, run, say, setup
+from evaluation import Checkpoint, Watch
 from locks import only_writer
-from modalities import MODALITIES, draw_samples, draw_sheet
+from modalities import MODALITIES
 from model import FUSIONS, SIZES, MMDiT, build_model, training_flops
 from optimisers import update, update_ema
-from samplers import Noise, Sampling, decode, sample_latents
-from vae import encoder_of, latents
-from weights import fit, load_checkpoint
+from samplers import Sampling, sample_latents
+from vae import latents
+from weights import ages_of, fit, load_checkpoint, renamed
 
 
 # ------------------------------------------------------------------------------------------------
@@ -59,6 +59,7 @@ TASK_MIX = {  # four roles each; a run knows its mix by name: change no row in u
     "no-drop": (RGB_ONLY, RGB_ONLY, JOINT_FULL, DECOUPLED_FULL),
     "independent-t": (RGB_ONLY, RGB_ONLY, JOINT, INDEPENDENT),           # supplement 1.5
     "rgb2x": (FROM_RGB,) * 4,                                            # released: RGB to the rest
+    "rgb": (JOINT_FULL,) * 4,                                            # SiT's and REPA's: of RGB alone
     "subset": (RGB_ONLY, JOINT_FULL, DECOUPLED_FULL, Role("subset")),    # ours: several given at once
     "photo": (JOINT_FULL, PHOTO, PHOTO, Role("random", no_class=0.5)),   # ours: for pictures without a class
 }
@@ -118,6 +119,7 @@ def draw(seed, step, mix, modalities, present, shape, device):
     given = index == role["fixed"]
     given = given | (role["random"] & (index == chosen[:, None]))
     given = given | (role["subset"] & (order.argsort(1).argsort(1) < size))  # the first in a random order
+    given = given & (k > 1)  # a condition that leaves nothing to supervise makes the row a joint one
     t = torch.where(role["independent"], t_each, t_shared)
     t = torch.where(given, role["clean"] + (1 - role["clean"]) * u_clean, t)
     is_rgb = index == 0  # the first of the registry, and always there
@@ -167,8 +169,10 @@ class MMGen:
     prepare     (step, a batch on the device, this process's slice of the global batch) -> {tensors of its
                 rows}, counts (K,) of the global batch, known before the forward pass
     loss        (network, {tensors of some rows}) -> (K,) sums over them; the network may wrap the model
-    initialise  (checkpoint, path) -> --init's table
-    preview     (network, path): a picture of what it has learnt
+    initialise  (checkpoint, path) -> --init's table, the names of the weights that are taken as they are
+    conditions  modalities that can be given; predicts: those that it predicts of the RGB
+    draw        (network, y, {given modality: latents}, noise) -> latents of all modalities
+    predictor   (network, encoder, metrics) -> a predictor of evaluation.py
     """
 
     method = "mmgen"
@@ -182,6 +186,8 @@ class MMGen:
         parser.add_argument("--equal-weights", action="store_true", help="loss weight 1 for every modality")
         parser.add_argument("--repa-weight", type=float, default=0.5)
         parser.add_argument("--no-task-embedding", action="store_true")
+        parser.add_argument("--rename", nargs="+", default=(), metavar="THEIRS=OURS",
+                            help="a modality of --init's file goes on as another one")
 
     def __init__(self, args, cache, device):
         self.args, self.cache, self.meta, self.device = args, cache, cache.meta, device
@@ -196,6 +202,7 @@ class MMGen:
             args.model, self.modalities, self.meta["num_classes"], self.meta["latent_channels"],
             self.meta["latent_size"], fusion=args.fusion, task_embedding=not args.no_task_embedding,
             projector=repa_weight > 0)
+        self.conditions, self.predicts = self.modalities, self.modalities[1:]
         self.terms = [f"loss_{m}" for m in (*self.modalities, "repa")]
         self.reads = [stem for stem in ("labels", *self.modalities) if stem in cache.stems]
         self.reads += ["dino"] * (repa_weight > 0)
@@ -217,7 +224,8 @@ class MMGen:
         return f"{', '.join(self.modalities)}{aligned}{why}; {flops / 1e9:.1f} GFLOPs a sample and step"
 
     def initialise(self, checkpoint, path):
-        return fit(self.model, self.meta, checkpoint, path)
+        names = renamed(checkpoint, self.args.rename, path), self.modalities
+        return fit(self.model, self.meta, checkpoint, path, names=names)
 
     def prepare(self, step, batch, part):
         """n rows of the step: draws of the whole batch, sliced; noised latents and targets (n, M*C, H, W)."""
@@ -243,22 +251,11 @@ class MMGen:
         repa = velocity.new_zeros(len(v)) if z is None else alignment_error(z, rows["dino"])  # (n,)
         return torch.cat([velocity.sum(0), repa.sum(0, keepdim=True)])                       # (M+1,)
 
-    def preview(self, network, path):
-        """Four rows of the cache, their class told: generated, from each modality, and as they are."""
-        rows, C = self.cache.rows[:4], self.meta["latent_channels"]
-        blank = torch.zeros(len(rows), C, *self.meta["latent_size"], device=self.device)
-        batch = {stem: x.to(self.device) for stem, x in self.cache.gather(rows, self.reads).items()}
-        data = {m: latents(batch[m], blank, self.meta) if m in batch else blank for m in self.modalities}
-        each = {f"{m} given": {m: data[m]} for m in self.modalities if m in batch}
-        drawings = {"generate": {}, **each, "data": data}
-        grids, encoder = [], encoder_of(self.meta, self.device)
-        for title, given in drawings.items():
-            noise = Noise(0, range(len(rows)), self.device)
-            x = sample_latents(network, batch["labels"], given, noise, Sampling("euler", 25))
-            samples = decode(encoder, x).cpu().numpy()
-            grids.append(draw_samples(samples, self.modalities, title))
-        with whole_file(path) as file:
-            draw_sheet(grids).save(file, "png")
+    def draw(self, network, y, given, noise):
+        return sample_latents(network, y, given, noise, Sampling("euler", 25))
+
+    def predictor(self, network, encoder, metrics):
+        return Checkpoint(network, self.meta["resolution"], encoder, Sampling("euler", 2), metrics)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -270,16 +267,16 @@ def train(args, cache, objective, place, defaults):
     place: (rank, number of processes, device); defaults: the values of flags that an older checkpoint lacks.
     """
     rank, world, device = place
-    part = dataset.part_of(args.batch_size, rank, world, ROLES)
+    part = dataset.part_of(args.batch_size, args.micro_batch, rank, world, ROLES)
     n, micro, terms = part.stop - part.start, args.micro_batch, objective.terms
-    check(micro >= ROLES and micro % ROLES == 0, f"--micro-batch {micro}: must be a multiple of {ROLES}")
     model, backbone = objective.model, objective.backbone
     config = {"model": model.config, "meta": cache.meta, "train": runs.flags_of(args, objective)}
-    file, first = runs.latest(args.run), 0
+    file, first, ages = runs.latest(args.run), 0, {}
     if args.init and not file:
-        table = objective.initialise(load_checkpoint(args.init), args.init)
-        if rank == 0:
-            print(table)
+        checkpoint = load_checkpoint(args.init)
+        table, taken = objective.initialise(checkpoint, args.init)
+        say(table)
+        ages = ages_of(checkpoint, taken) if args.ema_from_init else {}
     model.to(device)
     backbone.checkpointing = args.checkpointing
     ema = copy.deepcopy(model).requires_grad_(False).eval()
@@ -288,15 +285,16 @@ def train(args, cache, objective, place, defaults):
     if file:
         older = {"model": objective.options, "train": {**defaults, "method": "mmgen"}}
         checkpoint = runs.checkpoint_of(file, config, older, objective.shaping)
-        first = runs.restore(checkpoint, model, ema, optimiser, args.lr)
-    check(all_reduce(torch.tensor(first, device=device)).item() == first * world, f"{args.run}: this process "
-          f"continues at step {first}, another one elsewhere; all nodes must share the folder's file system")
-    if rank == 0:
-        runs.begin_log(args.run, first, {**vars(args), "world": world, "resumed_at": first})
-        count = sum(p.numel() for p in model.parameters())
-        print(f"{args.model}, {count:,} parameters, {objective.summary()}; {len(cache.rows)} samples, "
-              f"steps {first} to {args.steps}, lr {args.lr:g}, {args.batch_size} rows on {world} processes, "
-              f"in micro-batches of {min(n, micro)}, {device}")
+        first, ages = runs.restore(checkpoint, model, ema, optimiser, args.lr)
+    runs.agree(args.run, first, device)
+    watch = Watch(objective, args.run / "previews", args.preview_every, args.eval_every, args.eval_toy,
+                  args.eval_data)
+    notes = {**vars(args), "world": world, "resumed_at": first}
+    log = runs.Log(args.run, first, notes, args.tensorboard)
+    count = sum(p.numel() for p in model.parameters())
+    say(f"{args.model}, {count:,} parameters, {objective.summary()}; {len(cache.rows)} samples, "
+        f"steps {first} to {args.steps}, lr {args.lr:g}, {args.batch_size} rows on {world} processes, "
+        f"in micro-batches of {min(n, micro)}, {device}")
     if args.compile or (args.compile is None and device.type == "cuda"):
         for block in backbone.blocks:
             block.compile(fullgraph=True)
@@ -316,31 +314,25 @@ def train(args, cache, objective, place, defaults):
                 (world * loss).backward()  # shares add up over processes, DDP takes their mean
             total += sums.detach()
         norm, bad = update(parameters, optimiser)
-        update_ema(ema, model, step)
+        update_ema(ema, model, step, ages)
         meter.add(total, counts, norm, bad)
 
         done = step + 1
         saving = done % args.ckpt_every == 0 or done == args.steps
         if done % args.log_every == 0 or saving:
-            entry, worst = meter.read(terms, args.batch_size)
-            check(worst < 10, f"step {done}: {worst} non-finite gradients in a row, the run stops; the last "
-                  f"file in {args.run / 'ckpt'} (if any) is good: start a new --run with --init FILE and "
-                  "a lower --lr or --precision fp32")
-            if rank == 0:
-                runs.write_log(args.run, {"step": done, "lr": args.lr, **entry})
-                bar.set_postfix({name.removeprefix("loss_"): f"{entry[name]:.3f}" for name in terms})
-        if saving and rank == 0:
-            runs.save_checkpoint(args.run, model, ema, optimiser, done, config)
-        if done % args.preview_every == 0 and rank == 0:
-            try:
-                objective.preview(ema, args.run / "previews" / f"{done:07d}.png")
-            except InputError as error:  # the autoencoder is not here: training does not need it
-                print(f"no preview: {error}")
+            entry = meter.read(terms, args.batch_size, args.run)
+            log.write({"step": done, "lr": args.lr, **entry})
+            bar.set_postfix({name.removeprefix("loss_"): f"{entry[name]:.3f}" for name in terms})
+        scores, seconds = watch.look(ema, done)
+        meter.skip(seconds)
+        if scores:
+            log.write({"step": done, **scores})
+        if saving and rank == 0:  # last: the log is cut back to it
+            runs.save_checkpoint(args.run, model, ema, optimiser, done, config, ages)
         bar.update()
     bar.close()
     barrier()
-    if rank == 0:
-        print(f"{args.run / 'latest.pt'}: {max(first, args.steps)} steps")
+    say(f"{args.run / 'latest.pt'}: {max(first, args.steps)} steps")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -362,7 +354,12 @@ def add_flags(parser):
     parser.add_argument("--ckpt-every", type=int, default=50_000)
     parser.add_argument("--preview-every", type=int, default=10_000)
     parser.add_argument("--log-every", type=int, default=100)
+    parser.add_argument("--tensorboard", action="store_true", help="the log to RUN/tensorboard, too")
+    parser.add_argument("--eval-every", type=int, default=0, metavar="N", help="score the EMA every N steps")
+    parser.add_argument("--eval-toy", type=int, metavar="K", help="on K held-out toy scenes")
+    parser.add_argument("--eval-data", type=pathlib.Path, metavar="TREE", help="on pictures with truth")
     parser.add_argument("--init", type=pathlib.Path, help="the EMA that a new run starts from")
+    parser.add_argument("--ema-from-init", action="store_true", help="what --init takes keeps its EMA's rate")
 
 
 def command(objective, doc):
@@ -371,6 +368,10 @@ def command(objective, doc):
     add_flags(parser)
     objective.add_flags(parser)
     args = parser.parse_args()
+    asked = bool(args.eval_toy) + bool(args.eval_data)
+    check(asked == (args.eval_every > 0), "--eval-every N goes with --eval-toy K or --eval-data TREE")
+    lost = [name for name in ("ema_from_init", "rename") if getattr(args, name, None)]
+    check(args.init or not lost, f"{' '.join(lost)}: belongs to --init")
     for name in ("steps", "batch_size", "log_every", "ckpt_every", "preview_every"):
         value = getattr(args, name)
         check(value >= 1, f"--{name.replace('_', '-')} {value}: must be at least 1")

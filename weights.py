@@ -404,16 +404,26 @@ def fit(model, meta, checkpoint, path, method="mmgen", names=None):
     return "\n".join([title, *_fate_lines(fate), *notes]), taken
 
 
-def renamed(modalities, renames, path):
-    """The modalities of a file by the names of --rename {theirs: ours}. Raises InputError for those that it
+def renamed(checkpoint, renames, path):
+    """A file's modalities by the names of --rename, ["theirs=ours", ...]. Raises InputError for those that it
     does not have.
     """
-    for old in renames:
-        check(old in modalities, f"--rename {old}={renames[old]}: {path} has {', '.join(modalities)}")
-    names = [renames.get(m, m) for m in modalities]
+    modalities, ours = checkpoint["config"]["model"]["modalities"], {}
+    for text in renames:
+        old, _, new = text.partition("=")
+        ours[old] = new
+        check(old in modalities and new, f"--rename {text}: the form is THEIRS=OURS, and {path} has "
+              f"{', '.join(modalities)}")
+    names = [ours.get(m, m) for m in modalities]
     check(len(set(names)) == len(names), f"--rename: two modalities of {path} would be called "
           f"{max(names, key=names.count)}")
     return names
+
+
+def ages_of(checkpoint, taken):
+    """{name: steps that the average of a weight has behind it} of the weights taken from a checkpoint."""
+    older = checkpoint.get("ages", {})
+    return {name: checkpoint["step"] + older.get(name, 0) for name in taken}
 
 
 def _unwrapped(state):

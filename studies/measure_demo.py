@@ -11,7 +11,6 @@ ceiling) / (mean map - ceiling), with the ceiling that eval_depth.py measured an
 the same maps; a generated disparity of 1 and 0 is taken for NEAR and FAR. The latent Frechet distance is that
 of the autoencoder's mean latents, pooled to 4x4 places, to 2,000 held-out scenes; it is not FID.
 """
-import colorsys
 import functools
 import json
 import pathlib
@@ -29,6 +28,7 @@ from evaluation import mean_map
 from eval_fid import add_moments, finish_moments, frechet
 from metrics import Rules, metrics_of, results
 from modalities import MODALITIES, nearest_colour
+from toy_scenes import hue_of, main_object
 from vae import encoder_of
 from weights import DEMO, load_model
 
@@ -36,21 +36,6 @@ TYPES, HUES, PALETTE = len(toy_scenes.TYPES), len(toy_scenes.HUES), toy_scenes.P
 FIRST = len(toy_scenes.SEGMENTS) - TYPES  # the segment of the first type
 KEYS = {"depth": "abs_rel", "normal": "normal_mean", "seg": "miou"}
 NEAR, FAR = 1.2, 5.7  # of held-out scenes in the mean: the depths that a disparity of 1 and 0 is taken for
-
-
-def main_object(segments):
-    """The type (index into TYPES) of the largest object in a map of segment indices, -1 for none."""
-    areas = [(segments == FIRST + k).sum() for k in range(TYPES)]
-    return int(np.argmax(areas)) if max(areas) else -1
-
-
-def hue_of(image, mask):
-    """The nearest hue family (index into HUES) of the median colour under the mask, -1 for none."""
-    if not mask.any():
-        return -1
-    hue = colorsys.rgb_to_hsv(*np.median(image[mask], 0) / 255)[0]
-    distance = [abs((hue - sum(span) / 2 + 0.5) % 1 - 0.5) for span in toy_scenes.HUES.values()]
-    return int(np.argmin(distance))
 
 
 def held_out(first, count):

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import pytest
 import torch
@@ -89,20 +90,44 @@ def test_another_learning_rate_is_taken_up_and_said(cache, trained, half, comman
     assert [group["lr"] for group in checkpoint["opt"]["param_groups"]] == [1e-12]
 
 
-def test_what_is_not_the_runs_own_may_change(cache, trained, half, tmp_path, command):
+def tensorboard(monkeypatch):
+    """A stand-in for the package -> the list of what its writer is given."""
+    events = []
+
+    class SummaryWriter:
+        def __init__(self, folder, purge_step):
+            events.append((str(folder), purge_step))
+
+        def add_scalar(self, *event):
+            events.append(event)
+
+        def flush(self):
+            pass
+
+    module = types.SimpleNamespace(SummaryWriter=SummaryWriter)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    return events
+
+
+def test_what_is_not_the_runs_own_may_change(cache, trained, half, tmp_path, command, monkeypatch):
     """Every flag of runs.FREE, without a change of the weights.
 
     What shapes the network is compared as the model has it, not as the flags say it.
     """
     changes = {"data": tmp_path / "moved", "run": half, "micro_batch": 8, "log_every": 1, "ckpt_every": 2,
-               "preview_every": 999, "init": tmp_path / "gone.pt", "lr": 1e-4, "steps": 6}
-    switches = {"compile": "--no-compile", "checkpointing": "--checkpointing"}
-    assert changes.keys() | switches.keys() == set(runs.FREE)
+               "preview_every": 999, "init": tmp_path / "gone.pt", "lr": 1e-4, "steps": 6,
+               "rename": "seg=canny", "eval_every": 3, "eval_toy": 2}
+    switches = {"compile": "--no-compile", "checkpointing": "--checkpointing",
+                "ema_from_init": "--ema-from-init", "tensorboard": "--tensorboard"}
+    assert changes.keys() | switches.keys() | {"eval_data"} == set(runs.FREE)
+    events = tensorboard(monkeypatch)
     shutil.copytree(cache, tmp_path / "moved")
     flags = [word for name, value in changes.items() for word in (f"--{name.replace('_', '-')}", value)]
     command("train", *TRAIN, *flags, *switches.values(), "--modalities", "seg", "rgb", "normal", "depth")
     assert gap(trained, half) == 0
-    assert [entry["step"] for entry in log_of(half)] == [2, 3, 4, 5, 6]
+    assert [entry["step"] for entry in log_of(half)] == [2, 3, 4, 5, 6, 6]
+    assert events[0] == (str(half / "tensorboard"), 4) and ("lr", 1e-4, 4) in events
+    assert ("miou", log_of(half)[-1]["miou"], 6) in events
     kept = load_checkpoint(half)["config"]["train"]
     assert kept["micro_batch"] == 8 and kept["checkpointing"] and kept["data"] == str(tmp_path / "moved")
 
@@ -252,7 +277,7 @@ def test_an_exported_file_is_no_run(cache, trained, tmp_path, command):
 
 
 def test_nodes_that_find_different_checkpoints_stop(cache, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "all_reduce", lambda tensor: tensor + 1)  # another process is further
+    monkeypatch.setattr(runs, "all_reduce", lambda tensor: tensor + 1)  # another process is further
     with pytest.raises(InputError, match="must share the folder's file system"):
         start("train", "--data", cache, "--run", tmp_path / "r", *TRAIN)
     assert not (tmp_path / "r" / "ckpt").exists()
@@ -347,6 +372,6 @@ def test_a_non_finite_gradient_changes_nothing_and_ten_stop_the_run(cache, tmp_p
     log = log_of(tmp_path / "b")
     assert [entry["skipped"] for entry in log] == [0, 1] and log[0]["loss_rgb"] > 0
     monkeypatch.setattr(train, "velocity_error", always)
-    with pytest.raises(InputError, match="step 10: 10 non-finite gradients in a row"):
+    with pytest.raises(InputError, match="10 non-finite gradients in a row"):
         command("train", *flags, "--run", tmp_path / "c", "--steps", 10)
     assert not (tmp_path / "c/latest.pt").exists()

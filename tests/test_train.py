@@ -1,4 +1,5 @@
 """The objective against the released one, the task mix, the data, and one process against two."""
+import functools
 import json
 import pathlib
 import shutil
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 import dataset
+import evaluation
 import train
 from conftest import TRAIN, gap, shell
 from distributed import InputError
@@ -150,12 +152,12 @@ def test_a_process_reads_its_rows_of_the_global_batches(cache):
 
 def test_any_number_of_processes_shares_the_batch():
     for world in (1, 3, 6, 8, 64):
-        parts = [dataset.part_of(256, rank, world, train.ROLES) for rank in range(world)]
+        parts = [dataset.part_of(256, 64, rank, world, train.ROLES) for rank in range(world)]
         assert parts[0].start == 0 and parts[-1].stop == 256
         assert all(a.stop == b.start for a, b in zip(parts, parts[1:]))
         assert all((p.stop - p.start) % 4 == 0 and p.stop > p.start for p in parts)
     with pytest.raises(InputError, match="--batch-size 256 on 65 processes"):
-        dataset.part_of(256, 0, 65, train.ROLES)
+        dataset.part_of(256, 64, 0, 65, train.ROLES)
 
 
 def test_a_damaged_cache_is_refused(cache, tmp_path, command):
@@ -183,13 +185,67 @@ def test_a_damaged_cache_is_refused(cache, tmp_path, command):
 # ------------------------------------------------------------------------------------------------
 # The command.
 
+def scores_of(run):
+    """The lines of log.jsonl that have scores."""
+    entries = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [entry for entry in entries if "abs_rel" in entry]
+
+
 def test_two_processes_train_as_one(cache, tmp_path, command):
     flags = ("--data", cache, "--model", "T/2", "--steps", 4, "--batch-size", 8, "--micro-batch", 4,
-             "--precision", "fp32", "--preview-every", 1000)
+             "--precision", "fp32", "--preview-every", 1000, "--eval-every", 4, "--eval-toy", 18)
     command("train", *flags, "--run", tmp_path / "1")
     result = shell("train.py", *flags, "--run", tmp_path / "2", processes=2, torchrun=True)
     assert result.returncode == 0, result.stderr
     assert gap(tmp_path / "1", tmp_path / "2") < 1e-6
+    one, two = scores_of(tmp_path / "1")[0], scores_of(tmp_path / "2")[0]
+    assert {"normal_mean", "miou", "class"} <= one.keys() == two.keys()
+    assert all(one[key] == pytest.approx(two[key], rel=1e-3) for key in one.keys() - {"eval_s"})
+
+
+def test_a_run_scores_itself_and_trains_to_the_same_bits(cache, trained, tmp_path, command, monkeypatch):
+    """--eval-every says what eval_depth.py would, and leaves weights and averages as they are."""
+    monkeypatch.setattr(train, "Sampling", lambda sampler, steps: Sampling(sampler, 2))
+    flags = ("--data", cache, *TRAIN, "--eval-every", 3)
+    command("train", *flags, "--eval-toy", 3, "--run", tmp_path / "run")
+    assert gap(trained, tmp_path / "run") == 0
+    scores = scores_of(tmp_path / "run")
+    assert [entry["step"] for entry in scores] == [3, 6] and 0 <= scores[1]["class"] <= 1
+    monkeypatch.setattr(evaluation, "mean_map", functools.partial(evaluation.mean_map, 10))
+    command("eval_depth", "--toy", 3, "--ckpt", tmp_path / "run", "--sampler", "euler", "--steps", 2,
+            "--out", tmp_path / "o", "--json", tmp_path / "j.json")
+    said = json.loads((tmp_path / "j.json").read_text())
+    shared = scores[1].keys() & said.keys()
+    assert {"abs_rel", "normal_mean", "miou"} <= shared
+    assert all(scores[1][key] == said[key] for key in shared)
+    assert (tmp_path / "run/previews/0000006_eval.png").stat().st_size > 5000
+    command("toy_scenes", "--num", 2, "--out", tmp_path / "scenes")
+    command("train", *flags, "--eval-data", tmp_path / "scenes", "--run", tmp_path / "tree")
+    assert {"abs_rel", "normal_mean", "miou"} <= scores_of(tmp_path / "tree")[1].keys()
+
+
+def test_the_default_mix_trains_rgb_alone(cache, tmp_path, command):
+    """A condition that would leave nothing to supervise makes the row a joint one."""
+    draws = train.draw(0, 0, "mmgen", ["rgb"], [True], (8, 4, 16, 16), "cpu")
+    assert draws.supervised.all() and not draws.given.any()
+    command("train", "--data", cache, "--run", tmp_path, *TRAIN, "--steps", 1, "--modalities", "rgb",
+            "--mix", "rgb")
+    assert load_checkpoint(tmp_path)["config"]["model"]["modalities"] == ["rgb"]
+
+
+def test_an_average_goes_on_at_the_files_step(cache, trained, tmp_path, command):
+    """--ema-from-init: what is taken keeps its rate, what is new or inflated counts from 0."""
+    flags = ("--data", cache, *TRAIN, "--steps", 1, "--init", trained, "--ema-from-init", "--modalities",
+             "rgb", "depth", "normal")
+    command("train", *flags, "--run", tmp_path / "run")
+    before, after = load_checkpoint(trained), load_checkpoint(tmp_path / "run")
+    for name, rate in (("blocks.0.mlp.fc1.weight", 7 / 16), ("x_embedder.proj.weight", 1 / 10)):
+        old, new = (x[name][:, :12] if "proj" in name else x[name]
+                    for x in (before["ema"], after["model"]))
+        assert torch.allclose(after["ema"][name], rate * old + (1 - rate) * new, atol=1e-7), name
+    assert after["ages"]["heads.0.linear.weight"] == 6 and "x_embedder.proj.weight" not in after["ages"]
+    command("train", *flags, "--run", tmp_path / "run", "--steps", 2)
+    assert load_checkpoint(tmp_path / "run")["ages"] == after["ages"]
 
 
 def test_training_without_alignment_targets_says_so(cache, tmp_path, command):
@@ -218,6 +274,9 @@ def test_a_preview_is_drawn_where_the_autoencoder_is(cache, tmp_path, command, m
     (("--micro-batch", "6"), "--micro-batch 6: must be a multiple of 4"),
     (("--micro-batch", "-4"), "--micro-batch -4: must be a multiple of 4"),
     (("--log-every", "0"), "at least 1"),
+    (("--eval-every", "2"), "--eval-every N goes with --eval-toy K or --eval-data TREE"),
+    (("--eval-toy", "2"), "--eval-every N goes with"),
+    (("--rename", "seg=canny"), "rename: belongs to --init"),
     (("--lr", "nan"), "finite"),
     (("--repa-weight", "nan"), "from 0 to 1000"),
     (("--data", "nowhere"), "prep_latents.py --toy"),

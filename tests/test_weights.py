@@ -147,7 +147,7 @@ def test_init_from_rgb_models(kind, tmp_path):
 def test_a_modality_of_the_file_goes_on_under_another_name(tmp_path):
     """seg -> canny fine-tunes the head and the columns that there are; without --rename they are new."""
     source, meta = ours(tmp_path / "a.pt")
-    names = weights.renamed(["rgb", "depth", "normal", "seg"], {"seg": "canny"}, "a.pt")
+    names = weights.renamed(load_checkpoint(tmp_path / "a.pt"), ["seg=canny"], "a.pt")
     for old, kept in ((names, True), (None, False)):
         model = build_model("T/2", ["rgb", "depth", "normal", "canny"], 12, 4, 16)
         both = old and (old, list(model.modalities))
@@ -157,10 +157,10 @@ def test_a_modality_of_the_file_goes_on_under_another_name(tmp_path):
         same_columns = torch.equal(columns, source.x_embedder.proj.weight[:, 12:])
         assert (head, same_columns, "heads.3.linear.weight" in taken) == (kept,) * 3
         assert kept or (not columns.any() and "heads.3" in table.split("new")[1])
-    with pytest.raises(InputError, match="--rename edges=canny: a.pt has rgb, depth"):
-        weights.renamed(["rgb", "depth"], {"edges": "canny"}, "a.pt")
-    with pytest.raises(InputError, match="two modalities of a.pt would be called depth"):
-        weights.renamed(["rgb", "depth", "seg"], {"seg": "depth"}, "a.pt")
+    for wrong, said in (("edges=canny", "a.pt has rgb, depth"), ("seg", "the form is THEIRS=OURS"),
+                        ("seg=depth", "two modalities of a.pt would be called depth")):
+        with pytest.raises(InputError, match=said):
+            weights.renamed(load_checkpoint(tmp_path / "a.pt"), [wrong], "a.pt")
 
 
 def test_init_matches_modalities_by_name(tmp_path):
@@ -338,7 +338,7 @@ def test_export_keeps_the_ema(tmp_path, command):
     model, meta = ours(tmp_path / "a.pt")
     ema = draw(copy.deepcopy(model), seed=1)
     config = dict(model=model.config, meta=meta, train={})
-    runs.save_checkpoint(tmp_path / "run", model, ema, torch.optim.AdamW(model.parameters()), 3, config)
+    runs.save_checkpoint(tmp_path / "run", model, ema, torch.optim.AdamW(model.parameters()), 3, config, {})
     command("weights", "--ckpt", tmp_path / "run", "--export", tmp_path / "small.pt")
     small = load_model(tmp_path / "small.pt")
     assert small.step == 3 and load_checkpoint(tmp_path / "small.pt").keys() == {"ema", "step", "config",
