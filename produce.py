@@ -19,6 +19,7 @@ from distributed import barrier, broadcast, check, place, prefetch, reading, sha
 from modalities import draw_grid
 
 SHOWN = 12  # rows of the grid
+OLDER = {"given_time": 0.995}  # of recipes that do not say it
 STATE = ("samples", "complete", "scores", "extras")  # of meta.json; the rest is the recipe
 WHOLE = ("grid.png", "samples.npz")  # files of OUT that show all samples
 
@@ -118,8 +119,9 @@ def first_difference(old, new):
     """The first setting of two recipes that differs, in words; None where they are the same."""
     new = json.loads(json.dumps(new))
     for key in (*new, *old):
-        if key not in STATE and old.get(key) != new.get(key):
-            return f"{key} was {str(old.get(key))[:60]}, is {str(new.get(key))[:60]}"
+        before = old.get(key, OLDER.get(key))
+        if key not in STATE and before != new.get(key):
+            return f"{key} was {str(before)[:60]}, is {str(new.get(key))[:60]}"
     return None
 
 

@@ -377,8 +377,9 @@ def tell(requests, facts, meta):
         print(f"depth files hold {facts['depth'].depth_space} ({facts['depth'].said}), the model speaks "
               "disparity; --depth-space says otherwise")
     without = sum(request.label == meta["num_classes"] for request in requests)
-    if facts and without:
-        print(f"{without} of {len(requests)} pictures are of no class of the checkpoint's")
+    if facts:
+        told = len(requests) - without
+        print(f"{told} of {len(requests)} pictures are told their class, {without} have none")
 
 
 def main():

@@ -99,6 +99,7 @@ class Sampling(NamedTuple):
     cfg: float = 1.0                  # guidance scale, 1 = none
     cfg_interval: tuple = (0.0, 1.0)  # noise levels with guidance
     precision: str = "fp32"
+    given_time: float = GIVEN_TIME    # at which a condition is held
 
     @property
     def times(self):
@@ -139,7 +140,7 @@ class Noise:
 def sample_latents(model, y, given, noise, sampling):
     """Sample all modalities -> scaled latents (N, M*C, H, W).
 
-    y (N,) classes; given {modality: clean scaled latents (N, C, H, W)}: those channels stay at t = 0.995
+    y (N,) classes; given {modality: clean scaled latents (N, C, H, W)}: those channels stay at given_time
     throughout and are returned clean. noise: a Noise of N samples. Guidance v = v_null + cfg (v_class -
     v_null) acts on all channels, while the noise level 1 - t lies in the interval.
     """
@@ -151,7 +152,8 @@ def sample_latents(model, y, given, noise, sampling):
     mask = is_given.repeat_interleave(C)[None, :, None, None]                           # (1, M*C, 1, 1)
     flags, null = is_given.expand(N, M), torch.full_like(y, model.num_classes)
     shape = held.shape[1:]
-    clamped = GIVEN_TIME * held + (1 - GIVEN_TIME) * noise(shape)
+    held_at = sampling.given_time
+    clamped = held_at * held + (1 - held_at) * noise(shape)
     low, high = sampling.cfg_interval
 
     def network(x, t, y, flags):
@@ -160,7 +162,7 @@ def sample_latents(model, y, given, noise, sampling):
 
     def velocity(x, t):
         x = torch.where(mask, clamped, x)
-        times = torch.where(flags, GIVEN_TIME, t)                                        # (N, M)
+        times = torch.where(flags, held_at, t)                                           # (N, M)
         if sampling.cfg == 1.0 or not low <= 1 - t <= high:
             return network(x, times, y, flags)
         twice = (torch.cat(pair) for pair in ((x, x), (times, times), (y, null), (flags, flags)))
@@ -224,6 +226,8 @@ def add_flags(parser):
     parser.add_argument("--sampler", choices=list(SAMPLERS), default="sde")
     parser.add_argument("--cfg-interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("LO", "HI"),
                         help="noise levels with guidance")
+    parser.add_argument("--given-time", type=float, default=GIVEN_TIME, metavar="T",
+                        help="time at which a condition is held, 1 is clean (0.995)")
     parser.add_argument("--fast", action="store_true", help="few steps, as recommended for the task")
 
 
@@ -232,12 +236,14 @@ def from_flags(args, task="understand"):
     check_flags(args)
     low, high = args.cfg_interval
     check(0 <= low <= high <= 1, f"--cfg-interval {low} {high}: 0 <= LO <= HI <= 1")
+    check(0 <= args.given_time <= 1, f"--given-time {args.given_time}: from 0 (noise) to 1 (clean)")
     chosen = dict(sampler=args.sampler, steps=args.steps)
     if args.fast:
         check(chosen == dict(sampler="sde", steps=250), f"--fast with --sampler {args.sampler} --steps "
               f"{args.steps}: --fast chooses them; leave one out")
         chosen = FAST[task]
-    return Sampling(cfg=args.cfg, cfg_interval=(low, high), precision=args.precision, **chosen)
+    return Sampling(cfg=args.cfg, cfg_interval=(low, high), precision=args.precision,
+                    given_time=args.given_time, **chosen)
 
 
 def prepare(network, precision="fp32", compile=False):

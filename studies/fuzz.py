@@ -586,7 +586,7 @@ def teachers(dice, at, good):
 
 def random_flags(dice, at, good):
     demo, scenes = str(ROOT / "demo/mmgen.pt"), str(ROOT / "demo/scenes")
-    rgb, normal = (f"{scenes}/{m}/red_cone/2147483649.png" for m in ("rgb", "normal"))
+    rgb, normal = (f"{scenes}/{m}/2147483649.png" for m in ("rgb", "normal"))
     module, argv = dice.choice((
         (sample, ["--task", "generate", "--num", "1", *QUICK]),
         (mt_sample, ["--task", "generate", "--num", "1", "--steps", "1"]),

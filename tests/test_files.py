@@ -675,7 +675,7 @@ def test_samples_name_their_class_and_say_who_has_none(tmp_path, command):
                   "--ckpt", DEMO / "mmgen.pt")
     samples = json.loads((tmp_path / "s/meta.json").read_text())["samples"]
     assert [sample["class_name"] for sample in samples] == [None, "red cone"]
-    assert "1 of 2 pictures are of no class" in out
+    assert "1 of 2 pictures are told their class, 1 have none" in out
     meta = dict(class_names=["x"], num_classes=1)
     assert sample.labels_of(pathlib.Path("x.png"), ["x"], meta) == {"x": 1}
     flat = dict(class_names=["."], num_classes=1)

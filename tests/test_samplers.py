@@ -132,6 +132,10 @@ def test_a_condition_is_held_nearly_clean_throughout():
     for i, (x, t, given) in enumerate(seen):
         assert torch.equal(x, seen[0][0]) and given.tolist() == [[False, True, False, False]] * 2
         assert t[0].tolist() == pytest.approx([i / 3, 0.995, i / 3, i / 3])
+    seen.clear()
+    exact = Sampling("euler", 1, given_time=1.0)
+    sample_latents(model, torch.tensor([0, 1]), {"depth": depth}, Noise(3, [0, 1], CPU), exact)
+    assert torch.equal(seen[0][0], depth) and seen[0][1][0].tolist() == [0, 1, 0, 0]
 
 
 def test_weights_rounded_once_are_what_autocast_makes_of_them():
