@@ -91,8 +91,8 @@ def _reserve(file, dtype, shape):
 
 def same_meta(folder, meta):
     """Raise InputError unless the folder's cache has this meta.json, naming the first key that differs."""
-    old = read_meta(folder)
-    for key, value in meta.items():
+    old = {"shown": {}, **read_meta(folder)}  # older ones do not say it
+    for key, value in {"shown": {}, **meta}.items():
         check(old.get(key) == value, f"{folder}/meta.json: {key} is {str(old.get(key))[:80]}, "
               f"this run has {str(value)[:80]}; use another --out")
 

@@ -305,7 +305,7 @@ def check_replaced(path, head):
         check(first in head, f"{path}: is there, and no earlier result; give another file")
 
 
-def check_folder(out, walked):
+def check_folder(out, walked, flag="--out"):
     """Raise InputError where a folder to be written equals, contains or lies in one whose pictures are
     read.
     """
@@ -313,7 +313,7 @@ def check_folder(out, walked):
     for folder in walked:
         inner = pathlib.Path(folder).resolve()
         apart = out != inner and out not in inner.parents and inner not in out.parents
-        check(apart, f"--out {out}: is, holds or lies in {folder}, whose pictures are read; "
+        check(apart, f"{flag} {out}: is, holds or lies in {folder}, whose pictures are read; "
               "use another folder")
 
 

@@ -12,7 +12,6 @@ depth files hold is said by DIR/tree.json or --depth-space: disparity (of 8 or 1
 worst cases).
 """
 import csv
-import functools
 import io
 import json
 from pathlib import Path
@@ -27,8 +26,8 @@ from distributed import (barrier, check, check_apart, check_folder, check_replac
 from evaluation import (Ceiling, Checkpoint, Files, Pairs, ScanNet, Toy, Tree, compared, dense, evaluate,
                         guess, panels_of, sampled)
 from locks import only_writer
-from metrics import SEGMENTATION, Rules, metrics_of, print_table, results
-from modalities import MODALITIES, PLAIN, draw_grid
+from metrics import SEGMENTATION, UNKNOWN, Rules, metrics_of, print_table, results
+from modalities import MODALITIES, PLAIN, VOID, draw_grid, write_facts
 from trees import facts_of, read_palette
 from vae import encoder_of
 from weights import load_model, newest_checkpoint
@@ -48,12 +47,12 @@ def cases(metric, count=2):
 
 
 def save_array(path, array):
-    """A picture as .png, floats as .npy."""
+    """A picture as .png, numbers as .npy, floats of 32 bits."""
     with whole_file(path) as file:
         if path.suffix == ".png":
             Image.fromarray(array).save(file, "png")
         else:
-            np.save(file, array.astype(np.float32))
+            np.save(file, array.astype(np.float32) if array.dtype.kind == "f" else array)
 
 
 def save_maps(out, metrics, source, frame, maps):
@@ -80,13 +79,29 @@ def check_report(out):
               "--out")
 
 
-def claim_maps(out, source):
-    """Note in OUT/maps.json whose maps OUT holds. Raises InputError where there are others already."""
+def save_crop(out, stem, frame):
+    """A frame's square as a folder tree holds it: OUT/rgb/<stem>.png, OUT/<modality>/<stem>.npy or .png.
+
+    What is unknown is NaN in depth, in metres; zero in normals; 255 in labels.
+    """
+    save_array(out / "rgb" / f"{stem}.png", frame.rgb)
+    for m, truth in frame.truth.items():
+        if m == "seg" and truth.ndim == 2:
+            truth = truth + (truth >= VOID)  # the label 255 is left free
+            truth = np.where(truth == UNKNOWN, VOID, truth)
+            truth = truth.astype(np.uint8) if truth.max() <= VOID else truth
+        picture = truth.dtype == np.uint8
+        save_array(out / m / f"{stem}{'.png' if picture else '.npy'}", truth)
+
+
+def claim_maps(out, source, folders):
+    """Note in OUT/maps.json whose maps OUT's folders hold. Raises InputError where there are others
+    already.
+    """
     path, own = out / "maps.json", []
     if path.is_file():
         with reading(path, "it is of no evaluation; use another --out"):
             own = list(map(str, json.loads(path.read_text())["stems"]))
-    folders = [f"{before}{m}" for m in source.modalities for before in ("", "error_", "spread_")]
     stems = [source.stem(i) for i in range(len(source.names))]
     there = [out / folder / f"{stem}{end}" for folder in folders if (out / folder).is_dir()
              for stem in set(stems) - set(own) for end in (".png", ".npy")]
@@ -157,6 +172,8 @@ def arguments():
     samplers.add_flags(parser)
     flag("--out", type=Path, default=Path("evaluation"))
     flag("--save-maps", action="store_true", help="also all maps and error maps")
+    flag("--save-crops", type=Path, metavar="DIR",
+         help="also the frames' squares and their truth, to score other predictions on the same")
     flag("--json", type=Path, metavar="FILE")
     args = parser.parse_args()
     check(bool(args.pred) == bool(args.gt), "--pred DIR and --gt DIR go together")
@@ -217,6 +234,9 @@ def main():
     seg_mode = source.seg_mode = args.seg_mode or source.seg_mode
     inner = {path.parent for files in source.files for path in files.values()}
     check_folder(args.out, [*source.folders, *inner])
+    if args.save_crops:
+        check(not args.pred, "--save-crops with --pred: there are no pictures to crop")
+        check_folder(args.save_crops, [*source.folders, *inner, args.out], "--save-crops")
     read = [path for files in source.files for path in files.values()]
     said = [root / "tree.json" for root in (args.data, args.gt, args.pred) if root]
     check_apart([args.json], [*read, *said, loaded and loaded.path])
@@ -245,9 +265,20 @@ def main():
         if rank == 0:
             check_report(args.out)
             if args.save_maps:
-                claim_maps(args.out, source)
+                folders = [f"{before}{m}" for m in asked for before in ("", "error_", "spread_")]
+                claim_maps(args.out, source, folders)
+            if args.save_crops:
+                claim_maps(args.save_crops, source, ["rgb", *asked])
+                palette = None if source.palette is None else source.palette.tolist()
+                write_facts(args.save_crops, depth_space="depth", seg_mode=seg_mode, palette=palette,
+                            void=VOID)
         barrier()
-        save = functools.partial(save_maps, args.out, fresh, source) if args.save_maps else None
+
+        def save(frame, maps):
+            if args.save_maps:
+                save_maps(args.out, fresh, source, frame, maps)
+            if args.save_crops:
+                save_crop(args.save_crops, source.stem(frame.index), frame)
         scored = evaluate(source, predictors, rules, args.batch_size, save)
         if rank == 0:
             report(args, source, predictors["value"], scored, recipe)

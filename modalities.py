@@ -4,7 +4,9 @@ A modality is a row of MODALITIES, of one of a few kinds. A kind says how its fi
 what the network is shown (pixels, float32 (3, H, W) in [-1, 1]), what the user is given (an array) and how
 that looks (uint8 (H, W, 3)). Adding a modality of a kind that is there is one row.
 """
+import hashlib
 import json
+import os
 import pathlib
 from typing import NamedTuple
 
@@ -310,6 +312,27 @@ def read_mask(path):
     return Raster(path, white, turned=picture.turned)
 
 
+class Shown(NamedTuple):
+    """How maps are shown to a network, where there are two ways: "shown" of meta.json says what is not so."""
+    depth_over: str = "crop"   # depth is stretched to the range of its "crop", or of the whole "picture"
+    uncovered: str = "black"   # black pixels of instance segments stay "black", or take a random "colour"
+
+    def told(self):
+        """What is not the default, for meta.json."""
+        return {key: value for key, value in self._asdict().items() if value != Shown._field_defaults[key]}
+
+
+PLAINLY = Shown()
+
+
+def shown_of(meta):
+    """The Shown of a cache's or checkpoint's meta.json. Raises InputError for what is not known here."""
+    told = meta.get("shown", {})
+    check(isinstance(told, dict) and told.keys() <= set(Shown._fields), f"meta.json: shown is {told}, its "
+          f"keys are {', '.join(Shown._fields)}")
+    return Shown(**told)
+
+
 class Kind:
     """What all kinds share; a modality's own are its weight in the loss, its meaning for meta.json, and
     derive.
@@ -351,17 +374,21 @@ class Kind:
         """A Raster through a fit -> the user's array."""
         raise NotImplementedError
 
-    def pixels(self, raster, fit=as_it_is):
+    def pixels(self, raster, fit=as_it_is, shown=PLAINLY):
         """A Raster through a fit -> the network's pixels. Raises InputError for values out of [-1, 1], and
         where nothing is known.
         """
         known = raster.known_at(fit)
         check(known is None or known.any(), f"{raster.path}: none of its pixels is known "
               "(zero, not finite, transparent or void); leave it out")
-        pixels = self.to_pixels(self.array(raster, fit), known)
+        pixels = self.shown_pixels(raster, fit, known, shown)
         check(np.abs(pixels).max() <= 1.01, f"{raster.path}: becomes pixels from {pixels.min():.3g} to "
               f"{pixels.max():.3g}, they must lie in [-1, 1]; {self.meaning}")
         return pixels
+
+    def shown_pixels(self, raster, fit, known, shown):
+        """A Raster through a fit, where known (h, w) there, None for all -> pixels as a network is shown."""
+        return self.to_pixels(self.array(raster, fit), known)
 
     def crop(self, array, size):
         """The user's array (H, W[, 3]) -> ADM's centre crop of it."""
@@ -466,6 +493,16 @@ class Flat(Colour):
         return Raster(path, told[labels.clip(0, len(told) - 1)], labels != void, labels=labels)
 
 
+    def shown_pixels(self, raster, fit, known, shown):
+        """Pixels that no segment covers are one more, in a colour drawn by the file's name."""
+        image = self.array(raster, fit)
+        if shown.uncovered == "colour" and raster.facts.palette is None:
+            bare = ~image.any(-1)
+            digest = hashlib.sha256(os.fsencode(raster.path.stem)).digest()
+            image = np.where(bare[..., None], np.frombuffer(digest[:3], np.uint8), image)
+        return self.to_pixels(image, known)
+
+
 class Scalar(Kind):
     """One value in [0, 1]: float32 (H, W). Levels of 8 and 16 bits are scaled, floats are as they are."""
 
@@ -528,9 +565,19 @@ class Disparity(Scalar):
             return np.where(value > 0, 1 / np.where(value > 0, value, 1), 0)
         return value
 
-    def to_pixels(self, disparity, known=None):
+    def shown_pixels(self, raster, fit, known, shown):
+        """With the range of the crop, or of the whole picture."""
+        disparity = self.array(raster, fit)
+        if shown.depth_over == "crop":
+            return self.to_pixels(disparity, known)
+        whole = self.array(raster)
+        there = whole if raster.known is None else whole[raster.known]
+        return self.to_pixels(disparity, known, (there.min(), there.max())).clip(-1, 1)
+
+    def to_pixels(self, disparity, known=None, span=None):
+        """span: the range that becomes [-1, 1]; None: that of the known ones."""
         there = disparity if known is None else disparity[known]
-        low, high = there.min(), there.max()
+        low, high = span or (there.min(), there.max())
         scaled = (disparity - low) / max(high - low, 1e-8) * 2 - 1
         scaled = scaled if known is None else scaled.clip(-1, 1)
         return np.repeat(scaled[None].astype(np.float32), 3, 0)

@@ -275,6 +275,8 @@ def _released_config(ema, args, modalities, channels, path):
     meta = dict(vae="sd-mse", vae_sha256=None, scale=SD_SCALE, resolution=8 * side,
                 class_names=_imagenet_names(classes), palette=None, seg_mode="instance",
                 depth_space="disparity", **shared)
+    if len(modalities) > 1:
+        meta["shown"] = dict(depth_over="picture", uncovered="colour")
     return dict(model=model, meta=meta, train={})
 
 
@@ -400,6 +402,8 @@ def fit(model, meta, checkpoint, path, method="mmgen", names=None):
     check("taken" in fate.values(), f"--init {path}: none of its {len(state)} weights fits; check --model")
     fate.update({f"{key} (file)": "left out" for key in state if key not in used})
     title = f"--init {path} ({checkpoint.get('origin', 'ours')}, step {checkpoint['step']})"
+    was, now = theirs["meta"].get("shown", {}), meta.get("shown", {})
+    notes += [f"  its maps were shown by {was}, the cache's are by {now}"] if was != now else []
     taken = {key for key, what in fate.items() if what == "taken"}
     return "\n".join([title, *_fate_lines(fate), *notes]), taken
 

@@ -18,7 +18,8 @@ from distributed import InputError
 from evaluation import Ceiling, Toy, Tree, evaluate
 from metrics import (Normal, Rules, Semantic, align, angles, boundary, depth_scores, f_score, instance_scores,
                      matches, metrics_of, normal_scores, results, semantic_scores)
-from modalities import MODALITIES, segments
+from modalities import MODALITIES, segments, write_facts
+from trees import facts_of
 from vae import Pixels
 
 RNG = np.random.default_rng(0)
@@ -303,7 +304,15 @@ def test_scannet_folder(command, scannet, tmp_path):
                        "--json", tmp_path / "o.json", *more)
         return text, json.loads((tmp_path / "o.json").read_text())
 
-    text, result = run("o")
+    text, result = run("o", "--save-crops", tmp_path / "crops")
+    assert np.load(tmp_path / "crops/depth/scene0000_00_color_000001.npy").shape == (96, 96)
+    command("eval_depth", "--data", tmp_path / "crops", *FEW, "--out", tmp_path / "c", "--json",
+            tmp_path / "c.json")  # the model again, on the squares
+    again = json.loads((tmp_path / "c.json").read_text())
+    assert all(again[key] == pytest.approx(result[key], rel=1e-5) for key in ("abs_rel", "rmse", "delta1"))
+    assert again["recipe"]["count"] == 6 and len(again["no_valid_depth"]) == 1
+    with pytest.raises(InputError, match="--save-crops .*: is, holds or lies in"):
+        run("o", "--save-crops", scannet / "crops")
     assert result["no_valid_depth"] == ["scene0001_00/color/000001.jpg"]
     assert "1 of 6 frames have no valid depth" in text
     assert 0 < result["abs_rel"] < 1 and result["recipe"]["count"] == 6
@@ -420,6 +429,27 @@ def test_folder_tree(command, tmp_path):
     assert result["recipe"]["modalities"] == ["depth", "seg"]
     assert result["abs_rel"] < 0.4 and result["miou"] > 0.3
     assert result["ceiling"]["miou"] > 0.9
+
+
+@pytest.mark.parametrize("mode", ("semantic", "instance"))
+def test_crops_hold_the_truth_that_was_scored(mode, tmp_path):
+    """Read again, unknown pixels are unknown: of depth, normals and labels, of few and of many."""
+    labels = np.arange(48 * 64).reshape(48, 64) % (7 if mode == "semantic" else 400)
+    truth = {"depth": np.where(labels == 1, np.nan, 1 + labels / 7), "seg": np.where(labels == 2, -1, labels),
+             "normal": np.where(labels[..., None] == 3, 0, [0.6, 0.0, 0.8])}
+    square = {m: evaluation.square(array) for m, array in truth.items()}
+    frame = evaluation.Frame(0, "a", square, np.zeros((48, 48, 3), np.uint8))
+    eval_depth.save_crop(tmp_path, "a", frame)
+    write_facts(tmp_path, depth_space="depth", seg_mode=mode, void=255)
+    meta = dict(seg_mode="semantic", class_names=[], palette=None)
+    tree = Tree(tmp_path, meta, facts_of(tmp_path))
+    tree.modalities = ["depth", "normal", "seg"]
+    read = tree.frame(0).truth
+    assert np.allclose(read["depth"], square["depth"], equal_nan=True)
+    assert np.allclose(read["normal"], square["normal"])
+    ours, theirs = read["seg"], square["seg"]
+    assert np.array_equal(ours == -1, theirs == -1)
+    assert np.array_equal(ours, theirs + (theirs >= 255))
 
 
 def ceiling(size):
