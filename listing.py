@@ -51,6 +51,7 @@ def list_samples(root, modalities=()):
     derive, and where samples do not have the same ones.
     """
     root = pathlib.Path(root)
+    check(root.exists(), f"{root}: no such folder, and no such index")
     return _of_index(root, modalities) if root.is_file() else _of_tree(root, modalities)
 
 

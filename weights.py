@@ -317,9 +317,11 @@ def to_official(checkpoint, path):
 
 
 def to_safetensors(ema, **told):
-    """A checkpoint as the bytes of a safetensors file: its EMA, and in the metadata all else, as JSON."""
-    told = {"format": "pt", "checkpoint": json.dumps(told)}  # pt: what others look for
-    return save({key: value.contiguous() for key, value in ema.items()}, told)
+    """A checkpoint as the bytes of a safetensors file: its EMA, and in the metadata all else, as JSON.
+
+    Under one key: safetensors writes several in any order, and weights are named by their bytes.
+    """
+    return save({key: value.contiguous() for key, value in ema.items()}, {"checkpoint": json.dumps(told)})
 
 
 # ------------------------------------------------------------------------------------------------
