@@ -4,7 +4,7 @@
                     without an autoencoder uint8 (n, 3, H, W)
     dino.npy        int8 (n, T, 768), alignment targets for REPA
     feature.npy     float16 (n, F), a vector of each whole image
-    labels.npy      int64 (n,)
+    labels.npy      int64 (n,), the number of classes for a row of none
     done.npy        uint8 (n,): 0 not encoded yet, 1 done, 2 broken and left out
     names.txt, meta.json
 """
@@ -17,7 +17,7 @@ import pathlib
 import numpy as np
 import torch
 
-from distributed import check, prefetch, reading, whole_file
+from distributed import InputError, check, prefetch, reading, whole_file
 
 FORMAT = "mmgen-cache-1"
 DEFAULT = pathlib.Path("data/cache")
@@ -56,7 +56,7 @@ def create(folder, meta, names, labels=None):
     """
     path = folder / "meta.json"
     if path.exists():
-        return same_meta(folder, meta)
+        return check_same(folder, meta, labels)
     listed, there = os.fsencode("\n".join(names)) + b"\n", folder / "names.txt"
     if not there.is_file() or there.read_bytes() != listed:  # else a killed process began here
         for name in ("names.txt", "skipped.txt", *(f"{stem}.npy" for stem in schema(meta))):
@@ -89,12 +89,19 @@ def _reserve(file, dtype, shape):
                 raise
 
 
-def same_meta(folder, meta):
-    """Raise InputError unless the folder's cache has this meta.json, naming the first key that differs."""
+def check_same(folder, meta, labels=None):
+    """Raise InputError unless the folder's cache has this meta.json, naming the first key that differs, and
+    these labels (n,), where they are known beforehand.
+    """
     old = {"shown": {}, **read_meta(folder)}  # older ones do not say it
     for key, value in {"shown": {}, **meta}.items():
         check(old.get(key) == value, f"{folder}/meta.json: {key} is {str(old.get(key))[:80]}, "
               f"this run has {str(value)[:80]}; use another --out")
+    if labels is not None:
+        held = open_array(folder, "labels", meta)
+        for row in np.flatnonzero(held != labels)[:1]:
+            raise InputError(f"{folder}/labels.npy: row {row} is of class {held[row]}, in this run of "
+                             f"{labels[row]}; use another --out")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -151,8 +158,8 @@ class Cache:
         check(len(self.rows), f"{folder}: none of its {count} rows could be encoded, see skipped.txt")
         labels = self.array("labels")[self.rows]
         low, high = labels.min(), labels.max()
-        check(0 <= low and high < classes,
-              f"{folder}/labels.npy: classes {low} to {high}, meta.json has {classes}")
+        check(0 <= low and high <= classes,
+              f"{folder}/labels.npy: classes {low} to {high}, meta.json has {classes} ({classes}: none)")
 
     def array(self, stem):
         """The memory map of one of the stems, opened when it is first asked for."""

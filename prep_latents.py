@@ -2,11 +2,12 @@
 
     python prep_latents.py --toy 20000                                    # the toy world -> data/cache
     torchrun --nproc_per_node=8 prep_latents.py --data imagenet_mm        # a folder of pictures
+    python prep_latents.py --data hypersim.jsonl --no-class               # an index of pictures, no classes
 
-The pictures are ROOT/{rgb,depth,normal,seg}/<class>/<name>.png, with equal names below each modality. The
-cache's files are described in dataset.py. An interrupted run continues with the same command. Blocks of
---batch-size consecutive rows are encoded together whatever the number of processes, so that the cache
-depends on neither it nor on interruptions.
+The pictures are ROOT/{rgb,depth,normal,seg}/<class>/<name>.png, with equal names below each modality, or
+those that an index names (listing.py). The cache's files are described in dataset.py. An interrupted run
+continues with the same command. Blocks of --batch-size consecutive rows are encoded together whatever the
+number of processes, so that the cache depends on neither it nor on interruptions.
 """
 import functools
 import hashlib
@@ -22,12 +23,13 @@ from tqdm import tqdm
 
 import dataset
 import toy_scenes
-from distributed import (InputError, barrier, check, check_folder, command_parser, prefetch, run,
-                         say, setup, share)
+from distributed import (InputError, barrier, check, check_apart, check_folder, command_parser, prefetch,
+                         run, say, setup, share)
+from listing import list_samples, place_of_facts
 from locks import only_writer
 from modalities import (MODALITIES, PLAIN, VOID, centre_crop, check_turned, is_array, label_colour,
                         read_picture)
-from trees import facts_of, folders_of, natural, pictures_by_stem, read_palette
+from trees import facts_of, read_palette
 from vae import load_encoder, timm_model
 
 
@@ -96,44 +98,32 @@ def palette_of(files, facts):
     return label_colour(np.arange(count))
 
 
-class FolderSource:
-    """A folder tree root/<modality>/<class>/<name>.png; facts: what its files hold.
+class PictureSource:
+    """The files of a Listing; facts: what they hold."""
 
-    Raises InputError where the stems are not equal.
-    """
-
-    def __init__(self, root, size, modalities=(), facts=PLAIN):
-        self.size, self.held = size, facts
-        found = folders_of(root)
-        self.modalities = modalities or tuple(found)
-        for m in ("rgb", *self.modalities):
-            check(m in found or (m != "rgb" and MODALITIES[m].derive), f"{root / m}: no such folder; --data "
-                  "needs <root>/rgb/<class>/<name>.png and one folder for each of --modalities (found: "
-                  f"{', '.join(found) or 'none'})")
-        self.folders = [found[m] for m in self.modalities if m in found]
-        self.files = {m: pictures_by_stem(found[m]) for m in self.modalities if m in found}
-        for m, files in self.files.items():
-            odd = sorted(files.keys() ^ self.files["rgb"].keys())
-            if odd:
-                here, there = (m, "rgb") if odd[0] in files else ("rgb", m)
-                raise InputError(f"{self.files[here][odd[0]]}: no file with this stem in {found[there]} "
-                                 f"({len(odd)} such); every modality needs the same stems")
-        self.names = sorted(self.files["rgb"])
-        folders = [pathlib.PurePosixPath(name).parent.as_posix() for name in self.names]
-        classes = sorted(set(folders), key=natural)
-        number = {name: i for i, name in enumerate(classes)}
-        self.labels = np.array([number[folder] for folder in folders])
+    def __init__(self, listing, size, facts=PLAIN):
+        self.listing, self.size, self.held = listing, size, facts
+        self.modalities, self.files, self.names = listing.modalities, listing.files, listing.names
+        number = {name: i for i, name in enumerate(listing.classes)}
+        self.labels = np.array([number.get(label, len(number)) for label in listing.labels])
         self.labelled = "seg" in self.files and hold_labels(self.files["seg"].values(), facts)
         semantic = facts.seg_mode == "semantic"
         if semantic and self.labelled and facts.palette is None:
             self.held = facts._replace(palette=palette_of(self.files["seg"].values(), facts))
         told = semantic and self.held.palette is not None
-        self.facts = dict(source="folder", seg_mode=facts.seg_mode or "instance",
-                          depth_space=facts.depth_space, class_names=classes,
+        self.facts = dict(source="index" if listing.lines else "folder",
+                          seg_mode=facts.seg_mode or "instance", depth_space=facts.depth_space,
+                          class_names=listing.classes,
                           palette=self.held.palette.tolist() if told else None)
 
     def load(self, i):
         """Raises InputError for a broken file, and for maps of another aspect than their RGB's."""
+        try:
+            return self._load(i), None
+        except InputError as error:
+            raise InputError(f"{self.listing.where(i)}{error}") from error
+
+    def _load(self, i):
         rasters = {m: MODALITIES[m].open(files[self.names[i]], self.held) for m, files in self.files.items()}
         aspects = {m: raster.size[0] / raster.size[1] for m, raster in rasters.items()}
         for m, raster in rasters.items():
@@ -148,10 +138,16 @@ class FolderSource:
             else:
                 rgb = MODALITIES["rgb"].array(rasters["rgb"], self._fit)
                 pixels[m] = row.to_pixels(row.derive(rgb))
-        return pixels, None
+        return pixels
 
     def _fit(self, image, nearest):
         return centre_crop(image, self.size, nearest)
+
+
+def drop_classes(source):
+    """--no-class: the label of every row is the number of classes, 0."""
+    source.labels = np.zeros(len(source.names), np.int64)
+    source.facts["class_names"] = []
 
 
 # ------------------------------------------------------------------------------------------------
@@ -343,7 +339,7 @@ def verify(out, meta, pipeline):
 
     Raises InputError at more than one fp16 ulp, of dino more than two int8 levels.
     """
-    dataset.same_meta(out, meta)
+    dataset.check_same(out, meta, pipeline.source.labels)
     cache = dataset.Cache(out)
     count, size = meta["count"], meta["batch_size"]
     compared, worst = 0, 0.0
@@ -370,8 +366,12 @@ def verify(out, meta, pipeline):
 # ------------------------------------------------------------------------------------------------
 
 def describe(source):
-    """What the files of a FolderSource are taken to hold."""
-    lines = [f"{len(source.names)} samples in {len(source.facts['class_names'])} classes"]
+    """What the files of a PictureSource are taken to hold."""
+    classes = len(source.facts["class_names"])
+    without = int((source.labels == classes).sum())
+    lines = [f"{len(source.names)} samples in {classes} classes"]
+    if without:
+        lines = [f"{len(source.names)} samples, {without} of no class, {classes} classes"]
     if "depth" in source.files:
         lines.append(f"depth files hold {source.held.depth_space} ({source.held.said})")
     if "seg" in source.files:
@@ -389,12 +389,14 @@ def arguments():
     add = parser.add_argument
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--toy", type=int, metavar="N", help="N toy scenes")
-    what.add_argument("--data", type=pathlib.Path, help="folder tree <root>/<modality>/<class>/<name>.png")
+    what.add_argument("--data", type=pathlib.Path, help="folder tree <root>/<modality>/<class>/<name>.png, "
+                      "or an index: a JSON object a line, with a path for each modality")
     add("--toy-start", type=int, default=0, metavar="SEED",
         help="first seed (0); held-out scenes start at 2147483648")
     add("--out", type=pathlib.Path, default=dataset.DEFAULT)
     add("--modalities", nargs="+", choices=list(MODALITIES), default=(),
         help="default: all that are there")
+    add("--no-class", action="store_true", help="no classes, whatever the folders: all is of the null class")
     add("--size", type=int, help="pixels, square; 256, toy 64")
     add("--vae", help="sd-mse (default for --data), sd-ema, toy (default for --toy), a file, "
         "or none for pixels")
@@ -436,11 +438,14 @@ def main():
     if toy:
         source = ToySource(args.toy_start, args.toy, size, modalities)
     else:
-        facts = facts_of(args.data, args.depth_space, args.palette and read_palette(args.palette))
-        facts = facts._replace(seg_mode=args.seg_mode or facts.seg_mode)
-        source = FolderSource(args.data, size, modalities, facts)
-        inner = {path.parent for files in source.files.values() for path in files.values()}
-        check_folder(args.out, [*source.folders, *inner])
+        listing, palette = list_samples(args.data, modalities), args.palette and read_palette(args.palette)
+        facts = facts_of(place_of_facts(listing), args.depth_space, palette)
+        source = PictureSource(listing, size, facts._replace(seg_mode=args.seg_mode or facts.seg_mode))
+        check_apart([args.out / "meta.json"], [args.data])
+        check_folder(args.out, listing.folders())
+    if args.no_class:
+        drop_classes(source)
+    if not toy:
         say(f"{args.data}: {describe(source)}")
     encoder = load_encoder(args.vae or ("toy" if toy else "sd-mse"), device)
     check(size % (2 * encoder.factor) == 0, f"--size {size}: must be a multiple of {2 * encoder.factor} "

@@ -16,7 +16,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from distributed import barrier, broadcast, check, place, prefetch, reading, sha256, share, whole_file
-from modalities import draw_grid
+from modalities import draw_grid, enlarge
 
 SHOWN = 12  # rows of the grid
 OLDER = {"given_time": 0.995}  # of recipes that do not say it
@@ -150,7 +150,8 @@ def take_up(out, recipe, requests, class_names, outputs, overwrite):
     check(not clash or overwrite, f"{out}: holds samples of another command ({clash}); use another --out, or "
           "--overwrite to replace them")
     own = all_files(out, meta) if meta else []
-    endings = {**outputs.endings, **outputs.extras}
+    extras = {**meta.get("extras", {}), **outputs.extras}
+    endings = {**outputs.endings, **extras}
     planned = [path for request in requests for path in files_of(out, request.stem, endings)]
     read = {os.path.realpath(path) for request in requests for path in request.files.values()}
     for path in (*planned, *own):
@@ -163,7 +164,7 @@ def take_up(out, recipe, requests, class_names, outputs, overwrite):
         print(f"{out}: {len(old)} samples are replaced ({clash})")
         for path in own:
             path.unlink(missing_ok=True)
-        meta, old = {}, {}
+        old, extras = {}, outputs.extras
 
     def is_there(entry):
         same = old.get(entry["stem"], {}).get("sha256") == entry["sha256"]
@@ -172,9 +173,12 @@ def take_up(out, recipe, requests, class_names, outputs, overwrite):
     there = [is_there(entry) for entry in entries]
     if any(there):
         print(f"{out}: {sum(there)} of {len(there)} samples are there")
+    for entry, kept in zip(entries, there):
+        if entry["stem"] in old and not kept:  # what was made of its maps is of others now
+            for path in files_of(out, entry["stem"], extras):
+                path.unlink(missing_ok=True)
     # What stays keeps its entry, too: the index of its noise may be another one now.
     samples = {**old, **{entry["stem"]: entry for entry, kept in zip(entries, there) if not kept}}
-    extras = {**meta.get("extras", {}), **outputs.extras}
     write_meta(out, {**recipe, "extras": extras, "samples": list(samples.values()), "complete": False})
     return [request for request, kept in zip(requests, there) if not kept]
 
@@ -212,24 +216,79 @@ def produce(out, requests, draw, outputs, recipe, batch_size, class_names=(), ov
 
 
 # ------------------------------------------------------------------------------------------------
-# Pictures of all, and one array.
+# Files of a sample.
+
+class Maps:
+    """The outputs of requests: a picture, and an array where it is of floats, in a folder for each map.
+
+    folders {name: row of MODALITIES}; truncate: cut to 8 bits in the place of rounding; finish(request,
+    arrays), if given, is called with what was written.
+    """
+
+    extras = {}  # {folder: endings} of files that only some samples have
+
+    def __init__(self, folders, truncate=False, finish=None):
+        self.folders, self.truncate, self.finish = folders, truncate, finish
+        self.endings = {name: [".png", ".npy"] if row.floats else [".png"] for name, row in folders.items()}
+
+    def write(self, out, request, maps, shape):
+        """Write {folder: pixels}, at the shape (H, W) if there is one -> {folder: picture}."""
+        arrays, pictures = {}, {}
+        for name, row in self.folders.items():
+            pixels = maps[name]
+            if shape is not None and pixels.shape[1:] != tuple(shape):
+                pixels = enlarge(pixels, tuple(shape), row.nearest)
+            if self.truncate and name not in request.files and not (row.floats or row.nearest):
+                pixels = np.floor((pixels + 1) * 127.5) / 127.5 - 1
+            arrays[name] = row.from_pixels(pixels)
+            pictures[name] = row.picture(arrays[name])
+            with whole_file(out / name / f"{request.stem}.png") as file:
+                Image.fromarray(pictures[name]).save(file, "png")
+            if row.floats:
+                with whole_file(out / name / f"{request.stem}.npy") as file:
+                    np.save(file, arrays[name].astype(np.float32))
+        if self.finish:
+            self.finish(request, arrays)
+        return pictures
+
+
+# ------------------------------------------------------------------------------------------------
+# Pictures of all maps, and one array.
 
 def read_rgb_file(out, folder, stem):
     """A picture that was written: by an earlier run, or by another process."""
     return np.asarray(Image.open(out / folder / f"{stem}.png").convert("RGB"))
 
 
+def _row(out, request, drawn, folders, truth):
+    """{label: picture} of a sample, and of the truth beside it, as of write_grid."""
+    pictures = drawn.get(request.index)
+    pictures = pictures or {name: read_rgb_file(out, name, request.stem) for name in folders}
+    beside = {f"{m} (truth)": picture for m, picture in truth(request).items()} if truth else {}
+    return {**{label: pictures[name] for name, label in folders.items()}, **beside}
+
+
+def _save_rows(path, rows, cell=128):
+    labels = list(dict.fromkeys(label for row in rows for label in row))
+    with whole_file(path) as file:
+        draw_grid([[row.get(label) for label in labels] for row in rows], labels, cell).save(file, "png")
+
+
 def write_grid(out, requests, drawn, folders, truth=None):
     """OUT/grid.png, a row a request; folders {name: label}, truth(request) -> {modality: picture}."""
-    rows, labels = [], []
-    for request in requests[:SHOWN]:
-        pictures = drawn.get(request.index)
-        pictures = pictures or {name: read_rgb_file(out, name, request.stem) for name in folders}
-        beside = {f"{m} (truth)": picture for m, picture in truth(request).items()} if truth else {}
-        rows.append({**{label: pictures[name] for name, label in folders.items()}, **beside})
-        labels += [label for label in rows[-1] if label not in labels]
-    with whole_file(out / "grid.png") as file:
-        draw_grid([[row.get(label) for label in labels] for row in rows], labels).save(file, "png")
+    _save_rows(out / "grid.png", [_row(out, request, drawn, folders, truth) for request in requests[:SHOWN]])
+
+
+def write_panels(out, requests, drawn, folders, truth=None):
+    """OUT/panels/<stem>.png of those that have none: the sample's row of write_grid's, at the maps' size."""
+    def write(request):
+        row = _row(out, request, drawn, folders, truth)
+        largest = max(max(picture.shape) for picture in row.values())
+        _save_rows(out / "panels" / f"{request.stem}.png", [row], max(128, largest))
+
+    lost = [request for request in requests if not (out / "panels" / f"{request.stem}.png").is_file()]
+    for _ in tqdm(prefetch(write, lost, threads=4, ahead=16), "panels", len(lost), disable=place()[0] > 0):
+        pass
 
 
 def write_npz(out):

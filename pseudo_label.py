@@ -6,19 +6,25 @@
     torchrun --nproc_per_node=8 pseudo_label.py --images imagenet_mm/rgb --out imagenet_mm \\
         --seg py:my_teachers:segments
 
-A teacher is hf:MODEL (a transformers pipeline; MODEL may be a local folder), hub:OWNER/REPOSITORY:ENTRY
-(torch.hub, which runs that repository's code) or py:MODULE:FUNCTION. A function takes a PIL image and returns
+A teacher is hf:MODEL (a transformers pipeline), hub:OWNER/REPOSITORY:ENTRY (torch.hub), py:FILE.py:FUNCTION
+or py:MODULE:FUNCTION (yours). MODEL and OWNER/REPOSITORY may be local folders. Options of ENTRY stand behind
+it, as in hub:../StableNormal:StableNormal,local_cache_dir=weights. hub: and py: run the code that they name.
+ENTRY makes a model that is called as a function; a function takes a PIL image and returns
   --depth   (H, W) disparity, larger is nearer (--depth-space depth: depth)
   --normal  (H, W, 3): +x left, +y up, +z towards the viewer, as floats in [-1, 1] or uint8 xyz * 0.5 + 0.5
   --seg     masks (K, H, W) bool, labels (H, W), or colours uint8 (H, W, 3)
 Writes OUT/{rgb,depth,normal,seg}/<class>/<name>.png, and OUT/tree.json, which says what they hold. What is
 there is kept, unless its photo has changed: the same command continues an interrupted run.
 """
+import ast
+import contextlib
 import functools
 import hashlib
 import importlib
+import importlib.util
 import os
 import pathlib
+import re
 import sys
 
 import numpy as np
@@ -26,7 +32,7 @@ import torch
 from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 
-from distributed import (InputError, barrier, check, check_folder, command_parser, reading, run,
+from distributed import (InputError, barrier, check, check_folder, command_parser, reading, run, say,
                          setup, sha256, whole_file)
 from locks import only_writer
 from modalities import MODALITIES, encoded, fill_unknown, read_rgb, unit, write_facts
@@ -63,19 +69,71 @@ def load_teacher(modality, name, device):
         task, function = PIPELINES[modality]
         with reading(flag, "check the model's name or folder"):
             return functools.partial(function, transformers.pipeline(task, model=rest, device=device))
-    if kind == "hub":
-        repository, _, entry = rest.partition(":")
-        with reading(flag, "the form is hub:OWNER/REPOSITORY:ENTRY"):
-            try:
-                return torch.hub.load(repository, entry, trust_repo=True, device=str(device))
-            except TypeError:  # an entry that takes no device
-                return torch.hub.load(repository, entry, trust_repo=True)
     hf = "hf:MODEL, " if modality in PIPELINES else ""
-    check(kind == "py", f"{flag}: a teacher is {hf}hub:OWNER/REPOSITORY:ENTRY or py:MODULE:FUNCTION")
-    module, _, function = rest.partition(":")
-    sys.path.insert(0, os.getcwd())
-    with reading(flag, "the form is py:MODULE:FUNCTION, found from this folder"):
-        return getattr(importlib.import_module(module), function)
+    check(kind in ("hub", "py"), f"{flag}: a teacher is {hf}hub:OWNER/REPOSITORY:ENTRY, hub:FOLDER:ENTRY, "
+          "py:FILE.py:FUNCTION or py:MODULE:FUNCTION")
+    return hub_teacher(rest, flag, device) if kind == "hub" else py_teacher(rest, flag)
+
+
+HUB = re.compile(r"(?P<place>.+?):(?P<entry>[^\W\d]\w*)(?P<options>(,\w+=[^,]*)*)")
+
+
+def hub_teacher(text, flag, device):
+    """What the entry of a hubconf.py makes; text: FOLDER:ENTRY or OWNER/REPOSITORY:ENTRY, behind it options
+    as ,KEY=VALUE, Python's literals or else texts. Raises InputError when it cannot be had.
+    """
+    found = HUB.fullmatch(text)
+    check(found, f"{flag}: the form is hub:OWNER/REPOSITORY:ENTRY or hub:FOLDER:ENTRY, and behind it options "
+          "as ,KEY=VALUE")
+    place, folder, told = found["place"], pathlib.Path(found["place"]), found["options"].split(",")[1:]
+    options = {key: literal(value) for key, _, value in (option.partition("=") for option in told)}
+    source, remedy = "github", "check OWNER/REPOSITORY:ENTRY, or give the folder of a checkout"
+    if folder.is_dir():
+        check((folder / "hubconf.py").is_file(), f"{flag}: {folder} has no hubconf.py; give a checkout that "
+              "has one, or a function of yours as py:FILE.py:FUNCTION")
+        place, source, remedy = str(folder.resolve()), "local", "check the entry, its options and its weights"
+    else:
+        check(re.fullmatch(r"[\w-]+/[\w.-]+(:[^:]+)?", place), f"{flag}: {place} is no folder, and not "
+              "OWNER/REPOSITORY")
+    say(f"{flag}: runs the code of {place}")
+    load = functools.partial(torch.hub.load, place, found["entry"], source=source, trust_repo=True)
+    with reading(flag, remedy):
+        try:
+            return load(**{"device": str(device), **options})
+        except TypeError:  # an entry that takes no device
+            return load(**options)
+
+
+def literal(text):
+    """A value of Python's, as 3, 0.5 or True; any other text as it is."""
+    with contextlib.suppress(ValueError, SyntaxError, TypeError):
+        return ast.literal_eval(text)
+    return text
+
+
+def py_teacher(text, flag):
+    """A function of MODULE:FUNCTION, a module that is found from the current folder, or of FILE.py:FUNCTION,
+    which may import what lies beside it. Raises InputError when it cannot be had.
+    """
+    name, _, function = text.rpartition(":")
+    file = pathlib.Path(name).resolve()
+    with reading(flag, "the form is py:FILE.py:FUNCTION, or py:MODULE:FUNCTION, found from this folder"):
+        if file.suffix == ".py":
+            check(file.is_file(), f"{flag}: {file}: no such file")
+            say(f"{flag}: runs the code of {file}")
+            return getattr(module_of(file), function)
+        sys.path.insert(0, os.getcwd())
+        return getattr(importlib.import_module(name), function)
+
+
+@functools.cache
+def module_of(file):
+    """The module of a file, run once for all its functions, whatever modules there are of its name."""
+    sys.path.insert(0, str(file.parent))
+    spec = importlib.util.spec_from_file_location(f"teacher_{file.stem}", file)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 # ------------------------------------------------------------------------------------------------

@@ -17,16 +17,16 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 
 import samplers
 from distributed import (InputError, barrier, check, check_folder, command_parser, prefetch, run,
-                         setup, whole_file)
+                         setup)
 from locks import only_writer
 from mesh import pick_segment, write_mesh
-from modalities import (MODALITIES, as_it_is, centre_crop, check_turned, enlarge, filter_of, nearest_colour,
+from modalities import (MODALITIES, as_it_is, centre_crop, check_turned, filter_of, nearest_colour,
                         segments)
-from produce import finish, folders_read, produce, read_rgb_file, write_grid, write_npz
+from produce import (Maps, finish, folders_read, produce, read_rgb_file, write_grid, write_npz,
+                     write_panels)
 from trees import beside, facts_of, find_files, flat_name, picture_folder, recorded
 from vae import encoder_of
 from weights import DEMO, classes_of, load_model, newest_checkpoint
@@ -47,6 +47,8 @@ class Request(NamedTuple):
 
 def check_classes(class_ids, num_classes):
     """Raise InputError for classes that the checkpoint does not have."""
+    check(num_classes or not class_ids, f"--class-id {class_ids}: this checkpoint has no classes; leave it "
+          "out")
     for label in class_ids or ():
         check(0 <= label <= num_classes, f"--class-id {label}: this checkpoint has classes 0 to "
               f"{num_classes - 1} ({num_classes} is the null class)")
@@ -58,9 +60,10 @@ def of_classes(class_ids, classes, num, num_classes, seed):
     if class_ids:
         labels = [label for label in class_ids for _ in range(num or 1)]
     elif classes == "balanced":
+        check(num_classes, "--classes balanced: this checkpoint has no classes; leave it out")
         labels = [i % num_classes for i in range(count)]
-    else:
-        labels = np.random.default_rng(seed).integers(0, num_classes, count).tolist()
+    else:  # where there are no classes, 0 is the null class
+        labels = np.random.default_rng(seed).integers(0, max(1, num_classes), count).tolist()
     return [Request(i, f"{i:06d}", label, {}) for i, label in enumerate(labels)]
 
 
@@ -199,40 +202,6 @@ class Drawing:
             yield request, found, one.shape
 
 
-class Maps:
-    """The outputs of requests: a picture, and an array where it is of floats, in a folder for each map.
-
-    folders {name: row of MODALITIES}; truncate: cut to 8 bits in the place of rounding; finish(request,
-    arrays), if given, is called with what was written.
-    """
-
-    extras = {}  # {folder: endings} of files that only some samples have
-
-    def __init__(self, folders, truncate=False, finish=None):
-        self.folders, self.truncate, self.finish = folders, truncate, finish
-        self.endings = {name: [".png", ".npy"] if row.floats else [".png"] for name, row in folders.items()}
-
-    def write(self, out, request, maps, shape):
-        """Write {folder: pixels}, at the shape (H, W) if there is one -> {folder: picture}."""
-        arrays, pictures = {}, {}
-        for name, row in self.folders.items():
-            pixels = maps[name]
-            if shape is not None and pixels.shape[1:] != tuple(shape):
-                pixels = enlarge(pixels, tuple(shape), row.nearest)
-            if self.truncate and name not in request.files and not (row.floats or row.nearest):
-                pixels = np.floor((pixels + 1) * 127.5) / 127.5 - 1
-            arrays[name] = row.from_pixels(pixels)
-            pictures[name] = row.picture(arrays[name])
-            with whole_file(out / name / f"{request.stem}.png") as file:
-                Image.fromarray(pictures[name]).save(file, "png")
-            if row.floats:
-                with whole_file(out / name / f"{request.stem}.npy") as file:
-                    np.save(file, arrays[name].astype(np.float32))
-        if self.finish:
-            self.finish(request, arrays)
-        return pictures
-
-
 # ------------------------------------------------------------------------------------------------
 # Truth beside what was given, and objects.
 
@@ -314,6 +283,7 @@ def arguments():
     parser.add_argument("--given", nargs="+", choices=list(MODALITIES), help="conditions of --task condition")
     samplers.add_flags(parser)
     add_flags(parser)
+    parser.add_argument("--panels", action="store_true", help="also OUT/panels/<stem>.png, all maps of each")
     parser.add_argument("--mesh", action="store_true", help="also OUT/mesh/<stem>.ply, an object's surface")
     parser.add_argument("--segment", type=pixel, metavar="X,Y",
                         help="--mesh: a pixel of the object; default: the largest segment off the border")
@@ -412,7 +382,8 @@ def main():
               f"{len(requests)} samples on {device}")
         tell(requests, facts, meta)
         if args.cfg != 1.0 and any(request.label == classes for request in requests):
-            print(f"warning: --cfg {args.cfg} has no effect on pictures without a class; give --class-id")
+            print(f"warning: --cfg {args.cfg} has no effect on pictures without a class"
+                  f"{'; give --class-id' if classes else ''}")
 
     full = args.fit == "full"
     fit = fit_of(args.fit, meta["resolution"], model.patch_size * encoder.factor)
@@ -424,8 +395,8 @@ def main():
     mesh = functools.partial(write_object, out=args.out, palette=meta["palette"], segment=args.segment,
                              focal=args.focal)
     outputs = Maps(folders, args.truncate, mesh if args.mesh else None)
-    if args.mesh:
-        outputs.extras = {"mesh": [".ply", ".png"]}
+    asked = {"mesh": args.mesh and [".ply", ".png"], "panels": args.panels and [".png"]}
+    outputs.extras = {folder: endings for folder, endings in asked.items() if endings}
     recipe = None if rank > 0 else dict(
         task=args.task, given=given, **samplers.recipe(loaded, sampling, args.seed), fit=args.fit,
         truncate=args.truncate, outputs={m: MODALITIES[m].meaning for m in wanted}, endings=outputs.endings,
@@ -443,6 +414,8 @@ def main():
             for request in requests[rank::world]:
                 if request.index not in drawn:  # there already
                     mesh(request, read_arrays(args.out, request))
+        if args.panels:
+            write_panels(args.out, requests[rank::world], drawn, labels, truth)
         barrier()
         if rank == 0:
             write_grid(args.out, requests, drawn, labels, truth)

@@ -42,7 +42,11 @@ def stem_of(path, base):
     """The name by which files of several modalities belong together: below base, without a picture's
     ending; accents in one spelling.
     """
-    name = path.relative_to(base)
+    return bare_name(path.relative_to(base))
+
+
+def bare_name(name):
+    """A path without a picture's ending, as a text; accents in one spelling."""
     if is_array(name) or name.suffix.lower() in endings():
         name = name.with_suffix("")
     return unicodedata.normalize("NFC", name.as_posix())
@@ -139,11 +143,17 @@ def folders_of(root):
         if meant and meant not in found:
             found[meant] = path
             say(f"{path}: is read as {meant}")
-            continue
-        close = difflib.get_close_matches(path.name, MODALITIES, 1)
-        said = f"{meant or close[0]} is meant?" if meant or close else "no modality"
-        say(f"{path}: left out, {said}; the modalities are {', '.join(MODALITIES)}")
+        else:
+            say(f"{path}: {left_out(path.name)}")
     return {m: found[m] for m in MODALITIES if m in found}
+
+
+def left_out(name):
+    """What is said of a folder or key of a name that is no modality."""
+    close = difflib.get_close_matches(name, MODALITIES, 1)
+    meant = ALIASES.get(name) or "".join(close)
+    said = f"{meant} is meant?" if meant else "no modality"
+    return f"left out, {said}; the modalities are {', '.join(MODALITIES)}"
 
 
 def picture_folder(location, modality):

@@ -1,6 +1,7 @@
 """Checkpoint files: read and exported; MMGen's released ones, REPA's and SiT's; and --init.
 
     python weights.py --ckpt runs/mmgen --export demo/mmgen.pt           # EMA in bf16 without projector
+    python weights.py --ckpt runs/mmgen --export mmgen.safetensors       # the same
     python weights.py --ckpt runs/mmgen --export-official 0600000.pt     # as MMGen's own code loads it
 
 All have SiT's blocks and DiT's names. MMGen's and REPA's time runs from data to noise, so that their
@@ -13,6 +14,7 @@ import argparse
 import collections
 import contextlib
 import functools
+import json
 import math
 import os
 import pathlib
@@ -22,6 +24,8 @@ import unicodedata
 
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save
 
 from distributed import (InputError, check, check_apart, command_parser, reading, run, sha256,
                          utf8_path, whole_file)
@@ -115,15 +119,27 @@ def load_checkpoint(path):
 
 
 def _load(path):
-    """What torch.save wrote, mapped into memory unless it is of torch's older format."""
+    """What torch.save wrote, mapped into memory unless it is of torch's older format; of safetensors, which
+    begin with the length of their header, a JSON object, {ema} and what the header says of it.
+    """
     with open(path, "rb") as file:
         head = file.read(24)
+    if head[8:9] == b"{":
+        return _load_safetensors(path)
     check(not head.startswith(b"version https://git-lfs"), f"{path}: is the stub of a Git LFS file; fetch "
           "the file itself with `git lfs pull`")
     zipped = head.startswith(b"PK\x03\x04")
     with (torch.serialization.safe_globals([argparse.Namespace]),  # of the released files' arguments
           utf8_path(path) as name):
         return torch.load(name, map_location="cpu", weights_only=True, mmap=zipped)
+
+
+def _load_safetensors(path):
+    with utf8_path(path) as name, safe_open(name, "pt") as file:
+        told = json.loads((file.metadata() or {}).get("checkpoint", "{}"))
+        check(isinstance(told, dict), f"{path}: the checkpoint in its metadata is no JSON object; export it "
+              "again")
+        return {**told, "ema": {key: file.get_tensor(key) for key in file.keys()}}
 
 
 def _is_state(state):
@@ -316,6 +332,14 @@ def to_official(checkpoint, path):
     return dict(model=state, ema=state, args=args, steps=checkpoint["step"])
 
 
+def to_safetensors(ema, **told):
+    """A checkpoint as the bytes of a safetensors file: its EMA, and in the metadata all else, as JSON.
+
+    Under one key: safetensors writes several in any order, and weights are named by their bytes.
+    """
+    return save({key: value.contiguous() for key, value in ema.items()}, {"checkpoint": json.dumps(told)})
+
+
 # ------------------------------------------------------------------------------------------------
 # Classes of folders.
 
@@ -455,10 +479,9 @@ def _class_rows(old, new, count):
     order, known = list(range(count)), classes_of(new, old)
     rows = [known[name] for name in new]
     numbered = list(new) == list(map(str, order))  # folders named by the class's number
-    unknown = len(new) == count and rows.count(None) == count
-    if list(new) == list(old) or (unknown and (numbered or not old)):
-        return order
-    return rows
+    unknown = rows.count(None) == count
+    same = list(new) == list(old) or (unknown and (numbered or not old))
+    return order if same and len(new) == count else rows
 
 
 def _copy_classes(value, target, rows):
@@ -507,7 +530,8 @@ def main():
     parser.add_argument("--ckpt", required=True)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--export", type=pathlib.Path, metavar="FILE",
-                      help="write the EMA in bf16, without projector and optimiser")
+                      help="write the EMA in bf16, without projector and optimiser; as its ending says, "
+                      ".safetensors or torch's")
     what.add_argument("--export-official", type=pathlib.Path, metavar="FILE",
                       help="write the EMA as MMGen's own code loads it")
     args = parser.parse_args()
@@ -515,14 +539,22 @@ def main():
     check_apart([path], [args.ckpt, locate(args.ckpt)])
     check(path.name != "latest.pt" or not path.exists(),
           f"{path}: is what a training run goes on from; give another name")
+    safe = path.suffix == ".safetensors"
+    check(args.export or not safe, f"{path}: MMGen's own code reads torch's files alone; give another ending")
     checkpoint = load_checkpoint(args.ckpt)
     if args.export:
         ema = {key: value.to(torch.bfloat16) for key, value in without_projector(checkpoint["ema"]).items()}
         out = dict(ema=ema, step=checkpoint["step"], config=checkpoint["config"], format=FORMAT)
     else:
         out = to_official(checkpoint, args.ckpt)
+    if safe:
+        with reading(args.ckpt, "its settings are no plain values; give another ending"):
+            out = to_safetensors(**out)
     with whole_file(path) as file:
-        torch.save(out, file)
+        if safe:
+            file.write(out)
+        else:
+            torch.save(out, file)
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
 
 

@@ -8,6 +8,7 @@ What the reader is to bring (ImageNet, ScanNet, photos, Inception, VGG) is made 
 weights; numbers of scenes, steps and rows are cut; what needs the network or a large GPU is listed with the
 reason.
 """
+import json
 import os
 import pathlib
 import re
@@ -142,14 +143,30 @@ def bring(folder):
     save(folder / "vectors.npy", np.ones((2, 768), np.float32))
     (folder / "palette.json").write_text(str(toy_scenes.PALETTE.tolist()))
     (folder / "scannet_val_sampled_list_800_1.txt").write_text("s/color/0.jpg s/depth/0.png\n")
-    (folder / "teachers.py").write_text(
-        "import numpy as np\n"
-        "def depth(image): return np.asarray(image.convert('L'), float)\n"
-        "def normal(image): return np.asarray(image)\n"
-        "def seg(image): return np.asarray(image.convert('L')) // 64\n")
+    for name in ("teachers.py", "depth_anything.py"):
+        (folder / name).write_text(
+            "import numpy as np\n"
+            "def depth(image): return np.asarray(image.convert('L'), float)\n"
+            "def normal(image): return np.asarray(image)\n"
+            "def seg(image): return np.asarray(image.convert('L')) // 64\n")
+    bring_indices(folder)
     pictures = np.random.default_rng(0).integers(0, 256, (8, 64, 64, 3), np.uint8)
     np.savez(folder / "VIRTUAL_imagenet256_labeled.npz", arr_0=pictures)
     bring_weights(folder)
+
+
+def bring_indices(folder):
+    """Indices of a tree's files, with our keys and with the released code's."""
+    names = sorted(path.relative_to(folder / "scenes/rgb") for path in (folder / "scenes/rgb").rglob("*.png"))
+    ours, theirs = [], []
+    for name in names:
+        files = {m: f"scenes/{m}/{name}" for m in ("rgb", "normal", "seg")}
+        files["depth"] = f"scenes/depth/{name.with_suffix('.npy')}"
+        ours.append({**files, "class": name.parent.name})
+        renamed = {f"path_{m}".replace("seg", "mask"): path for m, path in files.items()}
+        theirs.append({**renamed, "cat": "indoor", "idx_cat": 1000, "path_rel_rgb": str(name)})
+    for file, lines in (("index.jsonl", ours), ("hypersim.jsonl", theirs)):
+        (folder / file).write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def bring_weights(folder):

@@ -1,4 +1,5 @@
 import json
+import pathlib
 import shutil
 import signal
 import subprocess
@@ -10,12 +11,15 @@ import pytest
 import torch
 from PIL import Image
 
+import listing
 import toy_scenes
 from conftest import ROOT, shell
-from dataset import to_unit
+from dataset import Cache, to_unit
 from distributed import InputError
 from modalities import MODALITIES, canny
+from trees import facts_of
 from vae import load_vae
+from weights import DEMO, load_model
 
 ARRAYS = ("rgb", "depth", "normal", "seg", "dino", "labels", "done")
 
@@ -256,3 +260,142 @@ def test_feature_vectors_of_a_timm_model(tree, tmp_path, command):
         command("prep_latents", *flags, "--feature", "nonsense", "--out", tmp_path / "d")
     with pytest.raises(InputError, match="toy-teacher, and it alone"):
         command("prep_latents", "--toy", 4, "--feature", "test_vit", "--out", tmp_path / "d")
+
+
+# ------------------------------------------------------------------------------------------------
+# No classes, and indices.
+
+PLAIN = ("--vae", "none", "--no-dino", "--size", 64)
+
+
+def write_index(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def rows_of(tree, base):
+    """A tree's samples as lines of an index beside it, the last first."""
+    names = sorted(path.relative_to(tree / "rgb") for path in (tree / "rgb").rglob("*.png"))[::-1]
+    return [{m: str((tree / m / name).relative_to(base)) for m in ("rgb", "depth", "normal", "seg")}
+            for name in names]
+
+
+def test_a_cache_without_classes_is_trained_and_sampled(tree, tmp_path, command):
+    """Of scenes and of files: all is of the null class, from a checkpoint of any number of classes."""
+    command("prep_latents", "--data", tree, "--out", tmp_path / "files", *PLAIN, "--no-class")
+    command("prep_latents", "--toy", 4, "--out", tmp_path / "toy", "--no-dino", "--no-class")
+    for name in ("files", "toy"):
+        meta = json.loads((tmp_path / name / "meta.json").read_text())
+        assert meta["num_classes"] == 0 and meta["class_names"] == []
+        assert not np.load(tmp_path / name / "labels.npy").any() and len(Cache(tmp_path / name).rows) == 4
+    run, out = tmp_path / "run", ("--out", tmp_path / "out")
+    said = command("train", "--data", tmp_path / "toy", "--run", run, "--model", "T/2", "--steps", 1,
+                   "--batch-size", 4, "--repa-weight", 0, "--init", DEMO / "mmgen.pt")
+    assert "class rows: 0 of 0 known" in said
+    null, classes = (load_model(path, weights=part).model.y_embedder.weight
+                     for path, part in ((run, "model"), (DEMO / "mmgen.pt", "ema")))
+    assert null.shape == (1, 192) and (null - classes[-1:]).abs().max() < 2e-4  # of one step
+    generate = ("sample", "--task", "generate", "--ckpt", run, "--sampler", "euler", "--steps", 1, *out)
+    for flags in (("--class-id", 0), ("--classes", "balanced")):
+        with pytest.raises(InputError, match=f"{flags[0]} .*this checkpoint has no classes; leave it out"):
+            command(*generate, *flags)
+    said = command(*generate, "--num", 2, "--cfg", 2)
+    assert "no effect on pictures without a class\n" in said
+    samples = json.loads((tmp_path / "out/meta.json").read_text())["samples"]
+    assert [(one["class_id"], one["class_name"]) for one in samples] == [(0, None)] * 2
+
+
+def test_an_index_is_the_tree_that_it_lists(tree, tmp_path, command):
+    """The same rows in its own order; a class is its own to tell, and may be none."""
+    flags = (*PLAIN, "--seg-mode", "semantic")
+    command("prep_latents", "--data", tree, "--out", tmp_path / "a", *flags)
+    rows = rows_of(tree, tmp_path)
+    for row, label in zip(rows, ("10", 2, None, "2")):
+        row.update({"class": label})
+    rows[3]["rgb"] = str(tmp_path / rows[3]["rgb"])  # absolute
+    rows[2]["name"] = "e\u0301"
+    index = write_index(tmp_path / "list.jsonl", rows)
+    index.write_text(index.read_text().replace("\n", "\n\n", 1) + "  \n")
+    out = command("prep_latents", "--data", index, "--out", tmp_path / "b", *flags)
+    assert "4 samples, 1 of no class, 2 classes" in out and "depth files hold disparity (by " in out
+    for stem in ("rgb", "depth", "normal", "seg"):
+        a, b = (np.load(tmp_path / name / f"{stem}.npy") for name in "ab")
+        assert np.array_equal(a[::-1], b), stem
+    meta = json.loads((tmp_path / "b/meta.json").read_text())
+    assert meta["class_names"] == ["2", "10"] and meta["source"] == "index"
+    assert np.load(tmp_path / "b/labels.npy").tolist() == [1, 0, 2, 0]
+    assert Cache(tmp_path / "b").gather(np.arange(4), ["labels"])["labels"].tolist() == [1, 0, 2, 0]
+    names = (tmp_path / "b/names.txt").read_text().splitlines()
+    assert names[2] == "\u00e9" and names[3] == rows[3]["rgb"][len(str(tmp_path)) + 1:-len(".png")]
+    rows[0]["class"] = "2"
+    rows[1]["class"] = "10"
+    write_index(index, rows)
+    with pytest.raises(InputError, match="labels.npy: row 0 is of class 1, in this run of 0; use another"):
+        command("prep_latents", "--data", index, "--out", tmp_path / "b", *flags)
+
+
+def test_the_released_codes_metadata_is_an_index(tree, tmp_path, command):
+    """Its keys; classes as idx_cat numbers them, 1000 is none; what is broken is named by its line."""
+    theirs = {"rgb": "path_rgb", "depth": "path_depth", "normal": "path_normal", "seg": "path_mask"}
+    rows = [{theirs[m]: str(tmp_path / path) for m, path in row.items()} for row in rows_of(tree, tmp_path)]
+    for i, (row, label) in enumerate(zip(rows, ("a", "b", "indoor", "outdoor"))):
+        row.update(cat=label, idx_cat=(7, 3, 1000, 1000)[i], path_rel_rgb=f"x/{i}.png", caption="a room")
+    index = write_index(tmp_path / "list.jsonl", rows)
+    out = command("prep_latents", "--data", index, "--out", tmp_path / "a", *PLAIN)
+    assert "the key 'caption' of 4 lines is left out, no modality" in out
+    meta = json.loads((tmp_path / "a/meta.json").read_text())
+    assert meta["class_names"] == ["b", "a"] and meta["modalities"] == ["rgb", "depth", "normal", "seg"]
+    assert np.load(tmp_path / "a/labels.npy").tolist() == [1, 0, 2, 2]
+    assert (tmp_path / "a/names.txt").read_text() == "x/0\nx/1\nx/2\nx/3\n"
+    pathlib.Path(rows[2]["path_mask"]).unlink()
+    with pytest.raises(InputError, match=r"list.jsonl: line 3: .*\.png: no such file"):
+        command("prep_latents", "--data", index, "--out", tmp_path / "b", *PLAIN)
+    command("prep_latents", "--data", index, "--out", tmp_path / "b", *PLAIN, "--skip-broken")
+    assert np.load(tmp_path / "b/done.npy").tolist() == [1, 1, 2, 1]
+    for out in (tree, pathlib.Path(rows[0]["path_rgb"]).parent / "more"):
+        with pytest.raises(InputError, match="whose pictures are read; use another folder"):
+            command("prep_latents", "--data", index, "--out", out, *PLAIN)
+
+
+@pytest.mark.parametrize("lines, message", [
+    (["[1]"], "line 1: holds a list"), (["{"], "line 1: not readable"),
+    ([b"\xff\xfe"], "line 1: not readable"), (["[" * 60000], "line 1: not readable"),
+    (["x" * 70000], "line 1: is over 65536 bytes"),
+    (["", " "], "holds no sample"), (['{"depth": "a"}'], "line 1: has no rgb"),
+    (['{"rgb": "a", "depth": "b"}', '{"rgb": "c"}'], "line 2: has no depth, line 1 has"),
+    (['{"rgb": "a"}', '{"rgb": "c", "mask": "b"}'], "line 1: has no seg, line 2 has"),
+    (['{"rgb": "a.png"}', "", '{"rgb": "./a.jpg"}'], "line 3: is of the name a, as line 1"),
+    (['{"rgb": "a", "path_rgb": "b"}'], "line 1: says rgb twice"), (['{"rgb": 3}'], "line 1: rgb is '3'"),
+    (['{"rgb": ""}'], "line 1: rgb is ''"), (['{"rgb": "a\\u0000"}'], "line 1: rgb is"),
+    (['{"rgb": "a\\ud800"}'], "line 1: not readable"), (['{"rgb": "a", "name": "x\\ny"}'], "line 1: name is"),
+    (['{"rgb": "a", "class": ["x"]}'], "line 1: class is"), (['{"rgb": "a", "class": true}'], "class is 'T"),
+    (['{"rgb": "a", "idx_cat": -1}'], "line 1: idx_cat is -1"),
+    (['{"rgb": "a", "cat": "x", "idx_cat": 1}', '{"rgb": "b", "cat": "y", "idx_cat": 1}'],
+     "line 2: class y is number 1, in line 1 x is 1"),
+    (['{"rgb": "a", "cat": "x", "idx_cat": 1}', '{"rgb": "b", "cat": "x", "idx_cat": 2}'],
+     "line 2: class x is number 2, in line 1 x is 1"),
+    (['{"rgb": "a", "depth": "t/depth/a.png"}', '{"rgb": "b", "depth": "u/depth/a.png"}'],
+     "trees of different tree.json .*say what they hold in")])
+def test_what_is_no_index_is_named_by_its_line(lines, message, tmp_path, command):
+    index = tmp_path / "list.jsonl"
+    index.write_bytes(b"\n".join(line if isinstance(line, bytes) else line.encode() for line in lines))
+    for name in "tu":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "tree.json").write_text('{"format": "mmgen-tree-1"}')
+    with pytest.raises(InputError, match=message) as error:
+        command("prep_latents", "--data", index, "--out", tmp_path / "out", *PLAIN)
+    assert str(error.value).startswith(str(index)) and not (tmp_path / "out").exists()
+
+
+def test_an_index_holds_what_its_files_tree_says(tmp_path):
+    for name in ("near", "far"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "far/tree.json").write_text('{"format": "mmgen-tree-1", "depth_space": "depth"}')
+    row = {"rgb": "photos/a.png", "depth": "../far/depth/x/a.png"}
+    found = listing.list_samples(write_index(tmp_path / "near/list.jsonl", [row]))
+    assert found.files["depth"] == {"photos/a": tmp_path / "near/../far/depth/x/a.png"}
+    assert facts_of(listing.place_of_facts(found)).depth_space == "depth"
+    (tmp_path / "near/tree.json").write_text('{"format": "mmgen-tree-1"}')
+    assert facts_of(listing.place_of_facts(found)).depth_space == "disparity"  # beside it goes before
+    wanted = ("rgb", "canny")
+    assert listing.list_samples(tmp_path / "near/list.jsonl", wanted).modalities == wanted

@@ -1,4 +1,6 @@
 """pseudo_label.py: photos -> teachers -> the tree that prep_latents.py reads."""
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -136,3 +138,78 @@ def test_transformers_pipelines(photos, command, tmp_path):
             "--seg", f"hf:{tmp_path / 'sam_model'}")
     assert np.asarray(Image.open(tmp_path / "o/depth/a/1.png")).shape == (100, 70)
     assert np.asarray(Image.open(tmp_path / "o/seg/a/1.png")).shape == (100, 70, 3)
+
+
+# ------------------------------------------------------------------------------------------------
+# Teachers from local folders.
+
+HUBCONF = '''
+import inner
+dependencies = ["numpy"]
+def depth(scale=1, device=None, weights="none"):
+    assert weights == "a file:pth" and device == "cpu"
+    return lambda image: inner.ramp(image) ** scale
+def plain(weights="none"):
+    assert weights == "none"
+    return inner.ramp
+'''
+INNER = '''
+import numpy
+def ramp(image):
+    return numpy.arange(1.0, 1 + image.height * image.width).reshape(image.size[::-1])
+'''
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    """A folder as a repository of torch.hub has it."""
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    folder = tmp_path / "hub folder"
+    folder.mkdir()
+    (folder / "hubconf.py").write_text(HUBCONF)
+    (folder / "inner.py").write_text(INNER)
+    return folder
+
+
+def test_a_hub_entry_of_a_local_folder(photos, checkout, command, tmp_path):
+    """Its options reach the entry: numbers as numbers; a relative folder; an entry without a device."""
+    flags = ("--images", photos, "--depth-space", "depth")
+    for name, teacher in (("a", "hub:hub folder:depth,scale=2,weights=a file:pth"),
+                          ("b", f"hub:{checkout}:plain")):
+        said = command("pseudo_label", *flags, "--out", tmp_path / name, "--depth", teacher)
+        assert f"--depth {teacher}: runs the code of {checkout}\n" in said
+    a, b = (np.asarray(Image.open(tmp_path / name / "depth/b b/2.png")).astype(float) for name in "ab")
+    ramp = np.arange(1.0, 1 + 64 * 64).reshape(64, 64)
+    for found, exact in ((a, ramp ** -2.0), (b, 1 / ramp)):
+        assert np.abs(found / 65535 - (exact - exact.min()) / np.ptp(exact)).max() < 1e-4
+
+
+def test_a_function_of_a_file(photos, checkout, command, tmp_path):
+    """Beside its own modules; of a name that a module of ours has; run once for all of its functions."""
+    (checkout / "modalities.py").write_text(
+        "import pathlib, inner\n"
+        "with open(pathlib.Path(__file__).with_name('runs'), 'a') as file: file.write('x')\n"
+        "def depth(image): return inner.ramp(image)\n"
+        "def seg(image): return inner.ramp(image).astype(int) // 2000\n")
+    file = checkout / "modalities.py"
+    said = command("pseudo_label", "--images", photos, "--out", tmp_path / "o", "--depth", f"py:{file}:depth",
+                   "--seg", f"py:{file}:seg")
+    assert f"runs the code of {file}" in said and (checkout / "runs").read_text() == "x"
+    assert len(read(tmp_path / "o")) == 9
+
+
+def test_teachers_that_cannot_be_had_say_how(photos, checkout, command, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    (tmp_path / "bare").mkdir()
+    for teacher, words in (
+            ("hf:bare", "needs transformers; pip install transformers"),
+            ("hub:bare:depth", "bare has no hubconf.py; give a checkout"),
+            ("hub:no/such/folder:depth", "no/such/folder is no folder, and not OWNER/REPOSITORY"),
+            ("hub:hub folder:none", "not readable .*none.*check the entry, its options and its weights"),
+            ("hub:hub folder:plain,size=3", "unexpected keyword argument 'size'"),
+            ("hub:hub folder:plain,3", "behind it options as ,KEY=VALUE"),
+            ("py:none.py:depth", "none.py: no such file"),
+            ("py:hub folder/inner.py:depth", "has no attribute 'depth'")):
+        with pytest.raises(InputError, match=words):
+            command("pseudo_label", "--images", photos, "--out", tmp_path / "o", "--depth", teacher)
+    assert not (tmp_path / "o").exists()

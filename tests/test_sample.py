@@ -49,6 +49,7 @@ def test_requests_of_classes():
         sample.check_classes([13], 12)
     sample.check_classes([12], 12)
     sample.check_classes(None, 12)
+    assert [r.label for r in sample.of_classes(None, "random", 3, num_classes=0, seed=0)] == [0, 0, 0]
 
 
 def test_requests_of_pictures(tmp_path):
@@ -383,3 +384,33 @@ def test_a_changed_picture_is_sampled_again(command, tmp_path):
     os.utime(picture, (2e9, 2e9))
     command("sample", *flags)
     assert depth.read_bytes() != before
+
+
+def test_panels_show_all_maps_of_each_sample(command, tmp_path):
+    """The sample's row of the grid at the maps' size, also of what is there already; made anew with it."""
+    photos, out = tmp_path / "photos", tmp_path / "o"
+    photos.mkdir()
+    for name in "ab":
+        Image.new("RGB", (64, 64), "red").save(photos / f"{name}.png")
+    flags = ("--task", "understand", "--image", photos, *ONE_STEP, "--out", out)
+    command("sample", *flags)
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*.npy")}
+    assert "2 of 2 samples are there" in command("sample", *flags, "--panels")
+    panels = [out / f"panels/{name}.png" for name in "ab"]
+    assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*.npy")}
+    first = pixels(panels[0])
+    assert first.shape == (23 + 132, 4 * 132 + 4, 3)
+    assert np.array_equal(first[24:152:2, 268:396:2], pixels(out / "normal/a.png"))  # twice its size
+    stamp = panels[1].stat().st_mtime_ns
+    Image.new("RGB", (64, 64), "blue").save(photos / "a.png")
+    command("sample", *flags)
+    assert not panels[0].exists()  # it showed the older maps
+    command("sample", *flags, "--panels")
+    assert not np.array_equal(pixels(panels[0]), first) and panels[1].stat().st_mtime_ns == stamp
+    (out / "panels/mine.png").write_bytes(b"mine")
+    Image.new("RGB", (64, 64)).save(photos / "mine.png")
+    with pytest.raises(InputError, match="panels/mine.png: is there, and no sample of"):
+        command("sample", *flags)
+    (photos / "mine.png").unlink()
+    command("sample", *flags, "--seed", 1, "--overwrite")
+    assert [path.name for path in (out / "panels").iterdir()] == ["mine.png"]

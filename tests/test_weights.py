@@ -1,6 +1,7 @@
 """weights.py: our checkpoints, released ones, --init and export."""
 import argparse
 import copy
+import json
 import os
 import pickle
 import subprocess
@@ -8,13 +9,14 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import save
 
 import runs
 import weights
 from conftest import ROOT
-from distributed import InputError
+from distributed import InputError, sha256
 from model import build_model
-from weights import load_checkpoint, load_model
+from weights import DEMO, load_checkpoint, load_model
 
 
 def draw(model, std=0.04, seed=0):
@@ -215,11 +217,12 @@ def test_init_takes_the_rows_of_the_classes_it_knows(tmp_path):
             (wnids, ("0", "1"), [3, 3, 3], "inflated", "0 of 2"),
             (("2", "0", "1"), ("0", "1", "2"), [1, 2, 0, 3], "inflated", "3 of 3"),
             (3, ("a", "b", "c"), [0, 1, 2, 3], "taken", "3 of 3"),  # a file without names
-            (3, ("a", "b"), [3, 3, 3], "inflated", "0 of 2")):
+            (3, ("a", "b"), [3, 3, 3], "inflated", "0 of 2"),
+            (wnids, (), [3], "inflated", "0 of 0"), (3, (), [3], "inflated", "0 of 0")):  # into no classes
         names, null = ([], old) if isinstance(old, int) else (old, len(old))
         found = [null if row is None else row for row in weights._class_rows(names, new, null)]
         assert [*found, null] == rows, (old, new)
-        if known == "1 of 2" or old == new:
+        if known == "1 of 2" or old == new or not new:
             found, table = rows_taken(tmp_path, old, new)
             assert found == rows and f"class rows: {known} known" in table, (old, new, table)
             assert "y_embedder" in table.split(fate)[1].split("\n")[0], (old, new, table)
@@ -348,6 +351,55 @@ def test_export_keeps_the_ema(tmp_path, command):
     for key, value in load_model(tmp_path / "run").model.state_dict().items():
         assert torch.equal(value, ema.state_dict()[key]), key
         assert torch.allclose(value, found[key], atol=1e-3, rtol=1e-2), key
+
+
+def test_export_as_safetensors(tmp_path, command):
+    """The same tensors and settings as torch's file has, whatever the name; sampled, and exported again."""
+    command("weights", "--ckpt", DEMO / "mmgen.pt", "--export", tmp_path / "a.safetensors")
+    a, b = load_checkpoint(tmp_path / "a.safetensors"), load_checkpoint(DEMO / "mmgen.pt")
+    assert a.keys() == b.keys() and a["ema"].keys() == b["ema"].keys()
+    for key, value in b["ema"].items():
+        assert a["ema"][key].dtype == value.dtype and torch.equal(a["ema"][key], value), key
+    assert {**a, "ema": 0} == {**b, "ema": 0}
+    os.rename(tmp_path / "a.safetensors", tmp_path / "b.ckpt")
+    command("weights", "--ckpt", tmp_path / "b.ckpt", "--export", tmp_path / "c.safetensors")
+    assert (tmp_path / "c.safetensors").read_bytes() == (tmp_path / "b.ckpt").read_bytes()
+    pictures = []
+    for name, file in (("b", tmp_path / "b.ckpt"), ("pt", DEMO / "mmgen.pt")):
+        command("sample", "--task", "understand", "--ckpt", file, "--sampler", "euler", "--steps", 1, "--out",
+                tmp_path / name)
+        pictures.append([path.read_bytes() for path in sorted((tmp_path / name / "seg").iterdir())])
+    assert pictures[0] == pictures[1] and len(pictures[0]) == 4
+    meta = json.loads((tmp_path / "b/meta.json").read_text())
+    assert meta["checkpoint_sha256"] == sha256(tmp_path / "b.ckpt")
+    with pytest.raises(InputError, match="o.safetensors: MMGen's own code reads torch's files alone"):
+        command("weights", "--ckpt", tmp_path / "b.ckpt", "--export-official", tmp_path / "o.safetensors")
+    assert not (tmp_path / "o.safetensors").exists()
+
+
+def test_bad_safetensors_are_refused(tmp_path):
+    model, meta = ours(tmp_path / "a.pt")
+    ema = {"w": torch.zeros(4)}
+    whole = weights.to_safetensors(model.state_dict(), format=weights.FORMAT, step=3, config={})
+    told = {"config": {"model": model.config, "meta": meta, "train": {}}, "format": weights.FORMAT}
+    for name, data, words in (
+            ("cut", whole[:len(whole) // 2], "not readable .*it may be cut short"),
+            ("long", (10 ** 15).to_bytes(8, "little") + whole[8:], "not readable"),
+            ("head", whole[:8] + b"{" + b"x" * 200, "not readable"),
+            ("plain", save(ema), "format is None; expected a checkpoint"),
+            ("text", save(ema, {"checkpoint": "{"}), "not readable"),
+            ("deep", save(ema, {"checkpoint": "[" * 100_000}), "not readable"),
+            ("list", save(ema, {"checkpoint": "[1]"}), "in its metadata is no JSON object"),
+            ("config", whole, "config model is missing or wrong"),
+            ("step", weights.to_safetensors(ema, **told, step="3"), "step is missing or wrong"),
+            ("model", weights.to_safetensors(ema, **told, step=3, model=[1]), "model is missing or wrong"),
+            ("none", weights.to_safetensors({}, **told, step=3), "ema is missing or wrong")):
+        (tmp_path / f"{name}.safetensors").write_bytes(data)
+        with pytest.raises(InputError, match=f"{name}.safetensors: .*{words}"):
+            load_checkpoint(tmp_path / f"{name}.safetensors")
+    (tmp_path / "keys.safetensors").write_bytes(weights.to_safetensors(ema, **told, step=3))
+    with pytest.raises(InputError, match="keys.safetensors: the weight .* is missing"):
+        load_model(tmp_path / "keys.safetensors")
 
 
 def test_a_pickle_in_checkpoint_form_is_refused(tmp_path):
