@@ -30,7 +30,7 @@ from distributed import (check, check_apart, check_folder, check_replaced, comma
 from evaluation import Ceiling, Checkpoint, Toy, Tree, evaluate
 from locks import only_writer
 from metrics import Rules, metrics_of, print_table, results
-from modalities import MODALITIES, as_it_is, check_turned, enlarge, read_array, read_mask
+from modalities import MODALITIES, as_it_is, check_turned, enlarge, read_array, read_mask, shown_of
 from mt_diffusion import Chain, draw_images
 from produce import SHOWN, finish, folders_read, produce, write_grid, write_npz
 from trees import facts_of, find_files, flat_name, picture_folder, recorded, stem_of
@@ -366,7 +366,7 @@ def drawing(args, model, encoder, chain, wanted, meta, facts):
     kind = {"restore": Restoration, "classify": Classes}.get(args.task)
     kind = kind or {"label": WithLabels, "feature": WithVectors}.get(model.pair, Images)
     given = model.modalities[1:] if args.task == "translate" else ()
-    read = functools.partial(sample.read_input, fit=fit, full=full, facts=facts)
+    read = functools.partial(sample.read_input, fit=fit, full=full, facts=facts, shown=shown_of(meta))
     if args.task == "restore":
         read = functools.partial(read_hidden, fit=fit, full=full, patches=args.patches, seed=args.seed)
     draw = kind(model, encoder, chain, args.seed, wanted, read, given)

@@ -27,8 +27,8 @@ from distributed import (InputError, barrier, check, check_apart, check_folder, 
                          run, say, setup, share)
 from listing import list_samples, place_of_facts
 from locks import only_writer
-from modalities import (MODALITIES, PLAIN, VOID, centre_crop, check_turned, is_array, label_colour,
-                        read_picture)
+from modalities import (MODALITIES, PLAIN, PLAINLY, VOID, Shown, centre_crop, check_turned, is_array,
+                        label_colour, read_picture)
 from trees import facts_of, read_palette
 from vae import load_encoder, timm_model
 
@@ -99,10 +99,10 @@ def palette_of(files, facts):
 
 
 class PictureSource:
-    """The files of a Listing; facts: what they hold."""
+    """The files of a Listing; facts: what they hold; shown: how the network is shown them."""
 
-    def __init__(self, listing, size, facts=PLAIN):
-        self.listing, self.size, self.held = listing, size, facts
+    def __init__(self, listing, size, facts=PLAIN, shown=PLAINLY):
+        self.listing, self.size, self.held, self.shown = listing, size, facts, shown
         self.modalities, self.files, self.names = listing.modalities, listing.files, listing.names
         number = {name: i for i, name in enumerate(listing.classes)}
         self.labels = np.array([number.get(label, len(number)) for label in listing.labels])
@@ -113,7 +113,7 @@ class PictureSource:
         told = semantic and self.held.palette is not None
         self.facts = dict(source="index" if listing.lines else "folder",
                           seg_mode=facts.seg_mode or "instance", depth_space=facts.depth_space,
-                          class_names=listing.classes,
+                          class_names=listing.classes, shown=shown.told(),
                           palette=self.held.palette.tolist() if told else None)
 
     def load(self, i):
@@ -134,7 +134,7 @@ class PictureSource:
         for m in self.modalities:
             row = MODALITIES[m]
             if m in rasters:
-                pixels[m] = row.pixels(rasters[m], self._fit)
+                pixels[m] = row.pixels(rasters[m], self._fit, self.shown)
             else:
                 rgb = MODALITIES["rgb"].array(rasters["rgb"], self._fit)
                 pixels[m] = row.to_pixels(row.derive(rgb))
@@ -407,6 +407,10 @@ def arguments():
     add("--feature-file", type=pathlib.Path, metavar="FILE", help="local weights of --feature")
     add("--depth-space", choices=("disparity", "depth"),
         help="what the depth files hold; default: what DATA/tree.json says, else disparity")
+    add("--depth-over", choices=("picture", "crop"), help="what depth is stretched to the range of: the "
+        "whole picture, as released (the default), or its crop")
+    add("--uncovered", choices=("colour", "black"), help="black pixels of instance segments take a random "
+        "colour, as released (the default), or stay black")
     add("--seg-mode", choices=("semantic", "instance"),
         help="what the segmentation colours mean; default: what DATA/tree.json says, else instance")
     add("--palette", type=pathlib.Path, metavar="FILE",
@@ -434,13 +438,16 @@ def main():
           "--toy, which brings its own alignment targets")
     check(not args.feature or toy == (args.feature == ToyFeature.id), f"--feature {args.feature}: the toy "
           "world brings toy-teacher, and it alone; pictures need the name of a timm model")
+    check(not toy or not (args.depth_over or args.uncovered), "--depth-over and --uncovered belong to --data")
     rank, world, device = setup()
     if toy:
         source = ToySource(args.toy_start, args.toy, size, modalities)
     else:
         listing, palette = list_samples(args.data, modalities), args.palette and read_palette(args.palette)
         facts = facts_of(place_of_facts(listing), args.depth_space, palette)
-        source = PictureSource(listing, size, facts._replace(seg_mode=args.seg_mode or facts.seg_mode))
+        facts = facts._replace(seg_mode=args.seg_mode or facts.seg_mode)
+        shown = Shown(args.depth_over or "picture", args.uncovered or "colour")
+        source = PictureSource(listing, size, facts, shown)
         check_apart([args.out / "meta.json"], [args.data])
         check_folder(args.out, listing.folders())
     if args.no_class:

@@ -24,7 +24,7 @@ from distributed import (InputError, barrier, check, check_folder, command_parse
 from locks import only_writer
 from mesh import pick_segment, write_mesh
 from modalities import (MODALITIES, as_it_is, centre_crop, check_turned, filter_of, nearest_colour,
-                        segments)
+                        segments, shown_of)
 from produce import (Maps, finish, folders_read, produce, read_rgb_file, write_grid, write_npz,
                      write_panels)
 from trees import beside, facts_of, find_files, flat_name, picture_folder, recorded
@@ -127,8 +127,9 @@ class Input(NamedTuple):
     shape: tuple  # (H, W) of its outputs, None for the network's
 
 
-def read_input(request, fit, full, facts):
-    """Read a request's files; full: outputs are of their size; facts {modality: Facts} of them.
+def read_input(request, fit, full, facts, shown):
+    """Read a request's files; full: outputs are of their size; facts {modality: Facts} of them; shown: how
+    the network is shown them.
 
     Raises InputError where maps do not align.
     """
@@ -137,8 +138,8 @@ def read_input(request, fit, full, facts):
         row = MODALITIES[m]
         raster = row.open(path, facts[m])
         rasters.append(raster)
-        pixels[m] = row.pixels(raster, fit)
-        whole[m] = row.pixels(raster, as_it_is) if full else pixels[m]
+        pixels[m] = row.pixels(raster, fit, shown)
+        whole[m] = row.pixels(raster, as_it_is, shown) if full else pixels[m]
         shape = raster.size[::-1] if full else None
         first = next(iter(pixels))
         check(pixels[m].shape == pixels[first].shape, f"{path}: its size does not match that of {first}; "
@@ -387,7 +388,7 @@ def main():
 
     full = args.fit == "full"
     fit = fit_of(args.fit, meta["resolution"], model.patch_size * encoder.factor)
-    read = functools.partial(read_input, fit=fit, full=full, facts=facts)
+    read = functools.partial(read_input, fit=fit, full=full, facts=facts, shown=shown_of(meta))
     draw = Drawing(model, encoder, sampling, args.seed, wanted, read, given, again)
     folders = {m: MODALITIES[m] for m in wanted}
     if again:

@@ -306,7 +306,7 @@ def test_tree_json_says_what_files_hold(tmp_path):
         modalities.write_facts(tmp_path / "t", depth_space="disparity")
     for key, value in (("depth_space", "metres"), ("palette", [[1, 2]]), ("depth_unit", -1), ("void", "x"),
                        ("format", "other"), ("depth-space", "depth"), ("depth_unit", True)):
-        held = {"format": trees.FORMAT, key: value}
+        held = {"format": modalities.FACTS_FORMAT, key: value}
         (tmp_path / "t/tree.json").write_text(json.dumps(held))
         with pytest.raises(InputError, match=f"tree.json: .*{key}|tree.json: not a list"):
             trees.facts_of(tmp_path / "t")

@@ -11,12 +11,14 @@ import pytest
 import torch
 from PIL import Image
 
+import dataset
 import listing
+import sample
 import toy_scenes
 from conftest import ROOT, shell
 from dataset import Cache, to_unit
 from distributed import InputError
-from modalities import MODALITIES, canny
+from modalities import MODALITIES, Facts, canny, shown_of
 from trees import facts_of
 from vae import load_vae
 from weights import DEMO, load_model
@@ -206,6 +208,45 @@ def test_a_short_array_is_refused_and_not_filled_with_zeros(cache, tmp_path, com
     with pytest.raises(InputError, match="rgb.npy: not readable"):
         command("prep_latents", "--toy", 24, "--out", tmp_path / "short", "--batch-size", 8)
     assert path.stat().st_size == 5000
+
+
+def test_maps_are_shown_as_the_released_weights_have_them(tmp_path, command):
+    """A ramp of 4:3 has its range over the whole picture: its square from -0.75 to 0.75, not from -1 to 1.
+    What no segment covers is black in the file, and a colour to the network. meta.json says both, and what
+    samples from the cache's models obeys it.
+    """
+    ramp = np.tile(np.linspace(0, 255, 64).astype(np.uint8), (48, 1))
+    segments = np.zeros((48, 64, 3), np.uint8)
+    segments[:, 32:] = (200, 30, 90)
+    for m, array in (("rgb", ramp), ("depth", ramp), ("seg", segments)):
+        (tmp_path / "t" / m).mkdir(parents=True)
+        Image.fromarray(array).save(tmp_path / "t" / m / "a.png")
+    flags = ("--data", tmp_path / "t", "--vae", "none", "--size", 48, "--no-dino", "--out")
+    held = {}
+    for name, more in (("new", ()), ("old", ("--depth-over", "crop", "--uncovered", "black"))):
+        command("prep_latents", *flags, tmp_path / name, *more)
+        cache = dataset.Cache(tmp_path / name)
+        held[name] = {m: cache.array(m)[0] for m in ("depth", "seg")}
+        meta = cache.meta
+        request = sample.Request(0, "a", 0, {m: tmp_path / "t" / m / "a.png" for m in ("depth", "seg")})
+        read = sample.read_input(request, sample.fit_of("crop", 48, 2), False,
+                                 dict.fromkeys(("depth", "seg"), Facts()), shown_of(meta))
+        for m, pixels in read.pixels.items():
+            assert np.abs((pixels + 1) * 127.5 - held[name][m]).max() <= 1
+    assert meta["shown"] == {} and dataset.read_meta(tmp_path / "new")["shown"] == {
+        "depth_over": "picture", "uncovered": "colour"}
+    low, high = held["new"]["depth"].min(), held["new"]["depth"].max()
+    assert [low, high] == pytest.approx([255 / 8, 255 * 7 / 8], abs=3)
+    assert held["old"]["depth"].min() == 0 and held["old"]["depth"].max() == 255
+    assert not held["old"]["seg"][:, :, :24].any()
+    colour = held["new"]["seg"][:, 0, 0]
+    assert colour.any() and (held["new"]["seg"][:, :, :24] == colour[:, None, None]).all()
+    assert np.array_equal(held["new"]["seg"][:, :, 24:], held["old"]["seg"][:, :, 24:])
+    del meta["shown"]  # an older cache goes on as it was begun
+    (tmp_path / "old/meta.json").write_text(json.dumps(meta))
+    command("prep_latents", *flags, tmp_path / "old", "--depth-over", "crop", "--uncovered", "black")
+    with pytest.raises(InputError, match="shown is {}, this run has .*use another --out"):
+        command("prep_latents", *flags, tmp_path / "old")
 
 
 def test_a_repaired_picture_is_taken_up(tree, tmp_path, command):

@@ -14,7 +14,7 @@ import sample
 import samplers
 from conftest import shell
 from distributed import InputError, whole_file
-from modalities import MODALITIES, PLAIN
+from modalities import MODALITIES, PLAIN, PLAINLY
 from sample import Request
 from weights import DEMO, load_checkpoint
 
@@ -86,11 +86,11 @@ def test_maps_that_do_not_align_are_refused(tmp_path):
     request = Request(0, "a", 0, {"rgb": tmp_path / "a.png", "depth": tmp_path / "d.npy"})
     crop, full = (sample.fit_of(mode, 32, 8) for mode in ("crop", "full"))
     facts = {"rgb": PLAIN, "depth": PLAIN}
-    one = sample.read_input(request, crop, False, facts)
+    one = sample.read_input(request, crop, False, facts, PLAINLY)
     assert one.pixels["depth"].shape == (3, 32, 32) and one.shape is None and one.whole == one.pixels
     with pytest.raises(InputError, match="d.npy: its size does not match that of rgb"):
-        sample.read_input(request, full, True, facts)
-    one = sample.read_input(request._replace(files={"rgb": tmp_path / "a.png"}), full, True, facts)
+        sample.read_input(request, full, True, facts, PLAINLY)
+    one = sample.read_input(request._replace(files={"rgb": tmp_path / "a.png"}), full, True, facts, PLAINLY)
     assert one.pixels["rgb"].shape == (3, 48, 32) and one.whole["rgb"].shape == (3, 60, 40)
     assert one.shape == (60, 40)
 
