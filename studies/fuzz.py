@@ -46,10 +46,9 @@ import sample
 import toy_scenes
 import toy_vae
 import train
-import trees
 import weights
 from distributed import check, command_parser, run
-from modalities import MODALITIES
+from modalities import FACTS_FORMAT, MODALITIES
 
 VALUES = ("", "0", "-1", "1", "2", "nan", "inf", "-inf", "1e308", "0.5", "x", "ü", "..", "/dev/null", "None",
           "rgb", "2147483648", "99999999999999999999", "1,1", "a b", "--")
@@ -420,7 +419,7 @@ def tree_json(dice, path):
     held = {"depth_space": dice.choice(("depth", "disparity")), "depth_unit": dice.choice((0.001, 1)),
             "seg_mode": dice.choice(("semantic", "instance")), "void": dice.choice((255, 0)),
             "palette": toy_scenes.PALETTE.tolist(), "upright": dice.random() < 0.5, "focal": 1.2}
-    held = {"format": trees.FORMAT, **{key: held[key] for key in dice.sample(sorted(held), 3)}}
+    held = {"format": FACTS_FORMAT, **{key: held[key] for key in dice.sample(sorted(held), 3)}}
     chance = dice.random()
     if chance < 0.3:
         held = bent(dice, held)
