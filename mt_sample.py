@@ -22,7 +22,7 @@ from PIL import Image
 from scipy import ndimage
 
 import eval_depth
-import mt_diffusion
+import mt_model
 import sample
 import samplers
 from dataset import to_unit
@@ -30,7 +30,7 @@ from distributed import (check, check_apart, check_folder, check_replaced, comma
                          sha256, whole_file, write_json)
 from locks import only_writer
 from modalities import MODALITIES, as_it_is, check_turned, enlarge, read_array, read_mask
-from mt_diffusion import Chain, draw_images
+from mt_model import Chain, draw_images
 from produce import SHOWN, finish, folders_read, produce, write_grid, write_npz
 from trees import facts_of, find_files, flat_name, picture_folder, recorded, stem_of
 from vae import encoder_of
@@ -78,7 +78,7 @@ def read_hidden(request, fit, full, patches, seed):
     if patches:
         random = np.random.default_rng((seed, request.index, patches)).random((patches, 2))
         corners = torch.from_numpy((random * size).astype(int))[None]
-        squares = mt_diffusion.visible(corners, torch.tensor([patches]), size, mt_diffusion.PATCH)
+        squares = mt_model.visible(corners, torch.tensor([patches]), size, mt_model.PATCH)
         mask = squares[0, 0].numpy() == 0
         large = F.interpolate(squares, whole.shape[1:])[0, 0].numpy() < 1
         return Hidden({"rgb": pixels}, whole, mask, large)
@@ -272,7 +272,7 @@ def arguments():
     parser.add_argument("--mask", type=pathlib.Path,
                         help="restore: a picture of the photo's size, white is hidden; or a folder of such")
     parser.add_argument("--patches", type=int,
-                        help=f"restore: hide so many random squares of {mt_diffusion.PATCH} pixels instead")
+                        help=f"restore: hide so many random squares of {mt_model.PATCH} pixels instead")
     parser.add_argument("--sdedit", type=float, metavar="SHARE",
                         help="restore: the baseline, from the masked image noised so far (0 to 1)")
     parser.add_argument("--features", type=pathlib.Path,
@@ -305,7 +305,7 @@ def chain_of(args, pair):
           f"follows by {' or '.join(allowed)}")
     check(not args.classifier_scale or pair == "label", f"--classifier-scale {args.classifier_scale}: needs "
           f"a checkpoint of --pair label, this one is of {pair}")
-    check(args.steps <= mt_diffusion.T, f"--steps {args.steps}: the chain has {mt_diffusion.T}")
+    check(args.steps <= mt_model.T, f"--steps {args.steps}: the chain has {mt_model.T}")
     return Chain(steps=args.steps, start=args.start, x_update=args.x_update, cfg=args.cfg,
                  classifier_scale=args.classifier_scale, precision=args.precision)
 
@@ -380,8 +380,8 @@ def main():
     """Draw what the flags ask for, shared out over the processes; what is there already is kept."""
     args = arguments()
     rank, _, device = setup()
-    loaded = load_model(args.ckpt or newest_checkpoint(), device, method=mt_diffusion.Objective.method,
-                        build=mt_diffusion.build)
+    loaded = load_model(args.ckpt or newest_checkpoint(), device, method=mt_model.METHOD,
+                        build=mt_model.build)
     model, meta = loaded.model, loaded.meta
     check_task(args, model)
     chain = chain_of(args, model.pair)

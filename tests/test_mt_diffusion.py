@@ -8,7 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-import mt_diffusion as mt
+import mt_diffusion
+import mt_model as mt
 import train
 from conftest import gap, shell, start
 from dataset import Cache
@@ -283,9 +284,9 @@ def objective(data, *flags):
     """The Objective of the training command's flags on a cache."""
     parser = command_parser("")
     train.add_flags(parser)
-    mt.Objective.add_flags(parser)
+    mt_diffusion.Objective.add_flags(parser)
     args = parser.parse_args(["--data", str(data), "--model", "T/2", *map(str, flags)])
-    return mt.Objective(args, Cache(data), torch.device("cpu"))
+    return mt_diffusion.Objective(args, Cache(data), torch.device("cpu"))
 
 
 def test_the_rows_of_a_masked_batch(data):
@@ -509,7 +510,7 @@ class Gated(mt.MTDiffusion):
 
 def test_older_runs_go_on_with_the_defaults_of_what_is_new(data, trained, command, tmp_path, monkeypatch):
     """A flag is one line in Objective.add_flags, an option a keyword of the network; --lr may change."""
-    run, original = tmp_path / "run", mt.Objective.add_flags
+    run, original = tmp_path / "run", mt_diffusion.Objective.add_flags
     shutil.copytree(trained("rgb", "seg"), run, symlinks=True)
     flags = ("--pair", "rgb", "seg", "--data", data, "--run", run, "--model", "T/2", "--batch-size", 8,
              "--preview-every", 9, "--steps", 3)
@@ -520,7 +521,7 @@ def test_older_runs_go_on_with_the_defaults_of_what_is_new(data, trained, comman
 
     assert mt.OPTIONS == {"agg": "vp_ramp", "head": "middle", "features": None, "bound": 8.0,
                           "patch_size": 2, "fusion": "linear"}
-    monkeypatch.setattr(mt.Objective, "add_flags", staticmethod(longer))
+    monkeypatch.setattr(mt_diffusion.Objective, "add_flags", staticmethod(longer))
     monkeypatch.setattr(mt, "MTDiffusion", Gated)
     monkeypatch.setitem(mt.OPTIONS, "gated", False)
     with pytest.raises(InputError, match="ramp = 0.5, this command has 1.0"):
@@ -530,7 +531,7 @@ def test_older_runs_go_on_with_the_defaults_of_what_is_new(data, trained, comman
     assert gap(run, trained("rgb", "seg"), ["model"]) < 1e-9
     config = load_checkpoint(run)["config"]
     assert config["train"]["ramp"] == 0.5 and config["model"]["gated"] is False
-    monkeypatch.setattr(mt, "build", functools.partial(mt.build, gated=True))
+    monkeypatch.setattr(mt_diffusion, "build", functools.partial(mt.build, gated=True))
     with pytest.raises(InputError, match="gated = False, this command has True"):
         command("mt_diffusion", *flags)
 
