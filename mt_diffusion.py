@@ -3,11 +3,14 @@ diffusion chain.
 
     python mt_diffusion.py --pair rgb seg --data data/toy --model T/2     # rgb -> seg, and both from noise
     python mt_diffusion.py --pair masked ...                              # or masked-u, label, feature
+    python mt_diffusion.py --preset masked --data data/imagenet-64        # the paper's hyper-parameters
     python mt_sample.py --task translate --image photo.jpg --ckpt runs/mt
 
 One loss trains the chain's noise and X (Eq. 6) of the network in mt_model.py. Training is train.py's loop,
 with its flags, checkpoints and processes.
 """
+import sys
+
 import torch
 
 import train
@@ -15,22 +18,33 @@ from distributed import autocast, check, run, whole_file
 from model import training_flops
 from modalities import draw_samples, draw_sheet
 from mt_model import (FAMILIES, METHOD, OPTIONS, PATCH, PATCHES, SETTINGS, Chain, T, beside, build,
-                      draw_images, visible)
+                      draw_images, visible, with_preset)
 from samplers import Noise, decode
 from vae import encoder_of, latents
 from weights import fit
+
+# App. E: what --preset stands for. What all runs of a setting share (betas, squares) is in SETTINGS. The
+# patches are ours, for pixels; the paper's batch of 75 is none of train.py's, a multiple of 4.
+PRESETS = {
+    "translation": "--pair rgb seg --lr 1e-4 --batch-size 32",                                   # E.1
+    "masked": "--pair masked --patch-size 4 --lr 7e-5 --batch-size 80 --steps 1000000",          # E.2, 64 px
+    "masked-128": "--pair masked --patch-size 8 --lr 7e-5 --batch-size 80",                      # E.2, 128 px
+    "label": "--pair label --patch-size 4 --lr 7e-5 --batch-size 76 --steps 1000000",            # E.3, 64 px
+    "feature": "--pair feature --lr 1e-5 --batch-size 2048",                                     # E.4
+}
 
 
 class Objective:
     """Eq. 6: the noise's mean square, plus x_weight times X's error; for the contract see train.MMGen."""
 
     method = METHOD
-    shaping = ("model", "fusion", "pair", "agg", "head", "patch_size")
+    shaping = ("model", "fusion", "pair", "agg", "head", "patch_size", "preset")  # preset: flag by flag
     options = OPTIONS
 
     @staticmethod
     def add_flags(parser):
         parser.set_defaults(run="runs/mt")
+        parser.add_argument("--preset", choices=list(PRESETS), help="the paper's flags, before your own")
         parser.add_argument("--pair", nargs="+", required=True, metavar="X",
                             help="SOURCE TARGET modalities, or masked, masked-u, label, feature")
         parser.add_argument("--agg", default="vp_ramp", choices=list(FAMILIES), help="the weights w")
@@ -39,6 +53,8 @@ class Objective:
         parser.add_argument("--x-weight", type=float, default=0.1, help="lambda of Eq. 6; 0: single task")
         parser.add_argument("--eps-weight", type=float, default=1.0, help="0 trains the head of X alone")
         parser.add_argument("--hidden", type=float, help="share of rows whose X is not seen (the setting's)")
+        parser.add_argument("--full-mask", type=float,
+                            help="masked: share of rows that see the whole mask (0.1); 1: generation alone")
         parser.add_argument("--single", type=float, help="label, feature: share of plain DDPM given X (0.3)")
 
     def __init__(self, args, cache, device):
@@ -53,7 +69,8 @@ class Objective:
         self.backbone = self.model.backbone
         self.sources = list(dict.fromkeys(names))
         self.reads = [*self.sources, *{"label": ["labels"], "feature": ["feature"]}.get(self.kind, [])]
-        chosen = {key: getattr(args, key) for key in ("hidden", "single") if getattr(args, key) is not None}
+        shares = {key: getattr(args, key) for key in ("hidden", "full_mask", "single")}
+        chosen = {key: share for key, share in shares.items() if share is not None}
         self.setting = self.model.setting._replace(**chosen)
         self.settings = self.setting._asdict()
         self.terms = ("loss_eps", "loss_x", "energy")  # energy: E(X)'s mean square, 0 at first
@@ -76,11 +93,16 @@ class Objective:
         check(args.head == "middle" or kind == "label", f"--head {args.head}: belongs to --pair label")
         check(args.single is None or kind in ("label", "feature"), "--single: of --pair label and feature")
         check(args.hidden is None or kind in ("pair", "masked"), "--hidden: of two modalities and masked")
+        check(args.full_mask is None or kind == "masked", "--full-mask: of --pair masked")
+        recognises = not args.eps_weight and kind in ("label", "feature")
+        check(not recognises or args.agg == "none", f"--eps-weight 0 --agg {args.agg}: the head of X would "
+              "read X out of z, where no image that is to be recognised has it; add --agg none")
         check(kind != "feature" or "feature" in self.cache.stems, f"--pair feature: {args.data} has no "
               "feature vectors; make it with prep_latents.py --feature NAME")
         check(1 <= args.patch_size <= side and side % args.patch_size == 0,
               f"--patch-size {args.patch_size}: must tile latents of {side}x{side}")
-        for name, most in (("hidden", 1), ("single", 1), ("x_weight", 1e3), ("eps_weight", 1e3)):
+        limits = dict(hidden=1, full_mask=1, single=1, x_weight=1e3, eps_weight=1e3)
+        for name, most in limits.items():
             value, flag = getattr(args, name), f"--{name.replace('_', '-')}"
             check(value is None or 0 <= value <= most, f"{flag} {value}: must lie in [0, {most:g}]")
 
@@ -179,6 +201,8 @@ class Objective:
 
 
 def main():
+    """Train; the flags of a --preset are put before those of the command."""
+    sys.argv[1:] = with_preset(sys.argv[1:], PRESETS)
     train.command(Objective, __doc__)
 
 

@@ -13,6 +13,7 @@ per sample, continued.
 import functools
 import json
 import pathlib
+import sys
 from typing import NamedTuple
 
 import numpy as np
@@ -30,12 +31,13 @@ from distributed import (check, check_apart, check_folder, check_replaced, comma
                          sha256, whole_file, write_json)
 from locks import only_writer
 from modalities import MODALITIES, as_it_is, check_turned, enlarge, read_array, read_mask
-from mt_model import Chain, draw_images
+from mt_model import Chain, draw_images, with_preset
 from produce import SHOWN, finish, folders_read, produce, write_grid, write_npz
 from trees import facts_of, find_files, flat_name, picture_folder, recorded, stem_of
 from vae import encoder_of
 from weights import load_model, newest_checkpoint
 
+PRESETS = {"paper": f"--steps {mt_model.T}"}  # what --preset stands for: every step of the chain
 NEEDS = {"translate": "pair", "restore": "masked", "classify": "label", "evaluate": "pair"}  # task: setting
 
 
@@ -94,7 +96,8 @@ def read_hidden(request, fit, full, patches, seed):
 
 
 class Restoration(Images):
-    """Fills what a mask hides; the pixels outside of it are written as they are (Sec. 4.1).
+    """Fills what a mask hides; the pixels outside of it are written as they are (Sec. 4.1), but for SDEdit,
+    which keeps none of them (Table 1).
 
     What lies under the mask is first filled from the nearest pixel, so that it does not leak through the
     autoencoder into the latents around it; then the latents under it are zero, as in training. sdedit: the
@@ -122,7 +125,8 @@ class Restoration(Images):
         for request, one, image in zip(batch, inputs, self.images(z)):
             if image.shape != one.whole.shape:
                 image = enlarge(image, one.whole.shape[1:])
-            maps = {"rgb": np.where(one.whole_mask, image, one.whole),
+            drawn = one.whole_mask | bool(self.sdedit)
+            maps = {"rgb": np.where(drawn, image, one.whole),
                     "masked_rgb": np.where(one.whole_mask, np.float32(0), one.whole)}
             yield request, maps, None
 
@@ -258,6 +262,7 @@ def arguments():
     """The command's flags -> Namespace. InputError for those that contradict each other."""
     parser = command_parser(__doc__)
     parser.add_argument("--task", required=True, choices=("generate", *NEEDS))
+    parser.add_argument("--preset", choices=list(PRESETS), help="the paper's flags, before your own")
     parser.add_argument("--toy", type=int, metavar="N", help="evaluate: N held-out toy scenes")
     parser.add_argument("--data", type=pathlib.Path, help="evaluate: folder tree <root>/<modality>/...")
     parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="evaluate: the scores")
@@ -277,7 +282,7 @@ def arguments():
                         help="restore: the baseline, from the masked image noised so far (0 to 1)")
     parser.add_argument("--features", type=pathlib.Path,
                         help="generate, feature checkpoints: .npy (K, F), one vector a sample")
-    args = parser.parse_args()
+    args = parser.parse_args(with_preset(sys.argv[1:], PRESETS))
     check_replaced(args.json, b"{")
     check_apart([args.json], [args.ckpt, args.features, args.data and args.data / "tree.json"])
     samplers.check_flags(args)
