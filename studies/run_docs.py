@@ -113,10 +113,12 @@ def save_scene(folder, i):
     disparity = 1 / scene.depth
     maps = {"normal": ((scene.normal * 0.5 + 0.5) * 255).round().astype(np.uint8),
             "seg": toy_scenes.PALETTE[scene.seg], "rgb": scene.rgb}
-    for tree in ("imagenet_mm", "imagenet_val", "scenes", "truth", "predictions", "cityscapes_train",
-                 "cityscapes_val"):
+    for tree in ("imagenet_mm", "imagenet_val", "scenes", "truth", "predictions"):
         for modality, picture in maps.items():
             save(folder / tree / modality / f"{name}.png", picture)
+    for tree in ("cityscapes_train", "cityscapes_val"):  # its segments are labels
+        save(folder / tree / "rgb" / f"{name}.png", scene.rgb)
+        save(folder / tree / "seg" / f"{name}.png", scene.seg.astype(np.uint8))
     for tree in ("imagenet_mm", "imagenet_val"):
         save(folder / tree / "depth" / f"{name}.png", (disparity / disparity.max() * 255).astype(np.uint8))
     for tree, depth in (("scenes", scene.depth), ("truth", scene.depth), ("predictions", disparity)):
