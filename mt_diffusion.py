@@ -38,11 +38,12 @@ class Objective:
     """Eq. 6: the noise's mean square, plus x_weight times X's error; for the contract see train.MMGen."""
 
     method = METHOD
-    shaping = ("model", "fusion", "pair", "agg", "head", "patch_size", "preset")  # preset: flag by flag
+    shaping = ("model", "fusion", "pair", "agg", "head", "patch_size", "preset")  # its flags are compared
     options = OPTIONS
 
     @staticmethod
     def add_flags(parser):
+        """Its own flags; a share or a probability that is not given is its setting's."""
         parser.set_defaults(run="runs/mt")
         parser.add_argument("--preset", choices=list(PRESETS), help="the paper's flags, before your own")
         parser.add_argument("--pair", nargs="+", required=True, metavar="X",

@@ -107,6 +107,7 @@ class Restoration(Images):
     sdedit = None
 
     def sample(self, batch, inputs, noise):
+        """Yield each request with its restored and its masked picture, (3, H, W)."""
         pixels = torch.from_numpy(np.stack([one.pixels["rgb"] for one in inputs]))            # (N, 3, fH, fW)
         hidden = np.stack([one.mask for one in inputs])                                       # (N, fH, fW)
         filled = pixels.clone()
