@@ -205,7 +205,7 @@ def main():
         seen = set()
         for page in DOCS:
             for command in commands((ROOT / page).read_text()):
-                trains = re.search(r"(train|mt_diffusion|prep_latents)\.py", command)
+                trains = re.search(r"(train|mt_diffusion|prep_latents|pseudo_label)\.py", command)
                 if command in seen or not (args.only in command or trains):
                     continue
                 seen.add(command)
