@@ -13,6 +13,7 @@ per sample, continued.
 import functools
 import json
 import pathlib
+import sys
 from typing import NamedTuple
 
 import numpy as np
@@ -21,22 +22,23 @@ import torch.nn.functional as F
 from PIL import Image
 from scipy import ndimage
 
-import mt_diffusion
+import mt_model
 import sample
 import samplers
 from dataset import to_unit
 from distributed import (check, check_apart, check_folder, check_replaced, command_parser, run, setup,
                          sha256, whole_file, write_json)
-from evaluation import Ceiling, Checkpoint, Toy, Tree, evaluate
+from evaluation import Ceiling, Toy, Tree, evaluate
 from locks import only_writer
 from metrics import Rules, metrics_of, print_table, results
 from modalities import MODALITIES, as_it_is, check_turned, enlarge, read_array, read_mask, shown_of
-from mt_diffusion import Chain, draw_images
+from mt_model import Chain, Translations, draw_images, with_preset
 from produce import SHOWN, finish, folders_read, produce, write_grid, write_npz
 from trees import facts_of, find_files, flat_name, picture_folder, recorded, stem_of
 from vae import encoder_of
 from weights import load_model, newest_checkpoint
 
+PRESETS = {"paper": f"--steps {mt_model.T}"}  # what --preset stands for: every step of the chain
 NEEDS = {"translate": "pair", "restore": "masked", "classify": "label", "evaluate": "pair"}  # task: setting
 
 
@@ -79,7 +81,7 @@ def read_hidden(request, fit, full, patches, seed):
     if patches:
         random = np.random.default_rng((seed, request.index, patches)).random((patches, 2))
         corners = torch.from_numpy((random * size).astype(int))[None]
-        squares = mt_diffusion.visible(corners, torch.tensor([patches]), size, mt_diffusion.PATCH)
+        squares = mt_model.visible(corners, torch.tensor([patches]), size, mt_model.PATCH)
         mask = squares[0, 0].numpy() == 0
         large = F.interpolate(squares, whole.shape[1:])[0, 0].numpy() < 1
         return Hidden({"rgb": pixels}, whole, mask, large)
@@ -95,7 +97,8 @@ def read_hidden(request, fit, full, patches, seed):
 
 
 class Restoration(Images):
-    """Fills what a mask hides; the pixels outside of it are written as they are (Sec. 4.1).
+    """Fills what a mask hides; the pixels outside of it are written as they are (Sec. 4.1), but for SDEdit,
+    which keeps none of them (Table 1).
 
     What lies under the mask is first filled from the nearest pixel, so that it does not leak through the
     autoencoder into the latents around it; then the latents under it are zero, as in training. sdedit: the
@@ -105,6 +108,7 @@ class Restoration(Images):
     sdedit = None
 
     def sample(self, batch, inputs, noise):
+        """Yield each request with its restored and its masked picture, (3, H, W)."""
         pixels = torch.from_numpy(np.stack([one.pixels["rgb"] for one in inputs]))            # (N, 3, fH, fW)
         hidden = np.stack([one.mask for one in inputs])                                       # (N, fH, fW)
         filled = pixels.clone()
@@ -123,7 +127,8 @@ class Restoration(Images):
         for request, one, image in zip(batch, inputs, self.images(z)):
             if image.shape != one.whole.shape:
                 image = enlarge(image, one.whole.shape[1:])
-            maps = {"rgb": np.where(one.whole_mask, image, one.whole),
+            drawn = one.whole_mask | bool(self.sdedit)
+            maps = {"rgb": np.where(drawn, image, one.whole),
                     "masked_rgb": np.where(one.whole_mask, np.float32(0), one.whole)}
             yield request, maps, None
 
@@ -218,17 +223,6 @@ def report_classes(out, requests, num_classes):
 # ------------------------------------------------------------------------------------------------
 # Translations against the truth.
 
-class Translations(Checkpoint):
-    """A predictor of evaluation.py; sampling is a Chain."""
-
-    def draw(self, frames, modalities, indices):
-        rgb, y = self.inputs(frames)
-        noise = samplers.Noise(self.seed, indices, y.device)
-        x = draw_images(self.model, y, noise, self.sampling, self.encoder.encode(rgb, noise))
-        wanted = [self.model.modalities.index(m) for m in modalities]
-        return samplers.decode(self.encoder, x, wanted, self.sampling.precision)
-
-
 def score(args, loaded, encoder, chain, rank):
     """Print, and write to --json, the scores of translations of RGB and of the autoencoder alone."""
     model, meta = loaded.model, loaded.meta
@@ -259,6 +253,7 @@ def arguments():
     """The command's flags -> Namespace. InputError for those that contradict each other."""
     parser = command_parser(__doc__)
     parser.add_argument("--task", required=True, choices=("generate", *NEEDS))
+    parser.add_argument("--preset", choices=list(PRESETS), help="the paper's flags, before your own")
     parser.add_argument("--toy", type=int, metavar="N", help="evaluate: N held-out toy scenes")
     parser.add_argument("--data", type=pathlib.Path, help="evaluate: folder tree <root>/<modality>/...")
     parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="evaluate: the scores")
@@ -273,12 +268,12 @@ def arguments():
     parser.add_argument("--mask", type=pathlib.Path,
                         help="restore: a picture of the photo's size, white is hidden; or a folder of such")
     parser.add_argument("--patches", type=int,
-                        help=f"restore: hide so many random squares of {mt_diffusion.PATCH} pixels instead")
+                        help=f"restore: hide so many random squares of {mt_model.PATCH} pixels instead")
     parser.add_argument("--sdedit", type=float, metavar="SHARE",
                         help="restore: the baseline, from the masked image noised so far (0 to 1)")
     parser.add_argument("--features", type=pathlib.Path,
                         help="generate, feature checkpoints: .npy (K, F), one vector a sample")
-    args = parser.parse_args()
+    args = parser.parse_args(with_preset(sys.argv[1:], PRESETS))
     check_replaced(args.json, b"{")
     check_apart([args.json], [args.ckpt, args.features, args.data and args.data / "tree.json"])
     samplers.check_flags(args)
@@ -306,7 +301,7 @@ def chain_of(args, pair):
           f"follows by {' or '.join(allowed)}")
     check(not args.classifier_scale or pair == "label", f"--classifier-scale {args.classifier_scale}: needs "
           f"a checkpoint of --pair label, this one is of {pair}")
-    check(args.steps <= mt_diffusion.T, f"--steps {args.steps}: the chain has {mt_diffusion.T}")
+    check(args.steps <= mt_model.T, f"--steps {args.steps}: the chain has {mt_model.T}")
     return Chain(steps=args.steps, start=args.start, x_update=args.x_update, cfg=args.cfg,
                  classifier_scale=args.classifier_scale, precision=args.precision)
 
@@ -381,8 +376,8 @@ def main():
     """Draw what the flags ask for, shared out over the processes; what is there already is kept."""
     args = arguments()
     rank, _, device = setup()
-    loaded = load_model(args.ckpt or newest_checkpoint(), device, method=mt_diffusion.Objective.method,
-                        build=mt_diffusion.build)
+    loaded = load_model(args.ckpt or newest_checkpoint(), device, method=mt_model.METHOD,
+                        build=mt_model.build)
     model, meta = loaded.model, loaded.meta
     check_task(args, model)
     chain = chain_of(args, model.pair)

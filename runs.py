@@ -95,7 +95,11 @@ def agree(folder, step, device):
 
 
 def save_checkpoint(folder, model, ema, optimiser, step, config, ages):
-    """Write ckpt/<step>.pt under a temporary name, then point latest.pt to it: a link, or its name."""
+    """Process 0 writes ckpt/<step>.pt under a temporary name, then points latest.pt to it: a link, or its
+    name.
+    """
+    if place()[0] > 0:
+        return
     path = folder / "ckpt" / f"{step:07d}.pt"
     with whole_file(path) as file:
         torch.save({"model": model.state_dict(), "ema": ema.state_dict(), "opt": optimiser.state_dict(),

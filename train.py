@@ -157,7 +157,7 @@ def total_loss(sums, counts, weights):
 class MMGen:
     """The objective of the paper: velocities and REPA. What an objective brings to the loop of `train`:
 
-    method      its name in checkpoints
+    method      its name in checkpoints; group: so many rows go together
     shaping     flags that a resume compares through model.config instead
     options     {name: default} of what an older file's model.config may lack
     settings    flags as they came out (REPA's weight is 0 without targets): checkpoints keep these
@@ -175,7 +175,7 @@ class MMGen:
     predictor   (network, encoder, metrics) -> a predictor of evaluation.py
     """
 
-    method = "mmgen"
+    method, group = "mmgen", ROLES
     shaping = ("model", "fusion", "modalities", "no_task_embedding")
     options = runs.options_of(MMDiT)
 
@@ -267,7 +267,7 @@ def train(args, cache, objective, place, defaults):
     place: (rank, number of processes, device); defaults: the values of flags that an older checkpoint lacks.
     """
     rank, world, device = place
-    part = dataset.part_of(args.batch_size, args.micro_batch, rank, world, ROLES)
+    part = dataset.part_of(args.batch_size, args.micro_batch, rank, world, objective.group)
     n, micro, terms = part.stop - part.start, args.micro_batch, objective.terms
     model, backbone = objective.model, objective.backbone
     config = {"model": model.config, "meta": cache.meta, "train": runs.flags_of(args, objective)}
@@ -327,7 +327,7 @@ def train(args, cache, objective, place, defaults):
         meter.skip(seconds)
         if scores:
             log.write({"step": done, **scores})
-        if saving and rank == 0:  # last: the log is cut back to it
+        if saving:  # last: the log is cut back to it
             runs.save_checkpoint(args.run, model, ema, optimiser, done, config, ages)
         bar.update()
     bar.close()

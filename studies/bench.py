@@ -41,7 +41,7 @@ from record import call, command_line, write_json
 
 import dataset
 import eval_fid
-import mt_diffusion
+import mt_model
 import prep_latents
 import sample
 import toy_scenes
@@ -776,7 +776,7 @@ def heads(args, device):
     at, zero = 1 - k / 1000, torch.zeros_like(z)
 
     def build(pair, modalities, **options):
-        return mt_diffusion.build(args.model, pair, modalities, args.classes, 4, args.latent_size,
+        return mt_model.build(args.model, pair, modalities, args.classes, 4, args.latent_size,
                                   **options).to(device)
 
     image, label = build("masked", ["rgb", "rgb"]), build("label", ["rgb"])

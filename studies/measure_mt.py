@@ -19,7 +19,7 @@ import torch
 from measure_demo import held_out, scene_pixels
 from record import call, report
 
-import mt_diffusion
+import mt_model
 import mt_sample
 import toy_scenes
 from distributed import InputError, command_parser, run, setup
@@ -74,7 +74,7 @@ def restoration(args, scenes, work):
         hidden = sum(map(len, restored.filled)) / 3 / len(restored.filled) / 64 ** 2
         result[f"m = {m}"] = {"hidden": hidden, "restored": psnr(restored.filled),
                               "left grey": psnr(restored.grey), "sdedit": psnr(sdedit.filled),
-                              "other pixels exact": restored.exact and sdedit.exact}
+                              "other pixels exact": restored.exact}
     return result
 
 
@@ -115,7 +115,7 @@ def main():
     add("--json", type=pathlib.Path)
     args = parser.parse_args()
     _, _, device = setup()
-    loaded = load_model(args.ckpt, device, method=mt_diffusion.Objective.method, build=mt_diffusion.build)
+    loaded = load_model(args.ckpt, device, method=mt_model.METHOD, build=mt_model.build)
     pair = loaded.model.pair
     with tempfile.TemporaryDirectory() as folder:
         work = pathlib.Path(folder)

@@ -47,7 +47,7 @@ SKIPPED = {  # text of a command: why it is not run
 }
 SMALL = {"--toy": "8", "--num": "8", "--batch-size": "8", "--micro-batch": "4", "--steps": "2",
          "--model": "T/2", "--class-id": "3",
-         "--generate": "8", "--minutes": "0.2", "--crop": "64", "--latent-size": "8"}
+         "--generate": "8", "--minutes": "0.2", "--crop": "64", "--latent-size": "8", "--size": "64"}
 MORE = {  # script: flags that it gets where the command does not have them
     "train.py": {"--model": "T/2", "--steps": "2", "--batch-size": "8"},
     "mt_diffusion.py": {"--model": "T/2", "--steps": "2", "--batch-size": "8"},
@@ -90,7 +90,9 @@ def shortened(command):
         for flag, value in MORE.get(words[0], {}).items():
             words += [] if flag in words else [flag, value]
     if words[0] == "prep_latents.py" and "--data" in words:
-        words += ["--vae", "toy", "--no-dino", "--size", "64"]
+        words += ["--no-dino"]
+        for flag, value in {"--vae": "toy", "--size": "64"}.items():
+            words += [] if flag in words else [flag, value]
     return words
 
 
@@ -112,9 +114,12 @@ def save_scene(folder, i):
     disparity = 1 / scene.depth
     maps = {"normal": ((scene.normal * 0.5 + 0.5) * 255).round().astype(np.uint8),
             "seg": toy_scenes.PALETTE[scene.seg], "rgb": scene.rgb}
-    for tree in ("imagenet_mm", "imagenet_val", "scenes", "truth", "predictions", "cityscapes_val"):
+    for tree in ("imagenet_mm", "imagenet_val", "scenes", "truth", "predictions"):
         for modality, picture in maps.items():
             save(folder / tree / modality / f"{name}.png", picture)
+    for tree in ("cityscapes_train", "cityscapes_val"):  # its segments are labels
+        save(folder / tree / "rgb" / f"{name}.png", scene.rgb)
+        save(folder / tree / "seg" / f"{name}.png", scene.seg.astype(np.uint8))
     for tree in ("imagenet_mm", "imagenet_val"):
         save(folder / tree / "depth" / f"{name}.png", (disparity / disparity.max() * 255).astype(np.uint8))
     for tree, depth in (("scenes", scene.depth), ("truth", scene.depth), ("predictions", disparity)):
@@ -129,7 +134,7 @@ def save_scene(folder, i):
 
 
 def bring(folder):
-    """All that the reader brings."""
+    """All that the reader brings but for weights."""
     for i in range(8):
         scene = save_scene(folder, i)
     for tree in ("scenes", "truth"):  # depth in metres; the others hold disparity
@@ -151,8 +156,8 @@ def bring(folder):
             "def seg(image): return np.asarray(image.convert('L')) // 64\n")
     bring_indices(folder)
     pictures = np.random.default_rng(0).integers(0, 256, (8, 64, 64, 3), np.uint8)
-    np.savez(folder / "VIRTUAL_imagenet256_labeled.npz", arr_0=pictures)
-    bring_weights(folder)
+    for size in (64, 128, 256):
+        np.savez(folder / f"VIRTUAL_imagenet{size}_labeled.npz", arr_0=pictures)
 
 
 def bring_indices(folder):
@@ -212,11 +217,12 @@ def main():
         folder = pathlib.Path(name)
         copy_project(folder)
         bring(folder)
+        bring_weights(folder)
         environment = {**os.environ, "TORCH_HOME": str(folder / "hub"), "HF_HUB_OFFLINE": "1"}
         seen = set()
         for page in DOCS:
             for command in commands((ROOT / page).read_text()):
-                trains = re.search(r"(train|mt_diffusion|prep_latents)\.py", command)
+                trains = re.search(r"(train|mt_diffusion|prep_latents|pseudo_label)\.py", command)
                 if command in seen or not (args.only in command or trains):
                     continue
                 seen.add(command)

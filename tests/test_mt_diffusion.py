@@ -8,15 +8,29 @@ import pytest
 import torch
 from PIL import Image
 
-import mt_diffusion as mt
+import mt_diffusion
+import mt_model as mt
+import mt_sample
 import train
 from conftest import gap, shell, start
 from dataset import Cache
 from distributed import InputError, command_parser
+from model import SIZES
 from weights import DEMO, load_checkpoint
 
 FAMILIES = [name for name in mt.FAMILIES if name != "none"]
 SCENES = DEMO / "scenes"
+SMALL = "P/2"  # a size of these tests: what the commands do does not depend on it
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small(two_threads):
+    """The size, and one thread: a second one has nothing to do there but wait."""
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(SIZES, SMALL, (2, 48, 2, 1))
+        yield
+    torch.set_num_threads(2)
 
 
 def chain(schedule, *families):
@@ -208,7 +222,7 @@ class Exact(mt.MTDiffusion):
 
 def exact(schedule, family):
     """An Exact of one channel and 2x2 latents, in float64."""
-    model = mt.build("T/2", "pair", ["seg", "rgb"], 12, 1, 2, agg=family)
+    model = mt.build(SMALL, "pair", ["seg", "rgb"], 12, 1, 2, agg=family)
     model.__class__, model.schedule = Exact, mt.MTSchedule.make(schedule, [family])
     return model.double()
 
@@ -251,7 +265,7 @@ def tiny(pair, **options):
     names = ["rgb", "rgb"] if "masked" in pair else ["rgb"]
     if pair == "pair":
         names = ["seg", "rgb"]
-    model = mt.build("T/2", pair, names, 12, 4, 16, features=8, **options)
+    model = mt.build(SMALL, pair, names, 12, 4, 16, features=8, **options)
     drawn(model)
     return model
 
@@ -283,9 +297,9 @@ def objective(data, *flags):
     """The Objective of the training command's flags on a cache."""
     parser = command_parser("")
     train.add_flags(parser)
-    mt.Objective.add_flags(parser)
-    args = parser.parse_args(["--data", str(data), "--model", "T/2", *map(str, flags)])
-    return mt.Objective(args, Cache(data), torch.device("cpu"))
+    mt_diffusion.Objective.add_flags(parser)
+    args = parser.parse_args(["--data", str(data), "--model", SMALL, *map(str, flags)])
+    return mt_diffusion.Objective(args, Cache(data), torch.device("cpu"))
 
 
 def test_the_rows_of_a_masked_batch(data):
@@ -358,7 +372,7 @@ def trained(data, tmp_path_factory):
     def go(*pair, head="middle"):
         run = root / "-".join(pair)
         if not run.exists():
-            start("mt_diffusion", "--pair", *pair, "--data", data, "--run", run, "--model", "T/2",
+            start("mt_diffusion", "--pair", *pair, "--data", data, "--run", run, "--model", SMALL,
                   "--steps", 2, "--batch-size", 8, "--log-every", 1, "--preview-every", 2, "--head", head)
             assert (run / "previews/0000002.png").stat().st_size > 5000
         return run
@@ -386,8 +400,10 @@ def test_restoration_keeps_every_other_pixel(trained, command, tmp_path):
     assert (out[mask > 0] != photo[mask > 0]).mean() > 0.9
     assert Image.open(tmp_path / "crop" / "rgb" / "photo.png").size == (64, 64)
     command("mt_sample", *flags, "--patches", 4, "--sdedit", 0.5, "--steps", 4, "--out", tmp_path / "sdedit")
-    hidden = (pixels(tmp_path / "sdedit/masked_rgb/photo.png") == 128).all(-1)
+    drawn, left = (pixels(tmp_path / "sdedit" / m / "photo.png") for m in ("rgb", "masked_rgb"))
+    hidden = (left == 128).all(-1)
     assert 16 * 4 < hidden.sum() <= 4 * 256
+    assert (drawn != left)[~hidden].mean() > 0.9  # the baseline keeps no pixel
 
     again = (*masked, "--fit", "full", "--out", tmp_path / "full")
     assert "1 of 1 samples are there" in command("mt_sample", *again)
@@ -477,7 +493,7 @@ def test_the_other_methods_checkpoint_is_refused(data, trained, command, tmp_pat
         command("sample", "--task", "understand", "--ckpt", run, *out)
     with pytest.raises(InputError, match="mmgen.pt: is a checkpoint of mmgen; use sample.py"):
         command("mt_sample", "--task", "generate", "--ckpt", DEMO / "mmgen.pt", *out)
-    flags = ("--data", data, "--model", "T/2", "--steps", 1, "--batch-size", 4)
+    flags = ("--data", data, "--model", SMALL, "--steps", 1, "--batch-size", 4)
     with pytest.raises(InputError, match="trained with method = mt-diffusion, this command has mmgen"):
         command("train", *flags, "--run", run)
     command("train", *flags, "--modalities", "rgb", "--run", tmp_path / "mmgen")
@@ -486,9 +502,28 @@ def test_the_other_methods_checkpoint_is_refused(data, trained, command, tmp_pat
     assert not (tmp_path / "x").exists()
 
 
-def test_resume_and_processes(data, command, tmp_path):
-    """2 steps = 1 + 1, and one process against two, fp32, in micro-batches."""
-    flags = ("--pair", "label", "--data", data, "--model", "T/2", "--batch-size", 8, "--micro-batch", 4,
+def test_presets(data, trained, command, unknown, tmp_path, monkeypatch):
+    """A name's flags, then one's own; checkpoints keep them one by one; the sampler takes all steps."""
+    flags = ("--data", data, "--model", SMALL, "--log-every", 1, "--preview-every", 9, "--steps", 3)
+    run = tmp_path / "run"
+    command("mt_diffusion", "--lr", 1e-3, "--preset", "label", "--batch-size", 8, "--patch-size", 2, *flags,
+            "--run", run)
+    kept = load_checkpoint(run)["config"]["train"]
+    assert (kept["pair"], kept["lr"], kept["batch_size"], kept["steps"]) == (["label"], 1e-3, 8, 3)
+    again = command("mt_diffusion", "--pair", "label", "--batch-size", 8, *flags, "--run", run)
+    assert "steps 3 to 3" in again  # without the name: the flags are what counts
+    with pytest.raises(InputError, match="batch_size = 8, this command has 75"):
+        command("mt_diffusion", "--preset", "label", "--patch-size", 2, *flags, "--run", run)
+    assert unknown("mt_diffusion", "--preset", "labels", *flags)
+    assert unknown("mt_sample", "--preset", "label", "--task", "generate", "--ckpt", run)
+    for own, steps in (((), 1000), (("--steps", "7"), 7)):
+        monkeypatch.setattr("sys.argv", ["mt_sample.py", *own, "--task", "generate", "--preset", "paper"])
+        assert mt_sample.arguments().steps == steps
+
+
+def test_resume(data, command, tmp_path):
+    """2 steps = 1 + 1; another command is refused."""
+    flags = ("--pair", "label", "--data", data, "--model", SMALL, "--batch-size", 8, "--micro-batch", 4,
              "--precision", "fp32", "--ckpt-every", 1)
     for folder, steps in (("whole", 2), ("parts", 1), ("parts", 2)):
         command("mt_diffusion", *flags, "--steps", steps, "--run", tmp_path / folder)
@@ -497,9 +532,16 @@ def test_resume_and_processes(data, command, tmp_path):
         command("mt_diffusion", *flags, "--steps", 2, "--run", tmp_path / "parts", "--agg", "revert")
     with pytest.raises(InputError, match="x_weight = 0.1, this command has 0.5"):
         command("mt_diffusion", *flags, "--steps", 2, "--run", tmp_path / "parts", "--x-weight", 0.5)
-    result = shell("mt_diffusion.py", *flags, "--steps", 2, "--run", tmp_path / "two", processes=2)
+
+
+def test_two_processes_train_as_one(data, command, tmp_path):
+    """In fp32 and micro-batches."""
+    flags = ("--pair", "label", "--data", data, "--model", "T/2", "--batch-size", 8, "--micro-batch", 4,
+             "--precision", "fp32", "--steps", 2)
+    command("mt_diffusion", *flags, "--run", tmp_path / "one")
+    result = shell("mt_diffusion.py", *flags, "--run", tmp_path / "two", processes=2)
     assert result.returncode == 0, result.stderr
-    assert gap(tmp_path / "whole", tmp_path / "two") < 1e-6
+    assert gap(tmp_path / "one", tmp_path / "two") < 1e-6
 
 
 class Gated(mt.MTDiffusion):
@@ -509,9 +551,9 @@ class Gated(mt.MTDiffusion):
 
 def test_older_runs_go_on_with_the_defaults_of_what_is_new(data, trained, command, tmp_path, monkeypatch):
     """A flag is one line in Objective.add_flags, an option a keyword of the network; --lr may change."""
-    run, original = tmp_path / "run", mt.Objective.add_flags
+    run, original = tmp_path / "run", mt_diffusion.Objective.add_flags
     shutil.copytree(trained("rgb", "seg"), run, symlinks=True)
-    flags = ("--pair", "rgb", "seg", "--data", data, "--run", run, "--model", "T/2", "--batch-size", 8,
+    flags = ("--pair", "rgb", "seg", "--data", data, "--run", run, "--model", SMALL, "--batch-size", 8,
              "--preview-every", 9, "--steps", 3)
 
     def longer(parser):
@@ -520,7 +562,7 @@ def test_older_runs_go_on_with_the_defaults_of_what_is_new(data, trained, comman
 
     assert mt.OPTIONS == {"agg": "vp_ramp", "head": "middle", "features": None, "bound": 8.0,
                           "patch_size": 2, "fusion": "linear"}
-    monkeypatch.setattr(mt.Objective, "add_flags", staticmethod(longer))
+    monkeypatch.setattr(mt_diffusion.Objective, "add_flags", staticmethod(longer))
     monkeypatch.setattr(mt, "MTDiffusion", Gated)
     monkeypatch.setitem(mt.OPTIONS, "gated", False)
     with pytest.raises(InputError, match="ramp = 0.5, this command has 1.0"):
@@ -530,14 +572,14 @@ def test_older_runs_go_on_with_the_defaults_of_what_is_new(data, trained, comman
     assert gap(run, trained("rgb", "seg"), ["model"]) < 1e-9
     config = load_checkpoint(run)["config"]
     assert config["train"]["ramp"] == 0.5 and config["model"]["gated"] is False
-    monkeypatch.setattr(mt, "build", functools.partial(mt.build, gated=True))
+    monkeypatch.setattr(mt_diffusion, "build", functools.partial(mt.build, gated=True))
     with pytest.raises(InputError, match="gated = False, this command has True"):
         command("mt_diffusion", *flags)
 
 
 def test_init_goes_by_role(data, trained, command, tmp_path):
     """Noise to noise and X to X between settings; between methods without heads; the table says the rest."""
-    plain = ("--data", data, "--model", "T/2", "--steps", 1, "--batch-size", 8)
+    plain = ("--data", data, "--model", SMALL, "--steps", 1, "--batch-size", 8)
     flags = (*plain, "--lr", 1e-12)
     first = trained("rgb", "seg")
     theirs = load_checkpoint(first)["ema"]
@@ -553,7 +595,7 @@ def test_init_goes_by_role(data, trained, command, tmp_path):
         assert (a - b[:, :a.shape[1]]).abs().max() < 1e-6, name
         assert ("left out    0" in table) == (name != "label")
     table = command("mt_diffusion", *flags, "--pair", "rgb", "seg", "--init", DEMO / "mmgen.pt",
-                    "--run", tmp_path / "from-mmgen")
+                    "--model", "T/2", "--run", tmp_path / "from-mmgen")
     before, after = table.split("left out")
     assert "inflated" in table and "heads.0, heads.1" in before and "heads.3" in after
     back = command("train", *plain, "--repa-weight", 0, "--init", first, "--run", tmp_path / "back")
@@ -572,10 +614,13 @@ def test_init_goes_by_role(data, trained, command, tmp_path):
     (("masked", "--head", "output"), "belongs to --pair label"),
     (("masked", "--single", "0.5"), "--single: of --pair label and feature"),
     (("label", "--patch-size", "3"), "must tile latents of 16x16"),
+    (("label", "--full-mask", "1"), "--full-mask: of --pair masked"),
+    (("masked", "--full-mask", "2"), "must lie in"),
+    (("label", "--eps-weight", "0"), "add --agg none"),
 ))
 def test_bad_flags(cache, command, tmp_path, flags, message):
     with pytest.raises(InputError, match=message):
-        command("mt_diffusion", "--pair", *flags, "--data", cache, "--model", "T/2", "--steps", 1,
+        command("mt_diffusion", "--pair", *flags, "--data", cache, "--model", SMALL, "--steps", 1,
                 "--batch-size", 8, "--run", tmp_path / "r")
     assert not (tmp_path / "r").exists()
 
