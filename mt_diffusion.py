@@ -99,8 +99,8 @@ class Objective:
         check(not recognises or args.agg == "none", f"--eps-weight 0 --agg {args.agg}: the head of X would "
               "read X out of z, where no image that is to be recognised has it; add --agg none")
         labels = self.cache.array("labels")[self.cache.rows]
-        check(kind != "label" or labels.max() < self.meta["num_classes"], f"--pair label: {args.data} has rows "
-              "without a class")
+        check(kind != "label" or labels.max() < self.meta["num_classes"], f"--pair label: {args.data} has "
+              "rows without a class")
         check(kind != "feature" or "feature" in self.cache.stems, f"--pair feature: {args.data} has no "
               "feature vectors; make it with prep_latents.py --feature NAME")
         check(1 <= args.patch_size <= side and side % args.patch_size == 0,

@@ -422,7 +422,8 @@ def test_labels_and_vectors(trained, command, tmp_path):
     run = trained("label", head="output")
     names = load_checkpoint(run)["config"]["meta"]["class_names"]
 
-    classify = ("--task", "classify", "--image", SCENES, "--ckpt", run, "--out", tmp_path / "c")
+    command("toy_scenes", "--num", 4, "--out", tmp_path / "scenes")
+    classify = ("--task", "classify", "--image", tmp_path / "scenes", "--ckpt", run, "--out", tmp_path / "c")
     text = command("mt_sample", *classify)
     files = sorted((tmp_path / "c/classes").iterdir())
     best = [[i for _, i, _ in json.loads(path.read_text())] for path in files]
