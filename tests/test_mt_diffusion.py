@@ -15,21 +15,18 @@ import train
 from conftest import gap, shell, start
 from dataset import Cache
 from distributed import InputError, command_parser
-from model import SIZES
+from small import SMALL
 from weights import DEMO, load_checkpoint
 
 FAMILIES = [name for name in mt.FAMILIES if name != "none"]
 SCENES = DEMO / "scenes"
-SMALL = "P/2"  # a size of these tests: what the commands do does not depend on it
 
 
 @pytest.fixture(autouse=True, scope="module")
-def small(two_threads):
-    """The size, and one thread: a second one has nothing to do there but wait."""
+def one_thread(two_threads):
+    """A second one has nothing to do there but wait."""
     torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(SIZES, SMALL, (2, 48, 2, 1))
-        yield
+    yield
     torch.set_num_threads(2)
 
 
@@ -537,7 +534,7 @@ def test_resume(data, command, tmp_path):
 
 def test_two_processes_train_as_one(data, command, tmp_path):
     """In fp32 and micro-batches."""
-    flags = ("--pair", "label", "--data", data, "--model", "T/2", "--batch-size", 8, "--micro-batch", 4,
+    flags = ("--pair", "label", "--data", data, "--model", SMALL, "--batch-size", 8, "--micro-batch", 4,
              "--precision", "fp32", "--steps", 2)
     command("mt_diffusion", *flags, "--run", tmp_path / "one")
     result = shell("mt_diffusion.py", *flags, "--run", tmp_path / "two", processes=2)

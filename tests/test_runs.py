@@ -20,6 +20,7 @@ import runs
 import train
 from conftest import ROOT, TRAIN, gap, start
 from distributed import InputError
+from small import SMALL
 from weights import load_checkpoint
 
 
@@ -65,7 +66,7 @@ def test_resume_is_bit_exact(cache, trained, half, command):
 
 def test_a_killed_run_continues_to_the_same_weights(cache, trained, tmp_path, command):
     folder = tmp_path / "killed"
-    line = [sys.executable, "train.py", "--data", str(cache), "--run", str(folder), *TRAIN]
+    line = [sys.executable, "tests/small.py", "train.py", "--data", str(cache), "--run", str(folder), *TRAIN]
     for _ in range(6):
         process = subprocess.Popen(line, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while process.poll() is None and not (folder / "latest.pt").exists():
@@ -232,7 +233,7 @@ def test_a_run_with_what_this_version_has_not_is_refused(cache, half, command):
 # Starting.
 
 def test_init_takes_what_fits(trained, cache, tmp_path, command):
-    out = command("train", "--data", cache, "--run", tmp_path, "--model", "T/2", "--steps", 1,
+    out = command("train", "--data", cache, "--run", tmp_path, "--model", SMALL, "--steps", 1,
                   "--batch-size", 4, "--preview-every", 1000, "--init", trained / "latest.pt",
                   "--repa-weight", 0, "--modalities", "rgb", "depth", "normal", "seg")
     assert "  new         0  " in out and "  inflated    0  " in out and "  left out    0  " in out
@@ -360,7 +361,7 @@ def test_a_non_finite_gradient_changes_nothing_and_ten_stop_the_run(cache, tmp_p
     def always(v, target, supervised):
         return true_error(v, target, supervised) * float("nan")
 
-    flags = ("--data", cache, "--model", "T/2", "--batch-size", 4, "--preview-every", 1000,
+    flags = ("--data", cache, "--model", SMALL, "--batch-size", 4, "--preview-every", 1000,
              "--repa-weight", 0)
     monkeypatch.setattr(train, "velocity_error", poisoned)
     command("train", *flags, "--run", tmp_path / "a", "--steps", 1)

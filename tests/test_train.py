@@ -15,6 +15,7 @@ from conftest import TRAIN, gap, shell
 from distributed import InputError
 from model import build_model
 from samplers import Sampling
+from small import SMALL
 from weights import load_checkpoint
 
 RECORDED = json.loads((pathlib.Path(__file__).parent / "released_objective.json").read_text())
@@ -192,8 +193,8 @@ def scores_of(run):
 
 
 def test_two_processes_train_as_one(cache, tmp_path, command):
-    flags = ("--data", cache, "--model", "T/2", "--steps", 4, "--batch-size", 8, "--micro-batch", 4,
-             "--precision", "fp32", "--preview-every", 1000, "--eval-every", 4, "--eval-toy", 18)
+    flags = ("--data", cache, "--model", SMALL, "--steps", 4, "--batch-size", 8, "--micro-batch", 4,
+             "--precision", "fp32", "--preview-every", 1000, "--eval-every", 4, "--eval-toy", 2)
     command("train", *flags, "--run", tmp_path / "1")
     result = shell("train.py", *flags, "--run", tmp_path / "2", processes=2, torchrun=True)
     assert result.returncode == 0, result.stderr
@@ -249,7 +250,7 @@ def test_an_average_goes_on_at_the_files_step(cache, trained, tmp_path, command)
 
 
 def test_training_without_alignment_targets_says_so(cache, tmp_path, command):
-    out = command("train", "--data", cache, "--run", tmp_path, "--model", "T/2", "--steps", 1,
+    out = command("train", "--data", cache, "--run", tmp_path, "--model", SMALL, "--steps", 1,
                   "--batch-size", 4, "--repa-weight", 0, "--preview-every", 1000)
     assert "training without REPA" in out
     assert not any(key.startswith("projector") for key in load_checkpoint(tmp_path)["model"])
@@ -257,7 +258,7 @@ def test_training_without_alignment_targets_says_so(cache, tmp_path, command):
 
 def test_a_preview_is_drawn_where_the_autoencoder_is(cache, tmp_path, command, monkeypatch):
     monkeypatch.setattr(train, "Sampling", lambda sampler, steps: Sampling(sampler, 2))
-    flags = ("--model", "T/2", "--steps", 1, "--batch-size", 4, "--preview-every", 1)
+    flags = ("--model", SMALL, "--steps", 1, "--batch-size", 4, "--preview-every", 1)
     command("train", *flags, "--data", cache, "--run", tmp_path / "with")
     assert (tmp_path / "with/previews/0000001.png").stat().st_size > 5000
     shutil.copytree(cache, tmp_path / "cache")
