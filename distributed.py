@@ -15,6 +15,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import platform
 import sys
 import tempfile
@@ -315,6 +316,14 @@ def check_folder(out, walked, flag="--out"):
         apart = out != inner and out not in inner.parents and inner not in out.parents
         check(apart, f"{flag} {out}: is, holds or lies in {folder}, whose pictures are read; "
               "use another folder")
+
+
+def bare(state):
+    """A state dict with the names of the network's own: without DDP's "module." in front and torch.compile's
+    "_orig_mod." anywhere.
+    """
+    names = {key: ".".join(part for part in key.split(".") if part != "_orig_mod") for key in state}
+    return {re.sub(r"^(module\.)+", "", name): state[key] for key, name in names.items()}
 
 
 # ------------------------------------------------------------------------------------------------

@@ -28,12 +28,11 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-from distributed import (all_reduce, barrier, check, check_apart, check_replaced, command_parser, gather,
-                         prefetch, reading, run, say, setup, share, whole_file, write_json)
+from distributed import (all_reduce, bare, barrier, check, check_apart, check_replaced, command_parser,
+                         gather, prefetch, reading, run, say, setup, share, whole_file, write_json)
 from modalities import centre_crop, read_rgb
 from trees import find_pictures, flat_name, stem_of
 from vae import load_vae, sha256
-from weights import bare
 
 INCEPTION = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
              "pt_inception-2015-12-05-6726825d.pth")

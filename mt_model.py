@@ -16,7 +16,8 @@ import torch.nn.functional as F
 import runs
 from distributed import autocast
 from evaluation import Checkpoint
-from model import SIZES, Block, build_model
+from layers import Block
+from model import SIZES, build_model
 from samplers import Noise, decode
 
 METHOD = "mt-diffusion"  # its name in checkpoints

@@ -13,8 +13,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import safe_open
 
-from distributed import InputError, autocast, check, reading, say, sha256, utf8_path
-from weights import bare
+from distributed import InputError, autocast, bare, check, reading, say, sha256, utf8_path
 
 SD_CONFIG = dict(channels=(128, 256, 512, 512), layers=2, groups=32, latent_channels=4, scale=0.18215)
 TOY_CONFIG = dict(channels=(32, 64, 64), layers=1, groups=8, latent_channels=4, scale=1.0)

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save
 
-from distributed import (InputError, check, check_apart, command_parser, reading, run, sha256,
+from distributed import (InputError, bare, check, check_apart, command_parser, reading, run, sha256,
                          utf8_path, whole_file)
 from model import SIZES, build_model
 
@@ -145,14 +145,6 @@ def _load_safetensors(path):
 def _is_state(state):
     return isinstance(state, dict) and all(isinstance(key, str) and isinstance(value, torch.Tensor)
                                            for key, value in state.items())
-
-
-def bare(state):
-    """A state dict with the names of the network's own: without DDP's "module." in front and torch.compile's
-    "_orig_mod." anywhere.
-    """
-    names = {key: ".".join(part for part in key.split(".") if part != "_orig_mod") for key in state}
-    return {re.sub(r"^(module\.)+", "", name): state[key] for key, name in names.items()}
 
 
 def _lost(checkpoint):

@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 import evaluation
+import mix
 import toy_scenes
-import train
 from distributed import InputError
 from modalities import MODALITIES, PLAIN, Colour, Scalar
 from weights import DEMO
@@ -65,7 +65,7 @@ def test_what_is_not_there_is_named(rows, monkeypatch, cache, command, tmp_path)
     with pytest.raises(InputError, match="--modalities albedo: the toy world has rgb, depth, normal, seg"):
         command("prep_latents", "--toy", 4, "--modalities", "rgb", "albedo", "--out", tmp_path / "c")
     assert not (tmp_path / "c").exists()
-    monkeypatch.setitem(train.TASK_MIX, "from-luma", (train.Role("luma"),) * 4)
+    monkeypatch.setitem(mix.TASK_MIX, "from-luma", (mix.Role("luma"),) * 4)
     for more in ((), ("--modalities", "rgb", "depth", "luma")):
         said = "--mix from-luma: gives luma, the cache has rgb, depth, normal, seg"
         with pytest.raises(InputError, match=said):

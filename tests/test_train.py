@@ -13,6 +13,7 @@ import evaluation
 import train
 from conftest import TRAIN, gap, shell
 from distributed import InputError
+from mix import ROLES, draw
 from model import build_model
 from samplers import Sampling
 from small import SMALL
@@ -86,7 +87,7 @@ def test_checkpointing_changes_no_gradient():
 def draws(mix, rows, seed=0, step=0, modalities=FOUR, present=None):
     """The Draws of a step, four channels a modality, of one pixel."""
     present = present or (True,) * len(modalities)
-    return train.draw(seed, step, mix, modalities, present, (rows, 4 * len(modalities), 1, 1), "cpu")
+    return draw(seed, step, mix, modalities, present, (rows, 4 * len(modalities), 1, 1), "cpu")
 
 
 def test_draws_follow_the_mix():
@@ -153,12 +154,12 @@ def test_a_process_reads_its_rows_of_the_global_batches(cache):
 
 def test_any_number_of_processes_shares_the_batch():
     for world in (1, 3, 6, 8, 64):
-        parts = [dataset.part_of(256, 64, rank, world, train.ROLES) for rank in range(world)]
+        parts = [dataset.part_of(256, 64, rank, world, ROLES) for rank in range(world)]
         assert parts[0].start == 0 and parts[-1].stop == 256
         assert all(a.stop == b.start for a, b in zip(parts, parts[1:]))
         assert all((p.stop - p.start) % 4 == 0 and p.stop > p.start for p in parts)
     with pytest.raises(InputError, match="--batch-size 256 on 65 processes"):
-        dataset.part_of(256, 64, 0, 65, train.ROLES)
+        dataset.part_of(256, 64, 0, 65, ROLES)
 
 
 def test_a_damaged_cache_is_refused(cache, tmp_path, command):
@@ -227,7 +228,7 @@ def test_a_run_scores_itself_and_trains_to_the_same_bits(cache, trained, tmp_pat
 
 def test_the_default_mix_trains_rgb_alone(cache, tmp_path, command):
     """A condition that would leave nothing to supervise makes the row a joint one."""
-    draws = train.draw(0, 0, "mmgen", ["rgb"], [True], (8, 4, 16, 16), "cpu")
+    draws = draw(0, 0, "mmgen", ["rgb"], [True], (8, 4, 16, 16), "cpu")
     assert draws.supervised.all() and not draws.given.any()
     command("train", "--data", cache, "--run", tmp_path, *TRAIN, "--steps", 1, "--modalities", "rgb",
             "--mix", "rgb")

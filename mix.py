@@ -1,0 +1,102 @@
+"""The task mix, and all that is random in a step of training (MMGen, Sec. 3.3 and 4.5).
+
+A row's role is its index in the global batch mod 4. A step's draws are a function of (seed, step) and the
+kind of device, made for the whole global batch and then sliced.
+"""
+import functools
+from typing import NamedTuple
+
+import torch
+
+
+class Role(NamedTuple):
+    given: str = "none"        # "none", "random" (one), "subset" (one to all but one) or a modality's name
+    supervise: str = "all"     # "all" or "rgb"; a condition is never supervised
+    drop: float = 0.0          # probability that supervision is dropped, each non-RGB modality's by itself
+    clean: float = 0.99        # the condition's t is uniform in [clean, 1]
+    independent: bool = False  # one t per modality instead of one for all
+    no_class: float = 0.1      # probability that the class is dropped
+
+
+ROLES = 4  # of a mix
+RGB_ONLY = Role(supervise="rgb")  # the others are noised and go in, without a loss
+JOINT, JOINT_FULL = Role(drop=0.5), Role()
+DECOUPLED, DECOUPLED_FULL = Role("random", drop=0.5), Role("random")
+INDEPENDENT = Role(drop=0.5, independent=True)
+FROM_RGB = Role("rgb", clean=1.0)
+PHOTO = Role("rgb", no_class=0.9)  # a picture whose class nobody tells
+
+TASK_MIX = {  # four roles each; a run knows its mix by name: change no row in use
+    "mmgen": (RGB_ONLY, RGB_ONLY, JOINT, DECOUPLED),                     # Sec. 3.3 and 4.5
+    "gen-only": (RGB_ONLY, RGB_ONLY, JOINT, JOINT),                      # Table 4
+    "no-aug": (JOINT_FULL, JOINT_FULL, DECOUPLED_FULL, DECOUPLED_FULL),  # Table 4
+    "no-drop": (RGB_ONLY, RGB_ONLY, JOINT_FULL, DECOUPLED_FULL),
+    "independent-t": (RGB_ONLY, RGB_ONLY, JOINT, INDEPENDENT),           # supplement 1.5
+    "rgb2x": (FROM_RGB,) * 4,                                            # released: RGB to the rest
+    "rgb": (JOINT_FULL,) * 4,                                            # SiT's and REPA's: of RGB alone
+    "subset": (RGB_ONLY, JOINT_FULL, DECOUPLED_FULL, Role("subset")),    # ours: several given at once
+    "photo": (JOINT_FULL, PHOTO, PHOTO, Role("random", no_class=0.5)),   # ours: for pictures without a class
+}
+TASK_MIX["joint"] = TASK_MIX["mmgen"]                                    # released for Hypersim: the same
+
+
+class Draws(NamedTuple):
+    """Everything random of one step, for the whole global batch of N rows."""
+    t: torch.Tensor           # (N, M) time, 0 noise, 1 data
+    given: torch.Tensor       # (N, M) bool
+    supervised: torch.Tensor  # (N, M) bool
+    null: torch.Tensor        # (N,) bool: the class is dropped
+    posterior: torch.Tensor   # (N, M*C, H, W) normal
+    noise: torch.Tensor       # (N, M*C, H, W) normal
+
+
+@functools.lru_cache(1)
+def mix_columns(mix, modalities, present, rows, device):
+    """The roles of so many rows as {what: (rows, 1)}, present (M,) bool, the indices of those present (k,).
+
+    Built once, so that a step copies nothing to the device. modalities and present are tuples.
+    """
+    roles = [TASK_MIX[mix][i % ROLES] for i in range(rows)]
+    fields = dict(
+        fixed=[modalities.index(role.given) if role.given in modalities else -1 for role in roles],
+        random=[role.given == "random" for role in roles],
+        subset=[role.given == "subset" for role in roles],
+        rgb_only=[role.supervise == "rgb" for role in roles],
+        independent=[role.independent for role in roles],
+        drop=[role.drop for role in roles],
+        clean=[role.clean for role in roles],
+        no_class=[role.no_class for role in roles],
+    )
+    columns = {name: torch.tensor(values, device=device)[:, None] for name, values in fields.items()}
+    choices = [i for i, here in enumerate(present) if here]
+    return columns, torch.tensor(present, device=device), torch.tensor(choices, device=device)
+
+
+def draw(seed, step, mix, modalities, present, shape, device):
+    """The Draws of a step. shape is (N, M*C, H, W); present, M bools, says which modalities the data has."""
+    N, M = shape[0], len(modalities)
+    role, present, choices = mix_columns(mix, tuple(modalities), tuple(present), N, torch.device(device))
+    k = len(choices)
+    g = torch.Generator(device).manual_seed((seed * 0x9E3779B1 + step) % 2 ** 32)  # a CPU's reads 32 bits
+
+    def rand(*size):  # new draws at the end: older runs go on with theirs
+        return torch.rand(size, generator=g, device=device)
+
+    t_shared, t_each, u_clean, u_drop, u_class = rand(N, 1), rand(N, M), rand(N, 1), rand(N, M), rand(N)
+    chosen = choices[(rand(N) * k).long().clamp(max=k - 1)]                     # (N,) the random condition
+    posterior = torch.randn(shape, generator=g, device=device)
+    noise = torch.randn(shape, generator=g, device=device)
+    order = torch.where(present, rand(N, M), 2.0)  # absent ones last
+    size = 1 + (rand(N, 1) * (k - 1)).long().clamp(max=max(k - 2, 0))  # (N, 1): 1 to k - 1
+
+    index = torch.arange(M, device=device)
+    given = index == role["fixed"]
+    given = given | (role["random"] & (index == chosen[:, None]))
+    given = given | (role["subset"] & (order.argsort(1).argsort(1) < size))  # the first in a random order
+    given = given & (k > 1)  # a condition that leaves nothing to supervise makes the row a joint one
+    t = torch.where(role["independent"], t_each, t_shared)
+    t = torch.where(given, role["clean"] + (1 - role["clean"]) * u_clean, t)
+    is_rgb = index == 0  # the first of the registry, and always there
+    kept = (u_drop >= role["drop"]) | is_rgb
+    supervised = ~given & kept & present & (~role["rgb_only"] | is_rgb)
+    return Draws(t, given, supervised, u_class < role["no_class"][:, 0], posterior, noise)
