@@ -9,7 +9,7 @@ back?
 --sampler and --steps are those of understanding, --create those of generation. Remaining gap = (value -
 ceiling) / (mean map - ceiling), with the ceiling that eval_depth.py measured and the mean map scored against
 the same maps; a generated disparity of 1 and 0 is taken for NEAR and FAR. The latent Frechet distance is that
-of the autoencoder's mean latents, pooled to 4x4 places, to 2,000 held-out scenes; it is not FID.
+of the autoencoder's mean latents, pooled to 4x4 places, to 2,048 held-out scenes; it is not FID.
 """
 import functools
 import json
@@ -80,7 +80,7 @@ class Measure:
         if args.reader:
             self.reader = self.open(args.reader, args.compile)
         self.encoder = encoder_of(self.loaded.meta, device, args.vae)
-        self.ceiling = json.loads(args.understood.read_text())["ceiling"]
+        self.ceiling = json.loads(args.understood.read_text())["ceiling"] if args.understood else None
 
     def open(self, path, compile):
         loaded = load_model(path, self.device)
@@ -103,9 +103,10 @@ class Measure:
             out.append(samplers.decode(self.encoder, x, precision=sampling.precision).cpu())
         return torch.cat(out)
 
-    def understand(self, rgb):
-        labels = [self.reader.model.num_classes] * len(rgb)
-        return self.draw(self.sampling, labels, {"rgb": rgb}, self.reader)
+    def understand(self, rgb, loaded=None):
+        """All modalities of pixels (n, 3, S, S), by the reader or another model."""
+        loaded = loaded or self.reader
+        return self.draw(self.sampling, [loaded.model.num_classes] * len(rgb), {"rgb": rgb}, loaded)
 
     def maps(self, pixels, modality):
         at = self.loaded.model.modalities.index(modality)
@@ -138,8 +139,8 @@ class Measure:
 
     @functools.cached_property
     def reference(self):
-        """Moments of 2,000 held-out scenes."""
-        return self.moments(scene_pixels("rgb", held_out(10_000, 2000)))
+        """Moments of 2,048 held-out scenes."""
+        return self.moments(scene_pixels("rgb", held_out(10_000, 2048)))
 
     def distance(self, rgb):
         return frechet(*self.moments(rgb), *self.reference)

@@ -38,6 +38,7 @@ SKIPPED = {  # text of a command: why it is not run
     "pip install": "the installation, which CI runs",
     "hf:jiepengwang": "the released weights, from the hub",
     "--init 0600000.pt": "the released weights",
+    "SiT-XL-2-256x256.pt": "SiT's weights",
     "fd-dinov2": "DINOv2 from the hub, and a thousand pictures",
     "--nnodes": "two nodes",
     "run_study.sh": "hours; its commands are run one by one",
@@ -60,6 +61,8 @@ MORE = {  # script: flags that it gets where the command does not have them
 BROUGHT = {  # names in the text: the stand-in that has the right files
     "eval_fid.py samples/generate ": "eval_fid.py generated ",
     "--pred samples/understand": "--pred predictions",
+    "--pred theirs": "--pred predictions",
+    "runs/mmgen/ckpt/0400000.pt": "runs/mmgen",
     "--out demo/": "--out made/",
     "--export demo/": "--export made/",
     "restored truth": "restored truth_pictures",
