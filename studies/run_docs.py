@@ -61,7 +61,7 @@ MORE = {  # script: flags that it gets where the command does not have them
 BROUGHT = {  # names in the text: the stand-in that has the right files
     "eval_fid.py samples/generate ": "eval_fid.py generated ",
     "--pred samples/understand": "--pred predictions",
-    "--pred theirs": "--pred predictions",
+    "--pred theirs": "--pred squares --alignment depth",
     "runs/mmgen/ckpt/0400000.pt": "runs/mmgen",
     "--out demo/": "--out made/",
     "--export demo/": "--export made/",
