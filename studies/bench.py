@@ -140,7 +140,7 @@ def plain_update(parameters, optimiser):
 
 
 @torch.no_grad()
-def plain_ema(ema, model, step):
+def plain_ema(ema, model, step, ages=None):
     rate = min(0.9999, (1 + step) / (10 + step))
     for old, new in zip(ema.parameters(), model.parameters()):
         old.mul_(rate).add_(new, alpha=1 - rate)
