@@ -22,67 +22,38 @@ def orthogonal(x, dtype):
     return (x.mT if tall else x).float()
 
 
-class Muon(torch.optim.Optimizer):
-    """Moves matrices by their orthogonalised Nesterov momentum (Jordan et al., 2024).
+class Muon(torch.optim.AdamW):
+    """Moves the matrices of groups with "parts" by their orthogonalised Nesterov momentum (Jordan et al.,
+    2024), without decay; the rest as AdamW does.
 
-    The parameters of a group are each `parts` matrices, one below the other. No weight decay.
+    Such a group is of one shape, each of its parameters so many matrices, one below the other.
     """
 
-    def __init__(self, groups, dtype):
-        super().__init__(groups, {"lr": 0.02, "rate": "muon_lr", "momentum": 0.95, "parts": 1})
-        self.dtype = dtype
-        for p in (p for group in self.param_groups for p in group["params"]):
-            self.state[p]["momentum"] = torch.zeros_like(p)
+    dtype, momentum = torch.bfloat16, 0.95
 
     @torch.no_grad()
     def step(self):
         """As update calls it: found_inf, on the device, is above 0 where nothing may change."""
         for group in self.param_groups:
-            alike = {}  # of one shape: orthogonalised in one call
-            for p in group["params"]:
-                if p.grad is not None:
-                    alike.setdefault(p.shape, []).append(p)
-            for weights in alike.values():
-                self._move(weights, group)
+            weights = [p for p in group["params"] if p.grad is not None]
+            if weights and "parts" in group:
+                self._move(weights, group["lr"], group["parts"])
+        super().step()  # it passes over what has no gradient
 
-    def _move(self, weights, group):
-        m, n = weights[0].shape
-        buffers, keep = [self.state[p]["momentum"] for p in weights], self.found_inf > 0
-        before, old = torch.stack(weights), torch.stack(buffers)          # (K, m, n)
-        gradient = torch.stack([p.grad for p in weights])
-        new = old.lerp(gradient, 1 - group["momentum"])
-        ahead = gradient.lerp(new, group["momentum"]).reshape(-1, m // group["parts"], n)
-        size = group["lr"] * max(1, ahead.shape[1] / n) ** 0.5            # the published adjustment
-        after = before - size * orthogonal(ahead, self.dtype).reshape(before.shape)
-        torch._foreach_copy_(buffers, list(torch.where(keep, old, new)))
-        torch._foreach_copy_(weights, list(torch.where(keep, before, after)))
-
-
-class Both:
-    """Two optimisers, each of parameters of its own, as one."""
-
-    def __init__(self, *optimisers):
-        self.optimisers = optimisers
-
-    @property
-    def param_groups(self):
-        return [group for each in self.optimisers for group in each.param_groups]
-
-    def step(self):
-        for each in self.optimisers:
-            each.found_inf, each.grad_scale = self.found_inf, self.grad_scale
-            each.step()
-
-    def zero_grad(self, set_to_none=True):
-        for each in self.optimisers:
-            each.zero_grad(set_to_none)
-
-    def state_dict(self):
-        return {"both": [each.state_dict() for each in self.optimisers]}
-
-    def load_state_dict(self, state):
-        for each, own in zip(self.optimisers, state["both"]):
-            each.load_state_dict(own)
+    def _move(self, weights, lr, parts):
+        """Weights, K of (m, n); their gradients are used up."""
+        buffers, bad = [self.state[p]["momentum"] for p in weights], self.found_inf > 0
+        before, old = torch.stack(weights), torch.stack(buffers)                 # (K, m, n)
+        gradient = torch.stack([p.grad for p in weights])                        # (K, m, n)
+        new = old.lerp(gradient, 1 - self.momentum)
+        ahead = gradient.lerp(new, self.momentum)
+        ahead = ahead.reshape(len(weights) * parts, -1, ahead.shape[2])          # (K*parts, m/parts, n)
+        lr = lr * max(1, ahead.shape[1] / ahead.shape[2]) ** 0.5                 # the "original" adjustment
+        after = before - lr * orthogonal(ahead, self.dtype).reshape(before.shape)
+        torch._foreach_copy_(buffers, list(torch.where(bad, old, new)))
+        torch._foreach_copy_(weights, list(torch.where(bad, before, after)))
+        for p in weights:
+            p.grad = None
 
 
 def adamw(parameters, blocks, beta2, precision):
@@ -90,18 +61,22 @@ def adamw(parameters, blocks, beta2, precision):
 
 
 def muon(parameters, blocks, beta2, precision):
-    """Muon for the matrices of the blocks, but for adaLN's; AdamW for the rest. Queries, keys and values are
-    matrices of their own.
-    """
-    matrices = {name: p for name, p in blocks.named_parameters()
-                if p.ndim == 2 and p.requires_grad and "adaLN" not in name}
-    qkv = [p for name, p in matrices.items() if name.endswith("qkv.weight")]
-    single = [p for name, p in matrices.items() if not name.endswith("qkv.weight")]
-    groups = [{"params": qkv, "parts": 3}, {"params": single}]
-    taken = set(map(id, matrices.values()))
+    """Muon for the blocks' matrices but adaLN's; queries, keys and values are matrices of their own."""
+    alike = {}
+    for name, p in blocks.named_parameters():
+        if p.ndim == 2 and p.requires_grad and "adaLN" not in name:
+            parts = 3 if name.endswith("qkv.weight") else 1
+            alike.setdefault((p.shape, parts), []).append(p)
+    groups = [{"params": same, "parts": parts, "rate": "muon_lr"} for (_, parts), same in alike.items()]
+    matrices = [p for same in alike.values() for p in same]
+    taken = set(map(id, matrices))
     rest = [p for p in parameters if id(p) not in taken]
-    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
-    return Both(Muon(groups, dtype), adamw(rest, blocks, beta2, precision))
+    optimiser = Muon([{"params": rest}, *groups], betas=(0.9, beta2), weight_decay=0.0, fused=True)
+    if precision == "fp32":
+        optimiser.dtype = torch.float32
+    for p in matrices:  # Adam's code wants a step in every state that it loads
+        optimiser.state[p] = {"step": torch.zeros(()), "momentum": torch.zeros_like(p)}
+    return optimiser
 
 
 # (parameters, the backbone's blocks, beta2, precision) -> an optimiser. A group's "rate" names the flag of
@@ -114,11 +89,9 @@ OPTIMISERS = {"adamw": adamw, "muon": muon}
 
 def schedule(step, warmup=0, decay_from=None, decay_to=None):
     """The learning rates' factor: up to 1 over so many steps; from 1 at decay_from to 0 at decay_to."""
-    factor = min(1.0, (step + 1) / warmup) if warmup else 1.0
-    if decay_from is None:
-        return factor
-    left = (decay_to - step) / (decay_to - decay_from)
-    return factor * min(1.0, max(0.0, left))
+    risen = min(1.0, (step + 1) / max(1, warmup))
+    left = 1.0 if decay_to is None else (decay_to - step) / (decay_to - decay_from)
+    return risen * min(1.0, max(0.0, left))
 
 
 def set_rates(optimiser, rates, factor):
@@ -127,7 +100,7 @@ def set_rates(optimiser, rates, factor):
     for group in optimiser.param_groups:
         name = group.get("rate", "lr")
         group["lr"] = used[name] = factor * rates[name]
-    return dict(sorted(used.items()))
+    return used
 
 
 def update(parameters, optimiser):

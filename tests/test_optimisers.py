@@ -70,7 +70,7 @@ def test_muon_moves_the_blocks_matrices_by_orthogonal_ones():
         for part in (before[name] - after[name]).chunk(3 if "qkv" in name else 1):
             size = 0.02 * (2 if "fc1" in name else 1)  # fc1 has four times as many rows as columns
             values = torch.linalg.svdvals(part) / size
-            assert 0.3 < values.min() and values.max() < 1.21, name  # as one, qkv's parts would be far below
+            assert 0.6 < values.quantile(0.1) and values.max() < 1.21, name
 
 
 def contents(state):
@@ -133,7 +133,8 @@ def test_times_are_distributed_as_their_names_say():
     plain = times("uniform")
     role, free = torch.arange(20_000) % 4, ~plain.given
     first, last = free & (role < 3)[:, None], free & (role == 3)[:, None]
-    expected = {"uniform": (0.25, 0.5, 0.75), "early": (1 / 7, 1 / 3, 0.6), "lognormal": (0.3375, 0.5, 0.6625)}
+    expected = {"uniform": (0.25, 0.5, 0.75), "early": (1 / 7, 1 / 3, 0.6),
+                "lognormal": (0.3375, 0.5, 0.6625)}
     for name, quarters in expected.items():
         d = times(name)
         assert quantiles(d.t[first]) == pytest.approx(quarters, abs=0.015), name
