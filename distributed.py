@@ -334,6 +334,17 @@ def command_parser(doc):
     return argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
+def with_row(words, flag, rows):
+    """The words of a command, before them those that its flag stands for: the last of a flag counts.
+
+    rows: {name: flags as one would write them}. An unknown name is left to the command's own parser.
+    """
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument(flag, nargs="?", dest="name")
+    name = parser.parse_known_args(words)[0].name
+    return [*rows.get(name, "").split(), *words]
+
+
 def _one_line(error):
     """What a command says of an error that is not a fault of its own; None where it is one."""
     if isinstance(error, InputError):

@@ -4,6 +4,7 @@ A row's role is its index in the global batch mod 4. A step's draws are a functi
 kind of device, made for the whole global batch and then sliced.
 """
 import functools
+import math
 from typing import NamedTuple
 
 import torch
@@ -40,6 +41,40 @@ TASK_MIX = {  # four roles each; a run knows its mix by name: change no row in u
 TASK_MIX["joint"] = TASK_MIX["mmgen"]                                    # released for Hypersim: the same
 
 
+
+# ------------------------------------------------------------------------------------------------
+# Times: uniform u in [0, 1) and the dimension of a row's latents -> t.
+
+def uniform(u, dimension):
+    return u
+
+
+def early(u, dimension):
+    """More rows near noise, where understanding in few steps happens; ours."""
+    return u / (u + 2 * (1 - u))
+
+
+def shifted(u, dimension):
+    """The more, the larger the latents are: 4,096 dimensions are uniform (Esser et al., 2024; RAE)."""
+    return u / (u + math.sqrt(dimension / 4096) * (1 - u))
+
+
+def lognormal(u, dimension):
+    """Logit-normal (0, 1), the middle more often (Esser et al., 2024)."""
+    return torch.special.ndtri(u).sigmoid()
+
+
+TIMES = {  # of rows without a condition, of rows with one
+    "uniform": (uniform, uniform),
+    "early": (early, early),
+    "early-given": (uniform, early),
+    "shifted": (shifted, shifted),
+    "lognormal": (lognormal, lognormal),
+}
+
+
+# ------------------------------------------------------------------------------------------------
+
 class Draws(NamedTuple):
     """Everything random of one step, for the whole global batch of N rows."""
     t: torch.Tensor           # (N, M) time, 0 noise, 1 data
@@ -72,8 +107,10 @@ def mix_columns(mix, modalities, present, rows, device):
     return columns, torch.tensor(present, device=device), torch.tensor(choices, device=device)
 
 
-def draw(seed, step, mix, modalities, present, shape, device):
-    """The Draws of a step. shape is (N, M*C, H, W); present, M bools, says which modalities the data has."""
+def draw(seed, step, mix, modalities, present, shape, device, times="uniform"):
+    """The Draws of a step. shape is (N, M*C, H, W); present, M bools, says which modalities the data has;
+    times is a row of TIMES.
+    """
     N, M = shape[0], len(modalities)
     role, present, choices = mix_columns(mix, tuple(modalities), tuple(present), N, torch.device(device))
     k = len(choices)
@@ -94,7 +131,9 @@ def draw(seed, step, mix, modalities, present, shape, device):
     given = given | (role["random"] & (index == chosen[:, None]))
     given = given | (role["subset"] & (order.argsort(1).argsort(1) < size))  # the first in a random order
     given = given & (k > 1)  # a condition that leaves nothing to supervise makes the row a joint one
-    t = torch.where(role["independent"], t_each, t_shared)
+    free, conditioned = TIMES[times]
+    u, dimension = torch.where(role["independent"], t_each, t_shared), math.prod(shape[1:])
+    t = torch.where(given.any(1, keepdim=True), conditioned(u, dimension), free(u, dimension))
     t = torch.where(given, role["clean"] + (1 - role["clean"]) * u_clean, t)
     is_rgb = index == 0  # the first of the registry, and always there
     kept = (u_drop >= role["drop"]) | is_rgb

@@ -14,10 +14,10 @@ import sys
 import torch
 
 import train
-from distributed import autocast, check, run
+from distributed import autocast, check, run, with_row
 from model import training_flops
 from mt_model import (FAMILIES, METHOD, OPTIONS, PATCH, PATCHES, SETTINGS, Chain, T, Translations, beside,
-                      build, draw_images, visible, with_preset)
+                      build, draw_images, visible)
 from vae import latents
 from weights import fit
 
@@ -76,6 +76,9 @@ class Objective:
         self.predicts = self.sources[:1] if self.conditions == ["rgb"] else []
         self.terms = ("loss_eps", "loss_x", "energy")  # energy: E(X)'s mean square, 0 at first
         self.weights = torch.tensor([args.eps_weight, args.x_weight, 0.0], device=device)
+
+    def weights_at(self, step):
+        return self.weights
 
     def _read_pair(self, pair):
         """--pair -> a row of SETTINGS, the modalities of the backbone: target first."""
@@ -193,7 +196,7 @@ class Objective:
 
 def main():
     """Train; the flags of a --preset are put before those of the command."""
-    sys.argv[1:] = with_preset(sys.argv[1:], PRESETS)
+    sys.argv[1:] = with_row(sys.argv[1:], "--preset", PRESETS)
     train.command(Objective, __doc__)
 
 

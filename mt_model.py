@@ -5,7 +5,6 @@ noise and X back (Sec. 2.2.3). Steps are k = 0 .. T-1, 0 nearly clean; the backb
 paper's formulas as corrected in MT_DIFFUSION.md: Eq. 5's two means agree, Algorithm 1's noise has variance
 b_k. Training is mt_diffusion.py's, the tasks are mt_sample.py's.
 """
-import argparse
 from typing import NamedTuple
 
 import numpy as np
@@ -474,16 +473,3 @@ def build(name, pair, modalities, num_classes, latent_channels, latent_size, **o
 
 BACKBONE = {"patch_size": 2, "fusion": "linear"}
 OPTIONS = {**BACKBONE, **runs.options_of(MTDiffusion)}  # what a checkpoint that lacks one was trained with
-
-
-# ------------------------------------------------------------------------------------------------
-
-def with_preset(words, presets):
-    """The words of a command, before them those that its --preset stands for: the last of a flag counts.
-
-    presets: {name: flags as one would write them}. An unknown name is left to the command's own parser.
-    """
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--preset", nargs="?")
-    name = parser.parse_known_args(words)[0].preset
-    return [*presets.get(name, "").split(), *words]

@@ -27,12 +27,12 @@ import sample
 import samplers
 from dataset import to_unit
 from distributed import (check, check_apart, check_folder, check_replaced, command_parser, run, setup,
-                         sha256, whole_file, write_json)
+                         sha256, whole_file, with_row, write_json)
 from evaluation import Ceiling, Toy, Tree, evaluate
 from locks import only_writer
 from metrics import Rules, metrics_of, print_table, results
 from modalities import MODALITIES, as_it_is, check_turned, enlarge, read_array, read_mask, shown_of
-from mt_model import Chain, Translations, draw_images, with_preset
+from mt_model import Chain, Translations, draw_images
 from produce import SHOWN, finish, folders_read, produce, write_grid, write_npz
 from trees import facts_of, find_files, flat_name, picture_folder, recorded, stem_of
 from vae import encoder_of
@@ -273,7 +273,7 @@ def arguments():
                         help="restore: the baseline, from the masked image noised so far (0 to 1)")
     parser.add_argument("--features", type=pathlib.Path,
                         help="generate, feature checkpoints: .npy (K, F), one vector a sample")
-    args = parser.parse_args(with_preset(sys.argv[1:], PRESETS))
+    args = parser.parse_args(with_row(sys.argv[1:], "--preset", PRESETS))
     check_replaced(args.json, b"{")
     check_apart([args.json], [args.ckpt, args.features, args.data and args.data / "tree.json"])
     samplers.check_flags(args)

@@ -16,9 +16,9 @@ import torch
 from distributed import all_reduce, check, place, reading, whole_file
 from weights import FORMAT, load_checkpoint, load_weights, target_of
 
-FREE = ("data", "run", "steps", "lr", "micro_batch", "log_every", "ckpt_every", "preview_every", "compile",
-        "checkpointing", "tensorboard", "init", "rename", "ema_from_init", "eval_every", "eval_toy",
-        "eval_data")  # flags that another command of the same run may change
+FREE = ("data", "run", "steps", "lr", "muon_lr", "warmup", "decay_from", "decay_to", "micro_batch",
+        "log_every", "ckpt_every", "preview_every", "compile", "checkpointing", "tensorboard", "init",
+        "rename", "ema_from_init", "eval_every", "eval_toy", "eval_data")  # what another command may change
 
 
 def flags_of(args, objective):
@@ -77,13 +77,11 @@ def latest(folder):
     return None
 
 
-def restore(checkpoint, model, ema, optimiser, lr):
-    """Take up weights and optimiser -> the step, the ages of update_ema; the learning rate is set anew."""
+def restore(checkpoint, model, ema, optimiser):
+    """Take up weights and optimiser -> the step, the ages of update_ema."""
     load_weights(model, checkpoint["model"], "the run's model")
     load_weights(ema, checkpoint["ema"], "the run's EMA")
     optimiser.load_state_dict(checkpoint["opt"])
-    for group in optimiser.param_groups:
-        group["lr"] = lr
     return checkpoint["step"], checkpoint.get("ages", {})
 
 

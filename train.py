@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import copy
 import pathlib
+import sys
 
 import torch
 import torch.nn.functional as F
@@ -19,16 +20,21 @@ from tqdm import tqdm
 
 import dataset
 import runs
-from distributed import autocast, barrier, check, command_parser, run, say, setup
+from distributed import autocast, barrier, check, command_parser, run, say, setup, with_row
 from evaluation import Checkpoint, Watch
 from locks import only_writer
-from mix import ROLES, TASK_MIX, Draws, draw
+from mix import ROLES, TASK_MIX, TIMES, Draws, draw
 from modalities import MODALITIES
 from model import FUSIONS, SIZES, MMDiT, build_model, training_flops
-from optimisers import update, update_ema
+from optimisers import OPTIMISERS, schedule, set_rates, update, update_ema
 from samplers import Sampling, sample_latents
 from vae import latents
 from weights import ages_of, fit, load_checkpoint, renamed
+
+RECIPES = {  # what --recipe stands for
+    "paper": "",
+    "better": "--optimiser muon --times early",
+}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -67,7 +73,7 @@ class MMGen:
     add_flags   (parser): its own flags
     meta        the cache's meta.json
     model       the network; backbone, what of it has the transformer's blocks; summary(), for the first line
-    terms       names of its K terms in log.jsonl; weights (K,) of them in the loss
+    terms       names of its K terms in log.jsonl; weights_at(step), (K,), of them in the loss
     reads       the cache's arrays that it needs
     prepare     (step, a batch on the device, this process's slice of the global batch) -> {tensors of its
                 rows}, counts (K,) of the global batch, known before the forward pass
@@ -79,7 +85,7 @@ class MMGen:
     """
 
     method, group = "mmgen", ROLES
-    shaping = ("model", "fusion", "modalities", "no_task_embedding")
+    shaping = ("model", "fusion", "modalities", "no_task_embedding", "recipe")  # its flags are compared
     options = runs.options_of(MMDiT)
 
     @staticmethod
@@ -88,6 +94,9 @@ class MMGen:
         parser.add_argument("--modalities", nargs="+", choices=list(MODALITIES), help="default: the cache's")
         parser.add_argument("--equal-weights", action="store_true", help="loss weight 1 for every modality")
         parser.add_argument("--repa-weight", type=float, default=0.5)
+        parser.add_argument("--repa-until", type=int, metavar="STEP", help="REPA's weight is 0 from there on")
+        parser.add_argument("--times", default="uniform", choices=list(TIMES), help="how t is drawn")
+        parser.add_argument("--recipe", choices=list(RECIPES), help="a row of RECIPES, before your own flags")
         parser.add_argument("--no-task-embedding", action="store_true")
         parser.add_argument("--rename", nargs="+", default=(), metavar="THEIRS=OURS",
                             help="a modality of --init's file goes on as another one")
@@ -98,6 +107,7 @@ class MMGen:
         self.present = [m in cache.modalities for m in self.modalities]
         self._check_mix(args.mix)
         check(0 <= args.repa_weight < 1e3, f"--repa-weight {args.repa_weight}: from 0 to 1000")
+        check((args.repa_until or 0) >= 0, f"--repa-until {args.repa_until}: a step, at least 0")
         self.unaligned = args.repa_weight > 0 and "dino" not in cache.stems
         repa_weight = 0.0 if self.unaligned else args.repa_weight
         self.settings = {"repa_weight": repa_weight}
@@ -120,6 +130,12 @@ class MMGen:
               f"{', '.join(self.cache.modalities)} and the model {', '.join(self.modalities)}; "
               "rgb must be there, and for rgb2x another one")
 
+    def weights_at(self, step):
+        weights = self.weights.clone()
+        if self.args.repa_until is not None and step >= self.args.repa_until:
+            weights[self.terms.index("loss_repa")] = 0.0
+        return weights
+
     def summary(self):
         flops = training_flops(self.model.config)
         aligned = "" if self.settings["repa_weight"] else "; training without REPA"
@@ -134,7 +150,8 @@ class MMGen:
         """n rows of the step: draws of the whole batch, sliced; noised latents and targets (n, M*C, H, W)."""
         C, N, M = self.meta["latent_channels"], self.args.batch_size, len(self.modalities)
         shape = (N, M * C, *self.meta["latent_size"])
-        draws = draw(self.args.seed, step, self.args.mix, self.modalities, self.present, shape, self.device)
+        draws = draw(self.args.seed, step, self.args.mix, self.modalities, self.present, shape, self.device,
+                     self.args.times)
         counts = torch.cat([draws.supervised.sum(0), torch.full((1,), N, device=self.device)])  # (M+1,)
         mine = Draws(*(x[part] for x in draws))
         parts = [latents(batch[m], normals, self.meta) if m in batch else torch.zeros_like(normals)
@@ -184,19 +201,21 @@ def train(args, cache, objective, place, defaults):
     backbone.checkpointing = args.checkpointing
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
+    optimiser = OPTIMISERS[args.optimiser](parameters, backbone.blocks, args.beta2, args.precision)
     if file:
         older = {"model": objective.options, "train": {**defaults, "method": "mmgen"}}
         checkpoint = runs.checkpoint_of(file, config, older, objective.shaping)
-        first, ages = runs.restore(checkpoint, model, ema, optimiser, args.lr)
+        first, ages = runs.restore(checkpoint, model, ema, optimiser)
     runs.agree(args.run, first, device)
     watch = Watch(objective, args.run / "previews", args.preview_every, args.eval_every, args.eval_toy,
                   args.eval_data)
     notes = {**vars(args), "world": world, "resumed_at": first}
     log = runs.Log(args.run, first, notes, args.tensorboard)
     count = sum(p.numel() for p in model.parameters())
+    rates = {"lr": args.lr, "muon_lr": args.muon_lr}
+    said = ", ".join(f"{name} {rate:g}" for name, rate in set_rates(optimiser, rates, 1.0).items())
     say(f"{args.model}, {count:,} parameters, {objective.summary()}; {len(cache.rows)} samples, "
-        f"steps {first} to {args.steps}, lr {args.lr:g}, {args.batch_size} rows on {world} processes, "
+        f"steps {first} to {args.steps}, {said}, {args.batch_size} rows on {world} processes, "
         f"in micro-batches of {min(n, micro)}, {device}")
     if args.compile or (args.compile is None and device.type == "cuda"):
         for block in backbone.blocks:
@@ -208,12 +227,13 @@ def train(args, cache, objective, place, defaults):
     bar = tqdm(total=args.steps, initial=first, desc=args.run.name, disable=rank > 0)
     for step, batch in zip(steps, data):
         tensors, counts = objective.prepare(step, batch, part)
-        total = torch.zeros(len(terms), device=device)
+        total, weights = torch.zeros(len(terms), device=device), objective.weights_at(step)
+        now = set_rates(optimiser, rates, schedule(step, args.warmup, args.decay_from, args.decay_to))
         for i in range(0, n, micro):
             waits = world > 1 and i + micro < n  # gradients are reduced once
             with wrapped.no_sync() if waits else contextlib.nullcontext():
                 sums = objective.loss(wrapped, {name: x[i:i + micro] for name, x in tensors.items()})
-                loss = total_loss(sums, counts, objective.weights)
+                loss = total_loss(sums, counts, weights)
                 (world * loss).backward()  # shares add up over processes, DDP takes their mean
             total += sums.detach()
         norm, bad = update(parameters, optimiser)
@@ -224,7 +244,7 @@ def train(args, cache, objective, place, defaults):
         saving = done % args.ckpt_every == 0 or done == args.steps
         if done % args.log_every == 0 or saving:
             entry = meter.read(terms, args.batch_size, args.run)
-            log.write({"step": done, "lr": args.lr, **entry})
+            log.write({"step": done, **now, **entry})
             bar.set_postfix({name.removeprefix("loss_"): f"{entry[name]:.3f}" for name in terms})
         scores, seconds = watch.look(ema, done)
         meter.skip(seconds)
@@ -250,6 +270,12 @@ def add_flags(parser):
     parser.add_argument("--batch-size", type=int, default=256, help="global: of all processes together")
     parser.add_argument("--micro-batch", type=int, default=64, help="at most so many rows in a forward pass")
     parser.add_argument("--lr", type=float, default=1e-4)
+    parser.add_argument("--optimiser", default="adamw", choices=list(OPTIMISERS))
+    parser.add_argument("--muon-lr", type=float, default=0.02, help="of the blocks' matrices under muon")
+    parser.add_argument("--beta2", type=float, default=0.999, help="AdamW's")
+    parser.add_argument("--warmup", type=int, default=0, metavar="STEPS", help="the rates rise linearly")
+    parser.add_argument("--decay-from", type=int, metavar="STEP", help="the rates fall linearly from here")
+    parser.add_argument("--decay-to", type=int, metavar="STEP", help="to 0 here")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--checkpointing", action="store_true", help="recompute blocks: less memory")
     parser.add_argument("--precision", default="bf16", choices=("bf16", "fp32"))
@@ -265,6 +291,18 @@ def add_flags(parser):
     parser.add_argument("--ema-from-init", action="store_true", help="what --init takes keeps its EMA's rate")
 
 
+def check_rates(args):
+    """InputError where the flags of the optimiser are of no use."""
+    for name in ("lr", "muon_lr"):
+        value = getattr(args, name)
+        check(0 < value < 1e3, f"--{name.replace('_', '-')} {value}: must be finite and above 0")
+    check(0 <= args.beta2 < 1, f"--beta2 {args.beta2}: from 0 to below 1")
+    check(args.warmup >= 0, f"--warmup {args.warmup}: steps, at least 0")
+    decay = args.decay_from, args.decay_to
+    check(decay == (None, None) or None not in decay and 0 <= decay[0] < decay[1],
+          f"--decay-from {decay[0]} --decay-to {decay[1]}: two steps, the second after the first")
+
+
 def command(objective, doc):
     """A training command: its flags, the cache, the objective (a class), the loop."""
     parser = command_parser(doc)
@@ -278,8 +316,8 @@ def command(objective, doc):
     for name in ("steps", "batch_size", "log_every", "ckpt_every", "preview_every"):
         value = getattr(args, name)
         check(value >= 1, f"--{name.replace('_', '-')} {value}: must be at least 1")
-    check(0 < args.lr < 1e3 and 0 <= args.seed < 2 ** 63, f"--lr {args.lr} --seed {args.seed}: "
-          "the lr must be finite and above 0, the seed not negative")
+    check(0 <= args.seed < 2 ** 63, f"--seed {args.seed}: must not be negative")
+    check_rates(args)
     place = setup()
     cache = dataset.Cache(args.data)
     torch.manual_seed(args.seed)  # the initial weights, the same on every process
@@ -289,6 +327,8 @@ def command(objective, doc):
 
 
 def main():
+    """Train; the flags of a --recipe are put before those of the command."""
+    sys.argv[1:] = with_row(sys.argv[1:], "--recipe", RECIPES)
     command(MMGen, __doc__)
 
 

@@ -204,7 +204,8 @@ def our_step(args, device, precision, parts):
     meta, batch = synthetic(args)
     flags = argparse.Namespace(
         modalities=None, mix="mmgen", repa_weight=0.5, equal_weights=False, no_task_embedding=False,
-        fusion="linear", model=args.model, batch_size=args.batch_size, seed=0, precision=precision)
+        fusion="linear", model=args.model, batch_size=args.batch_size, seed=0, precision=precision,
+        times="uniform", repa_until=None)
     cache = argparse.Namespace(meta=meta, modalities=FOUR, stems=(*FOUR, "dino"))
     objective = train.MMGen(flags, cache, device)
     model = objective.model.to(device)

@@ -17,9 +17,9 @@ import mt_diffusion
 import train
 from conftest import ROOT, start
 from dataset import Cache
-from distributed import InputError, command_parser
+from distributed import InputError, command_parser, with_row
 from model import SIZES
-from mt_model import MTSchedule, with_preset
+from mt_model import MTSchedule
 from studies import run_docs
 from weights import load_checkpoint
 
@@ -153,7 +153,7 @@ def flags_of(command):
     mt_diffusion.Objective.add_flags(parser)
     words = command.split()
     words = words[words.index("mt_diffusion.py") + 1:]
-    return parser.parse_args(with_preset(words, mt_diffusion.PRESETS))
+    return parser.parse_args(with_row(words, "--preset", mt_diffusion.PRESETS))
 
 
 class Reached(Exception):

@@ -117,6 +117,7 @@ def test_what_is_not_the_runs_own_may_change(cache, trained, half, tmp_path, com
     """
     changes = {"data": tmp_path / "moved", "run": half, "micro_batch": 8, "log_every": 1, "ckpt_every": 2,
                "preview_every": 999, "init": tmp_path / "gone.pt", "lr": 1e-4, "steps": 6,
+               "muon_lr": 0.5, "warmup": 2, "decay_from": 6, "decay_to": 9,
                "rename": "seg=canny", "eval_every": 3, "eval_toy": 2}
     switches = {"compile": "--no-compile", "checkpointing": "--checkpointing",
                 "ema_from_init": "--ema-from-init", "tensorboard": "--tensorboard"}
@@ -175,13 +176,13 @@ def test_a_new_flag_is_one_line(cache, trained, half, command, monkeypatch):
 
     def longer(parser):
         original(parser)
-        parser.add_argument("--warmup", type=int, default=0)
+        parser.add_argument("--patience", type=int, default=0)
         parser.add_argument("--teachers", nargs="+", default=("a", "b"))
         parser.add_argument("--beside", type=pathlib.Path, default=pathlib.Path("data/beside"))
 
     monkeypatch.setattr(train, "add_flags", longer)
     flags = ("--data", cache, "--run", half, *TRAIN)
-    for change, message in ((("--warmup", 500), "warmup = 0, this command has 500"),
+    for change, message in ((("--patience", 500), "patience = 0, this command has 500"),
                             (("--teachers", "a"), r"teachers = \['a', 'b'\], this command has \['a'\]"),
                             (("--beside", "x"), "beside = data/beside, this command has x")):
         with pytest.raises(InputError, match=f"was trained with {message}"):
@@ -189,7 +190,7 @@ def test_a_new_flag_is_one_line(cache, trained, half, command, monkeypatch):
     command("train", *flags, "--teachers", "a", "b")
     assert gap(trained, half) == 0
     kept = load_checkpoint(half)["config"]["train"]
-    assert (kept["warmup"], kept["teachers"], kept["beside"]) == (0, ["a", "b"], "data/beside")
+    assert (kept["patience"], kept["teachers"], kept["beside"]) == (0, ["a", "b"], "data/beside")
     command("train", *flags)  # nothing is left to do: what the file says itself is the same
 
 
@@ -223,9 +224,9 @@ def test_another_methods_run_is_told_by_its_method(cache, half, command):
 def test_a_run_with_what_this_version_has_not_is_refused(cache, half, command):
     path = (half / "latest.pt").resolve()
     checkpoint = torch.load(path, weights_only=True)
-    checkpoint["config"]["train"]["warmup"] = 500
+    checkpoint["config"]["train"]["patience"] = 500
     torch.save(checkpoint, path)
-    with pytest.raises(InputError, match="warmup = 500, which this version does not know"):
+    with pytest.raises(InputError, match="patience = 500, which this version does not know"):
         command("train", "--data", cache, "--run", half, *TRAIN)
 
 

@@ -194,8 +194,10 @@ def scores_of(run):
 
 
 def test_two_processes_train_as_one(cache, tmp_path, command):
-    flags = ("--data", cache, "--model", SMALL, "--steps", 4, "--batch-size", 8, "--micro-batch", 4,
-             "--precision", "fp32", "--preview-every", 1000, "--eval-every", 4, "--eval-toy", 2)
+    """Both of Muon's and AdamW's weights."""
+    flags = ("--data", cache, "--model", SMALL, "--steps", 10, "--batch-size", 8, "--micro-batch", 4,
+             "--precision", "fp32", "--preview-every", 1000, "--eval-every", 10, "--eval-toy", 2,
+             "--optimiser", "muon")
     command("train", *flags, "--run", tmp_path / "1")
     result = shell("train.py", *flags, "--run", tmp_path / "2", processes=2, torchrun=True)
     assert result.returncode == 0, result.stderr
