@@ -204,6 +204,7 @@ def our_step(args, device, precision, parts):
     meta, batch = synthetic(args)
     flags = argparse.Namespace(
         modalities=None, mix="mmgen", repa_weight=0.5, equal_weights=False, no_task_embedding=False,
+        blocks="sit", projector="mlp", middle_weight=0.0,
         fusion="linear", model=args.model, batch_size=args.batch_size, seed=0, precision=precision)
     cache = argparse.Namespace(meta=meta, modalities=FOUR, stems=(*FOUR, "dino"))
     objective = train.MMGen(flags, cache, device)
