@@ -161,20 +161,19 @@ class MMGen:
         y = torch.where(mine.null, self.meta["num_classes"], batch["labels"])                # (n,)
         rows = dict(x=x, target=target, t=mine.t, y=y, given=mine.given, supervised=mine.supervised)
         if "dino" in batch:
-            rows["dino"] = batch["dino"]                                                     # (n, T, 768)
+            conv = self.args.projector == "conv"
+            rows["dino"] = spatial(batch["dino"]) if conv else batch["dino"]                 # (n, T, 768)
         if self.middle:  # one term of all modalities: a row's share of each one's weighted mean
             share = self.weights[:M] / counts[:M].clamp(min=1)                               # (M,)
             rows["share"] = share.expand(len(x), M)                                          # (n, M)
         return rows, counts
 
     def loss(self, network, rows):
+        """{tensors (n, ...)} -> the sums (K,) of the terms over these rows, fp32."""
         with autocast(self.device, self.args.precision):
             v, z, *v_mid = network(rows["x"], rows["t"], rows["y"], rows["given"], middle=self.middle)
         velocity = velocity_error(v, rows["target"], rows["supervised"])                     # (n, M)
-        repa = velocity.new_zeros(len(v))                                                    # (n,)
-        if z is not None:
-            dino = spatial(rows["dino"]) if self.args.projector == "conv" else rows["dino"]  # (n, T, 768)
-            repa = alignment_error(z, dino)                                                  # (n,)
+        repa = velocity.new_zeros(len(v)) if z is None else alignment_error(z, rows["dino"])  # (n,)
         sums = [velocity.sum(0), repa.sum(0, keepdim=True)]                                  # (M,), (1,)
         if self.middle:
             error = velocity_error(*v_mid, rows["target"], rows["supervised"])               # (n, M)

@@ -135,9 +135,10 @@ def test_a_conv_projectors_targets_are_z_scored_over_the_tokens(cache):
     found = train.spatial(torch.from_numpy(dino))
     assert np.abs(found.numpy() - expected).max() < 1e-3 and not train.spatial(torch.ones(1, 4, 8)).any()
     objective = objective_of(cache, projector="conv")
-    rows, _ = batch_of(objective, cache)
+    plain, rows = (batch_of(each, cache)[0] for each in (objective_of(cache), objective))
+    assert torch.equal(rows["dino"], train.spatial(plain["dino"])) and plain["dino"].dtype == torch.int8
     z = objective.model(rows["x"], rows["t"], rows["y"], rows["given"])[1]
-    repa = train.alignment_error(z, train.spatial(rows["dino"])).sum()
+    repa = train.alignment_error(z, train.spatial(plain["dino"])).sum()
     assert objective.loss(objective.model, rows)[4].item() == pytest.approx(repa.item(), rel=1e-5)
 
 
@@ -369,7 +370,6 @@ def test_a_run_of_all_options_goes_on_and_is_sampled(cache, tmp_path, command):
     meta = json.loads((tmp_path / "out/meta.json").read_text())
     assert meta.pop("middle_scale") == 1.0
     (tmp_path / "out/meta.json").write_text(json.dumps(meta))  # as an older version wrote it
-    command("sample", *draw_one)
     with pytest.raises(InputError, match="middle_scale was 1.0, is 1.4"):
         command("sample", *draw_one, "--middle-scale", 1.4)
     command("sample", *draw_one, "--middle-scale", 1.4, "--overwrite")
