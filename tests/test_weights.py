@@ -194,7 +194,7 @@ def test_init_takes_middle_heads_by_name_or_leaves_them_new(tmp_path):
 
 
 def test_the_released_format_has_no_place_for_other_blocks_or_middle_heads(tmp_path, command):
-    model, _ = ours(tmp_path / "a.pt", middle_heads=True, projector_kind="conv")
+    model, _ = ours(tmp_path / "a.pt", name=SMALL, middle_heads=True, projector_kind="conv")
     command("weights", "--ckpt", tmp_path / "a.pt", "--export-official", tmp_path / "b.pt")
     state = load_checkpoint(tmp_path / "b.pt")["ema"]
     left = model.state_dict().keys() - state.keys()
