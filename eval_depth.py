@@ -220,6 +220,7 @@ def main():
         loaded = load_model(args.ckpt or newest_checkpoint(), device)
         known = loaded.model.modalities
         check("rgb" in known, f"{loaded.path}: does not take RGB as a condition ({', '.join(known)})")
+        samplers.check_model(loaded, sampling)
         samplers.prepare(loaded.model, args.precision, args.compile)
         encoder = encoder_of(loaded.meta, device, args.vae)
         source = truth_of(args, loaded.meta)

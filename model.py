@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint as recompute
 from torch.utils.flop_counter import FlopCounterMode
 
-from layers import Block, Head, TimeEmbedder
+from layers import BLOCKS, Head, TimeEmbedder, rotation_of
 
 
 # ------------------------------------------------------------------------------------------------
@@ -77,13 +77,29 @@ def sincos_positions(width, h, w):
 
 
 # ------------------------------------------------------------------------------------------------
+# REPA's projectors, of the hidden state after block encoder_depth.
+
+def mlp_projector(width, z_dim):
+    return nn.Sequential(nn.Linear(width, 2048), nn.SiLU(), nn.Linear(2048, 2048), nn.SiLU(),
+                         nn.Linear(2048, z_dim))
+
+
+def conv_projector(width, z_dim):
+    """iREPA's (Singh et al., 2025): what is aligned is the arrangement of the tokens."""
+    return nn.Conv2d(width, z_dim, 3, padding=1)
+
+
+PROJECTORS = {"mlp": mlp_projector, "conv": conv_projector}
+
+
+# ------------------------------------------------------------------------------------------------
 
 class MMDiT(nn.Module):
     """The MMGen transformer: velocities of all modalities from their noisy latents."""
 
     def __init__(self, depth, width, heads, encoder_depth, modalities, num_classes, latent_channels,
                  latent_size, patch_size=2, fusion="linear", fused_time=True, task_embedding=True,
-                 projector=True, z_dim=768):
+                 projector=True, z_dim=768, blocks="sit", projector_kind="mlp", middle_heads=False):
         super().__init__()
         M = len(modalities)
         self.modalities = tuple(modalities)
@@ -100,12 +116,13 @@ class MMDiT(nn.Module):
         self.grid = tuple(s // patch_size for s in self.latent_size)
         positions = torch.zeros(1, self.grid[0] * self.grid[1], width)
         self.pos_embed = nn.Parameter(positions, requires_grad=False)
-        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
-        self.heads = nn.ModuleList(Head(width, latent_channels * patch_size ** 2) for _ in modalities)
-        self.projector = None
-        if projector:
-            self.projector = nn.Sequential(nn.Linear(width, 2048), nn.SiLU(), nn.Linear(2048, 2048),
-                                           nn.SiLU(), nn.Linear(2048, z_dim))
+        self.blocks = nn.ModuleList(BLOCKS[blocks](width, heads) for _ in range(depth))
+        outputs = latent_channels * patch_size ** 2
+        self.heads = nn.ModuleList(Head(width, outputs) for _ in modalities)
+        self.projector = PROJECTORS[projector_kind](width, z_dim) if projector else None
+        self.middle_heads = None  # internal guidance: velocities of the state after block encoder_depth
+        if middle_heads:
+            self.middle_heads = nn.ModuleList(Head(width, outputs) for _ in modalities)
         self._initialise(width)
 
     def _initialise(self, width):
@@ -123,7 +140,7 @@ class MMDiT(nn.Module):
             nn.init.normal_(layer.weight, std=0.02)
         for block in self.blocks:
             nn.init.zeros_(block.adaLN_modulation[1].weight)
-        for head in self.heads:
+        for head in (*self.heads, *(self.middle_heads or ())):
             nn.init.zeros_(head.adaLN_modulation[1].weight)
             nn.init.zeros_(head.linear.weight)
         self.pos_embed.data.copy_(sincos_positions(width, *self.grid))
@@ -135,8 +152,31 @@ class MMDiT(nn.Module):
         table = self.pos_embed.unflatten(1, self.grid).permute(0, 3, 1, 2)
         return F.interpolate(table, (h, w), mode="bicubic", align_corners=False).flatten(2).transpose(1, 2)
 
-    def forward(self, x, t, y, given):
-        """x (N, M*C, H, W), t (N, M), y (N,) long, given (N, M) bool -> v like x, z (N, T, z_dim) or None.
+    def where(self, x, h, w):
+        """What blocks are told of the places of the tokens x, beside the position table."""
+        block = self.blocks[0]
+        if not block.rotary:
+            return ()
+        d = x.shape[2] // block.attn.heads
+        return (rotation_of(h, w, x.shape[1] // (h * w), d, x.device),)
+
+    def project(self, tokens, h, w):
+        """The features (N, h*w, z_dim) of tokens (N, h*w, D); a convolution sees the tokens as a map."""
+        if not isinstance(self.projector, nn.Conv2d):
+            return self.projector(tokens)
+        return self.projector(tokens.mT.unflatten(2, (h, w))).flatten(2).mT
+
+    def velocity(self, heads, tokens, c, h, w):
+        """A head's patches of each modality, laid out as latents (N, M*C, H, W)."""
+        p, C = self.patch_size, self.latent_channels
+        parts = [head(part, c) for head, part in zip(heads, self.x_embedder.split(tokens))]
+        v = torch.stack(parts, 1)                                              # (N, M, T, C*p*p)
+        v = v.reshape(len(v), -1, h, w, p, p, C).permute(0, 1, 6, 2, 4, 3, 5)  # (N, M, C, h, p, w, p)
+        return v.reshape(len(v), -1, h * p, w * p)                             # (N, M*C, H, W)
+
+    def forward(self, x, t, y, given, middle=False):
+        """x (N, M*C, H, W), t (N, M), y (N,) long, given (N, M) bool -> v like x, z (N, T, z_dim) or None;
+        with middle also v_mid, the velocity by the middle heads, like x.
 
         t      time of each modality, 0 noise, 1 data
         y      class; num_classes is the null class of classifier-free guidance
@@ -144,26 +184,25 @@ class MMDiT(nn.Module):
         z      REPA's projected hidden state after block encoder_depth, None without a projector
         H and W may differ from the training size: the position table is then interpolated.
         """
-        N, _, H, W = x.shape
-        p, C = self.patch_size, self.latent_channels
-        h, w = H // p, W // p
+        h, w = (side // self.patch_size for side in x.shape[2:])
         c = self.t_embedder(1 - t) + self.y_embedder(y)                             # (N, D)
         if self.task_embedder is not None:
             rows = torch.cat([~given.any(1, keepdim=True), given], 1)               # (N, M+1)
             c = c + rows.to(c.dtype) @ self.task_embedder.weight.to(c.dtype)        # (N, D)
         x = self.x_embedder(x, self.positions(h, w))                                # (N, T, D)
-        z = None
+        z = v_mid = None
+        more = (c, *self.where(x, h, w))                                            # (N, D), (2, T, d/2)
         for i, block in enumerate(self.blocks, 1):
             if self.checkpointing and self.training:
-                x = recompute(block, x, c, use_reentrant=False)                     # (N, T, D)
+                x = recompute(block, x, *more, use_reentrant=False)                 # (N, T, D)
             else:
-                x = block(x, c)                                                     # (N, T, D)
+                x = block(x, *more)                                                 # (N, T, D)
             if i == self.encoder_depth and self.projector is not None:
-                z = self.projector(x[:, :h * w])                                    # (N, T, z_dim)
-        parts = [head(part, c) for head, part in zip(self.heads, self.x_embedder.split(x))]
-        v = torch.stack(parts, 1)                                                   # (N, M, T, C*p*p)
-        v = v.reshape(N, -1, h, w, p, p, C).permute(0, 1, 6, 2, 4, 3, 5)            # (N, M, C, h, p, w, p)
-        return v.reshape(N, -1, H, W), z                                            # (N, M*C, H, W)
+                z = self.project(x[:, :h * w], h, w)                                # (N, T, z_dim)
+            if i == self.encoder_depth and middle:
+                v_mid = self.velocity(self.middle_heads, x, c, h, w)                # (N, M*C, H, W)
+        v = self.velocity(self.heads, x, c, h, w)                                   # (N, M*C, H, W)
+        return (v, z, v_mid) if middle else (v, z)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -182,9 +221,10 @@ def build_model(name, modalities=("rgb", "depth", "normal", "seg"), num_classes=
                 latent_size=32, encoder_depth=None, **options):
     """A freshly initialised MMDiT; name is a row of SIZES, latent_size an int or (H, W).
 
-    options: patch_size, fusion (a row of FUSIONS), fused_time, task_embedding, projector, z_dim.
+    options: patch_size, fusion (a row of FUSIONS), fused_time, task_embedding, projector, z_dim, blocks (a
+    row of layers.BLOCKS), projector_kind (of PROJECTORS), middle_heads.
     The arguments are kept in model.config, from which a checkpoint rebuilds the model.
-    Raises KeyError for an unknown size or fusion, ValueError for a latent size that patches do not tile.
+    Raises KeyError for an unknown size or row, ValueError for a latent size that patches do not tile.
     """
     size = [latent_size] * 2 if isinstance(latent_size, int) else list(latent_size)
     patch = options.get("patch_size", 2)
@@ -205,7 +245,7 @@ def training_flops(config):
         model = build_model(**config)
         M, C = len(model.modalities), model.latent_channels
         x, t = torch.zeros(1, M * C, *model.latent_size), torch.zeros(1, M)
-        v, z = model(x, t, torch.zeros(1, dtype=torch.long), t > 0)
-        loss = v.sum() if z is None else v.sum() + z.sum()
-        loss.backward()
+        y, middle = torch.zeros(1, dtype=torch.long), model.middle_heads is not None
+        outputs = model(x, t, y, t > 0, middle=middle)
+        sum(each.sum() for each in outputs if each is not None).backward()
     return counter.get_total_flops()

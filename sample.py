@@ -360,6 +360,7 @@ def main():
     rank, world, device = setup()
     loaded = load_model(args.ckpt or newest_checkpoint(), device)
     model, meta = loaded.model, loaded.meta
+    samplers.check_model(loaded, sampling)
     samplers.prepare(model, args.precision, args.compile)
     encoder = encoder_of(meta, device, args.vae)
     given = given_of(args.task, args.given, model.modalities)

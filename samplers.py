@@ -100,6 +100,7 @@ class Sampling(NamedTuple):
     cfg_interval: tuple = (0.0, 1.0)  # noise levels with guidance
     precision: str = "fp32"
     given_time: float = GIVEN_TIME    # at which a condition is held
+    middle_scale: float = 1.0         # internal guidance, away from the middle heads; 1 = none
 
     @property
     def times(self):
@@ -142,7 +143,8 @@ def sample_latents(model, y, given, noise, sampling):
 
     y (N,) classes; given {modality: clean scaled latents (N, C, H, W)}: those channels stay at given_time
     throughout and are returned clean. noise: a Noise of N samples. Guidance v = v_null + cfg (v_class -
-    v_null) acts on all channels, while the noise level 1 - t lies in the interval.
+    v_null) acts on all channels, while the noise level 1 - t lies in the interval; both are guided
+    internally, v = v_mid + middle_scale (v - v_mid), where that is not 1.
     """
     N, M, C = len(y), len(model.modalities), model.latent_channels
     size = next(iter(given.values())).shape[2:] if given else model.latent_size
@@ -158,7 +160,10 @@ def sample_latents(model, y, given, noise, sampling):
 
     def network(x, t, y, flags):
         with autocast(x.device, sampling.precision):
-            return model(x, t, y, flags)[0].float()
+            if sampling.middle_scale == 1.0:
+                return model(x, t, y, flags)[0].float()
+            v, _, v_mid = model(x, t, y, flags, middle=True)
+        return v_mid.float() + sampling.middle_scale * (v.float() - v_mid.float())
 
     def velocity(x, t):
         x = torch.where(mask, clamped, x)
@@ -228,6 +233,8 @@ def add_flags(parser):
                         help="noise levels with guidance")
     parser.add_argument("--given-time", type=float, default=GIVEN_TIME, metavar="T",
                         help="time at which a condition is held, 1 is clean (0.995)")
+    parser.add_argument("--middle-scale", type=float, default=1.0, metavar="S",
+                        help="internal guidance of a model with middle heads, 1 = none")
     parser.add_argument("--fast", action="store_true", help="few steps, as recommended for the task")
 
 
@@ -236,6 +243,7 @@ def from_flags(args, task="understand"):
     check_flags(args)
     low, high = args.cfg_interval
     check(0 <= low <= high <= 1, f"--cfg-interval {low} {high}: 0 <= LO <= HI <= 1")
+    check(np.isfinite(args.middle_scale), f"--middle-scale {args.middle_scale}: must be finite")
     check(0 <= args.given_time <= 1, f"--given-time {args.given_time}: from 0 (noise) to 1 (clean)")
     chosen = dict(sampler=args.sampler, steps=args.steps)
     if args.fast:
@@ -243,7 +251,14 @@ def from_flags(args, task="understand"):
               f"{args.steps}: --fast chooses them; leave one out")
         chosen = FAST[task]
     return Sampling(cfg=args.cfg, cfg_interval=(low, high), precision=args.precision,
-                    given_time=args.given_time, **chosen)
+                    given_time=args.given_time, middle_scale=args.middle_scale, **chosen)
+
+
+def check_model(loaded, sampling):
+    """Raise InputError where a checkpoint (weights.Loaded) has not what the sampling needs."""
+    check(sampling.middle_scale == 1.0 or loaded.model.middle_heads is not None, f"--middle-scale "
+          f"{sampling.middle_scale}: {loaded.path} has no middle heads; they are trained by train.py "
+          "--middle-weight 0.5")
 
 
 def prepare(network, precision="fp32", compile=False):

@@ -22,10 +22,11 @@ import dataset
 import runs
 from distributed import autocast, barrier, check, command_parser, run, say, setup, with_row
 from evaluation import Checkpoint, Watch
+from layers import BLOCKS
 from locks import only_writer
 from mix import ROLES, TASK_MIX, TIMES, Draws, draw
 from modalities import MODALITIES
-from model import FUSIONS, SIZES, MMDiT, build_model, training_flops
+from model import FUSIONS, PROJECTORS, SIZES, MMDiT, build_model, training_flops
 from optimisers import OPTIMISERS, schedule, set_rates, update, update_ema
 from samplers import Sampling, sample_latents
 from vae import latents
@@ -58,6 +59,13 @@ def alignment_error(z, dino):
     return -cosine.mean(1)
 
 
+def spatial(dino):
+    """iREPA's targets (N, T, 768): unit tokens, each channel z-scored over a sample's tokens; fp32."""
+    unit = F.normalize(dino.float(), dim=-1)
+    std, mean = torch.std_mean(unit, 1, correction=0, keepdim=True)  # (N, 1, 768) each
+    return (unit - mean) / (std + 1e-6)
+
+
 def total_loss(sums, counts, weights):
     """Sums (K,) over some rows, counts (K,) of the global batch -> their share of the loss: shares add up."""
     return (weights * sums / counts.clamp(min=1)).sum()
@@ -85,7 +93,7 @@ class MMGen:
     """
 
     method, group = "mmgen", ROLES
-    shaping = ("model", "fusion", "modalities", "no_task_embedding", "recipe")  # its flags are compared
+    shaping = ("model", "fusion", "modalities", "no_task_embedding", "blocks", "projector", "recipe")
     options = runs.options_of(MMDiT)
 
     @staticmethod
@@ -98,6 +106,9 @@ class MMGen:
         parser.add_argument("--times", default="uniform", choices=list(TIMES), help="how t is drawn")
         parser.add_argument("--recipe", choices=list(RECIPES), help="a row of RECIPES, before your own flags")
         parser.add_argument("--no-task-embedding", action="store_true")
+        parser.add_argument("--blocks", default="sit", choices=list(BLOCKS), help="the transformer's")
+        parser.add_argument("--projector", default="mlp", choices=list(PROJECTORS), help="REPA's")
+        parser.add_argument("--middle-weight", type=float, default=0.0, help="of internal guidance's heads")
         parser.add_argument("--rename", nargs="+", default=(), metavar="THEIRS=OURS",
                             help="a modality of --init's file goes on as another one")
 
@@ -106,7 +117,9 @@ class MMGen:
         self.modalities = [m for m in MODALITIES if m in (args.modalities or cache.modalities)]
         self.present = [m in cache.modalities for m in self.modalities]
         self._check_mix(args.mix)
-        check(0 <= args.repa_weight < 1e3, f"--repa-weight {args.repa_weight}: from 0 to 1000")
+        for name in ("repa_weight", "middle_weight"):
+            value = getattr(args, name)
+            check(0 <= value < 1e3, f"--{name.replace('_', '-')} {value}: from 0 to 1000")
         check((args.repa_until or 0) >= 0, f"--repa-until {args.repa_until}: a step, at least 0")
         self.unaligned = args.repa_weight > 0 and "dino" not in cache.stems
         repa_weight = 0.0 if self.unaligned else args.repa_weight
@@ -114,13 +127,17 @@ class MMGen:
         self.model = self.backbone = build_model(
             args.model, self.modalities, self.meta["num_classes"], self.meta["latent_channels"],
             self.meta["latent_size"], fusion=args.fusion, task_embedding=not args.no_task_embedding,
-            projector=repa_weight > 0)
+            projector=repa_weight > 0, blocks=args.blocks, projector_kind=args.projector,
+            middle_heads=args.middle_weight > 0)
         self.conditions, self.predicts = self.modalities, self.modalities[1:]
-        self.terms = [f"loss_{m}" for m in (*self.modalities, "repa")]
+        self.middle = args.middle_weight > 0
+        self.terms = [f"loss_{m}" for m in (*self.modalities, "repa", *["middle"] * self.middle)]
         self.reads = [stem for stem in ("labels", *self.modalities) if stem in cache.stems]
         self.reads += ["dino"] * (repa_weight > 0)
         weights = [1.0 if args.equal_weights else MODALITIES[m].loss_weight for m in self.modalities]
-        self.weights = torch.tensor([*weights, repa_weight], device=device)
+        last = [repa_weight, args.middle_weight][:1 + self.middle]
+        self.weights = torch.tensor([*weights, *last], device=device)
+        self.counted = torch.tensor([args.batch_size, 1][:1 + self.middle], device=device)
 
     def _check_mix(self, mix):
         has = {m for m, here in zip(self.modalities, self.present) if here}
@@ -152,7 +169,7 @@ class MMGen:
         shape = (N, M * C, *self.meta["latent_size"])
         draws = draw(self.args.seed, step, self.args.mix, self.modalities, self.present, shape, self.device,
                      self.args.times)
-        counts = torch.cat([draws.supervised.sum(0), torch.full((1,), N, device=self.device)])  # (M+1,)
+        counts = torch.cat([draws.supervised.sum(0), self.counted])                          # (K,)
         mine = Draws(*(x[part] for x in draws))
         parts = [latents(batch[m], normals, self.meta) if m in batch else torch.zeros_like(normals)
                  for m, normals in zip(self.modalities, mine.posterior.split(C, 1))]
@@ -161,15 +178,24 @@ class MMGen:
         y = torch.where(mine.null, self.meta["num_classes"], batch["labels"])                # (n,)
         rows = dict(x=x, target=target, t=mine.t, y=y, given=mine.given, supervised=mine.supervised)
         if "dino" in batch:
-            rows["dino"] = batch["dino"]                                                     # (n, T, 768)
+            conv = self.args.projector == "conv"
+            rows["dino"] = spatial(batch["dino"]) if conv else batch["dino"]                 # (n, T, 768)
+        if self.middle:  # one term of all modalities: a row's share of each one's weighted mean
+            share = self.weights[:M] / counts[:M].clamp(min=1)                               # (M,)
+            rows["share"] = share.expand(len(x), M)                                          # (n, M)
         return rows, counts
 
     def loss(self, network, rows):
+        """{tensors (n, ...)} -> the sums (K,) of the terms over these rows, fp32."""
         with autocast(self.device, self.args.precision):
-            v, z = network(rows["x"], rows["t"], rows["y"], rows["given"])
+            v, z, *v_mid = network(rows["x"], rows["t"], rows["y"], rows["given"], middle=self.middle)
         velocity = velocity_error(v, rows["target"], rows["supervised"])                     # (n, M)
         repa = velocity.new_zeros(len(v)) if z is None else alignment_error(z, rows["dino"])  # (n,)
-        return torch.cat([velocity.sum(0), repa.sum(0, keepdim=True)])                       # (M+1,)
+        sums = [velocity.sum(0), repa.sum(0, keepdim=True)]                                  # (M,), (1,)
+        if self.middle:
+            error = velocity_error(*v_mid, rows["target"], rows["supervised"])               # (n, M)
+            sums.append((rows["share"] * error).sum()[None])                                 # (1,)
+        return torch.cat(sums)                                                               # (K,)
 
     def draw(self, network, y, given, noise):
         return sample_latents(network, y, given, noise, Sampling("euler", 25))

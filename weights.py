@@ -299,7 +299,8 @@ def _imagenet_names(classes):
 def to_official(checkpoint, path):
     """A checkpoint of this project -> the dictionary that MMGen's own code loads: {model, ema, args, steps}.
 
-    Raises InputError where their architecture has no place for it: other modalities, another fusion.
+    The middle heads and iREPA's projector, which it has not, are left out: neither changes the velocity.
+    Raises InputError where their architecture has no place for it: other modalities, fusion or blocks.
     """
     config = checkpoint["config"]["model"]
     modalities, fusion = config["modalities"], config.get("fusion", "linear")
@@ -307,10 +308,14 @@ def to_official(checkpoint, path):
     check(tuple(modalities) == RELEASED and fusion == "linear" and config.get("task_embedding", True),
           f"{path}: modalities {', '.join(modalities)}, fusion {fusion}: MMGen's format takes "
           f"{', '.join(RELEASED)} with linear fusion and task embedding")
+    blocks = config.get("blocks", "sit")
+    check(blocks == "sit", f"{path}: has the blocks {blocks}; MMGen's format knows SiT's alone")
     check(scale == SD_SCALE, f"{path}: trained on latents of scale {scale}; "
           "MMGen's format knows the Stable Diffusion autoencoder alone")
     state = {}
     for key, value in checkpoint["ema"].items():
+        if key.startswith("middle_heads.") or key in ("projector.weight", "projector.bias"):
+            continue
         value = -value.float() if OUTPUT.fullmatch(key) else value.float()
         for theirs, ours in RENAMED:
             if ours != "heads.0." and key.startswith(ours):
@@ -455,7 +460,7 @@ def _unwrapped(state):
 
 def _source(key, old, new):
     """The file's name of a weight, None for that of a modality which the file does not have."""
-    numbered = re.match(r"((?:heads|x_embedder\.proj)\.)(\d+)(\..*)", key)
+    numbered = re.match(r"((?:heads|middle_heads|x_embedder\.proj)\.)(\d+)(\..*)", key)
     if not numbered or old == new:  # numbered: one module a modality
         return key
     before, index, after = numbered.groups()
@@ -510,7 +515,7 @@ def _fate_lines(fate):
     """{weight: what became of it} -> a line for each fate: how many, and of which modules."""
     for what in ("taken", "inflated", "new", "left out"):
         names = [key for key, value in fate.items() if value == what]
-        modules = (re.match(r"heads\.\d+|[a-z_]+", name).group() for name in names)
+        modules = (re.match(r"(?:middle_)?heads\.\d+|[a-z_]+", name).group() for name in names)
         yield f"  {what:9s}{len(names):4d}  {', '.join(dict.fromkeys(modules))}"
 
 

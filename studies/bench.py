@@ -205,7 +205,7 @@ def our_step(args, device, precision, parts):
     flags = argparse.Namespace(
         modalities=None, mix="mmgen", repa_weight=0.5, equal_weights=False, no_task_embedding=False,
         fusion="linear", model=args.model, batch_size=args.batch_size, seed=0, precision=precision,
-        times="uniform", repa_until=None)
+        times="uniform", repa_until=None, blocks="sit", projector="mlp", middle_weight=0.0)
     cache = argparse.Namespace(meta=meta, modalities=FOUR, stems=(*FOUR, "dino"))
     objective = train.MMGen(flags, cache, device)
     model = objective.model.to(device)

@@ -6,12 +6,14 @@ import pytest
 import torch
 from conftest import ROOT
 
-from model import build_model, sincos_positions
+from layers import BLOCKS, rotate, rotation_of
+from model import SIZES, build_model, sincos_positions
+from small import SMALL
 
 
-def random_model(**options):
+def random_model(size="T/2", **options):
     torch.manual_seed(0)
-    model = build_model("T/2", num_classes=5, latent_size=8, **options)
+    model = build_model(size, num_classes=5, latent_size=8, **options)
     for p in model.parameters():
         if p.requires_grad:
             p.data.normal_(0, 0.04)
@@ -65,11 +67,12 @@ def test_fusions(fusion):
     assert v.shape == (3, 16, 8, 8) and z.shape == (3, 16, 768) and v.std() > 0.01
 
 
-def test_blocks_compile_whole():
+@pytest.mark.parametrize("blocks", list(BLOCKS))
+def test_blocks_compile_whole(blocks):
     """As --compile does, without the code generator: no graph breaks, nothing changes, both ways."""
     results = []
     for compiled in (False, True):
-        model = random_model()
+        model = random_model(SMALL if blocks == "modern" else "T/2", blocks=blocks)
         for block in model.blocks if compiled else ():
             block.compile(fullgraph=True, backend="aot_eager")
         v, z = model(*inputs())
@@ -125,3 +128,102 @@ def test_what_cannot_be_built_is_refused():
         build_model("T/2", fusion="sum")
     with pytest.raises(ValueError, match="latent size 7x8"):
         build_model("T/2", latent_size=(7, 8))
+
+
+# ------------------------------------------------------------------------------------------------
+# Options beside the paper's.
+
+def test_modern_blocks_have_as_many_weights():
+    for _, width, heads, _ in SIZES.values():
+        with torch.device("meta"):
+            pair = BLOCKS["sit"](width, heads), BLOCKS["modern"](width, heads)
+        sit, modern = (sum(p.numel() for p in block.parameters()) for block in pair)
+        assert abs(modern / sit - 1) < 0.002 and width // heads % 4 == 0
+
+
+def test_a_fresh_model_of_all_options_outputs_zero():
+    model = build_model(SMALL, num_classes=5, latent_size=8, blocks="modern", middle_heads=True)
+    v, _, v_mid = model(*inputs(), middle=True)
+    assert v.shape == v_mid.shape == (3, 16, 8, 8) and v.abs().max() == v_mid.abs().max() == 0
+
+
+def test_rotary_positions_are_relative():
+    """Shifting the places of query and key leaves their product; another difference changes it."""
+    h, w, d = 6, 8, 24
+    q, k = torch.randn(2, d, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    rotation = rotation_of(h, w, 1, d, torch.device("cpu")).double()
+    q, k = (rotate(x.expand(h * w, d), rotation) for x in (q, k))
+    assert torch.allclose(q.norm(dim=1), q.norm(dim=1)[:1].expand(h * w))
+    products = (q @ k.T).reshape(h, w, h, w)
+    assert torch.allclose(products[0, 1, 2, 2], products[3, 6, 5, 7], atol=1e-5)
+    for other in ((0, 2, 2, 2), (1, 1, 2, 2), (2, 2, 0, 1), (0, 1, 1, 3)):
+        assert (products[0, 1, 2, 2] - products[other]).abs() > 1e-2, other
+
+
+def test_tokens_of_several_modalities_at_one_place_turn_alike():
+    once, twice = (rotation_of(2, 3, copies, 8, torch.device("cpu")) for copies in (1, 2))
+    assert once.shape == (2, 6, 4) and torch.equal(twice, torch.cat([once, once], 1))
+    angle = torch.atan2(once[1], once[0])[5]  # of row 1, column 2
+    assert torch.allclose(angle, torch.tensor([1, 0.1, 2, 0.2]))
+
+
+def test_modern_attention_does_not_depend_on_the_size_of_queries_and_keys():
+    attention, x = BLOCKS["modern"](48, 2).attn, torch.randn(2, 16, 48)
+    rotation = rotation_of(4, 4, 1, 24, x.device)
+    before = attention(x, rotation)
+    with torch.no_grad():
+        for part in attention.qkv.weight, attention.qkv.bias:
+            part[:96] *= 10  # queries and keys
+    assert torch.allclose(attention(x, rotation), before, atol=1e-5)
+    with torch.no_grad():
+        attention.qkv.weight[96:] *= 10
+    assert (attention(x, rotation) - before).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("fusion", ["linear", "sequence"])
+def test_modern_blocks_tell_rows_from_columns(fusion):
+    """Without the position table; also on rectangles."""
+    model = random_model(SMALL, blocks="modern", fusion=fusion)
+    model.pos_embed.data.zero_()
+    x, *rest = inputs(size=(8, 12))
+    v, turned = model(x, *rest)[0], model(x.mT, *rest)[0]
+    assert v.shape == x.shape and turned.shape == x.mT.shape
+    shuffled = model(x.roll(4, 2), *rest)[0].roll(-4, 2)
+    assert (shuffled - v).abs().max() > 1e-4
+
+
+def test_modern_blocks_train_after_they_have_sampled():
+    """The rotations kept from inference are no inference tensors; in bf16 all is nearly the same."""
+    rotation_of.cache_clear()
+    model = random_model(SMALL, blocks="modern")
+    with torch.inference_mode():
+        v = model(*inputs())[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = model(*inputs())[0]
+    rough.float().square().mean().backward()
+    assert model.blocks[0].attn.qkv.weight.grad.abs().max() > 0
+    assert (rough - v).std() < 0.03 * v.std()
+
+
+def test_middle_heads_read_the_state_after_block_encoder_depth():
+    model = random_model(SMALL, middle_heads=True)
+    plain, (v, z, v_mid) = model(*inputs()), model(*inputs(), middle=True)
+    assert torch.equal(plain[0], v) and torch.equal(plain[1], z) and not torch.allclose(v, v_mid)
+    shorter = random_model(SMALL)
+    shorter.load_state_dict(model.state_dict(), strict=False)
+    shorter.heads.load_state_dict(model.middle_heads.state_dict())
+    shorter.blocks = shorter.blocks[:1]  # encoder_depth of SMALL
+    assert torch.equal(shorter(*inputs())[0], v_mid)
+
+
+def test_a_conv_projector_sees_a_tokens_neighbours():
+    model = random_model(SMALL, projector_kind="conv")
+    assert sum(p.numel() for p in model.projector.parameters()) == 9 * 48 * 768 + 768
+    model.projector.bias.data.zero_()
+    tokens = torch.zeros(1, 24, 48)
+    tokens[0, 2 * 6 + 1] = 1  # row 2, column 1 of 4 x 6
+    seen = model.project(tokens, 4, 6).abs().sum(2).reshape(4, 6) > 0
+    expected = torch.zeros(4, 6, dtype=torch.bool)
+    expected[1:4, 0:3] = True
+    assert torch.equal(seen, expected)
+    assert model(*inputs(size=(8, 12)))[1].shape == (3, 24, 768)

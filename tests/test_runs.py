@@ -158,10 +158,14 @@ def test_what_is_the_runs_own_may_not(change, message, cache, trained, command):
 def test_an_older_run_goes_on_with_the_defaults_of_what_it_does_not_say(cache, trained, half, command):
     """Flags have the parser's defaults, options of the model the network's."""
     without(half, "train", "method", "mix", "precision", "equal_weights", "lr")
-    without(half, "model", "fusion", "task_embedding")
+    without(half, "train", "blocks", "projector", "middle_weight")
+    without(half, "model", "fusion", "task_embedding", "blocks", "projector_kind", "middle_heads")
     for change, message in ((("--mix", "gen-only"), "mix = mmgen, this command has gen-only"),
                             (("--precision", "fp32"), "precision = bf16, this command has fp32"),
-                            (("--fusion", "mlp"), "fusion = linear, this command has mlp")):
+                            (("--fusion", "mlp"), "fusion = linear, this command has mlp"),
+                            (("--blocks", "modern"), "blocks = sit, this command has modern"),
+                            (("--projector", "conv"), "projector_kind = mlp, this command has conv"),
+                            (("--middle-weight", 1), "middle_heads = False, this command has True")):
         with pytest.raises(InputError, match=f"was trained with {message}"):
             command("train", "--data", cache, "--run", half, *TRAIN, *change)
     command("train", "--data", cache, "--run", half, *TRAIN)

@@ -6,8 +6,11 @@ import pytest
 import torch
 
 import samplers
+from distributed import InputError
 from modalities import MODALITIES
+from model import build_model
 from samplers import SAMPLERS, Noise, Sampling, decode, sample_latents
+from small import SMALL
 from vae import load_encoder
 from weights import DEMO, load_model
 
@@ -104,6 +107,46 @@ def test_guidance_acts_on_all_channels_inside_its_interval():
     assert calls == [(2, 1.0), (4, 0.75), (4, 0.5), (2, 0.25)]
     null = draw(torch.full_like(y, model.num_classes), 1)
     assert torch.allclose(draw(y, 1, cfg=3.0), null + 3 * (draw(y, 1) - null), atol=1e-4)
+
+
+def test_internal_guidance_leads_away_from_the_middle_heads():
+    """v_mid + S (v - v_mid), in both branches of the other guidance; with S = 1 they are not evaluated."""
+    torch.manual_seed(0)
+    model = build_model(SMALL, num_classes=5, latent_size=8, middle_heads=True, projector=False).eval()
+    for p in model.parameters():
+        p.data.normal_(0, 0.1)
+    plain = build_model(SMALL, num_classes=5, latent_size=8, projector=False).eval()
+    plain.load_state_dict(model.state_dict(), strict=False)
+    y, calls = torch.tensor([1, 2]), []
+    model.middle_heads[0].register_forward_hook(lambda *_: calls.append(1))
+
+    def draw(model, **options):
+        return sample_latents(model, y, {}, Noise(0, [0, 1], CPU), Sampling("euler", 1, **options))
+
+    for options in ({}, {"cfg": 2.0}):
+        assert torch.equal(draw(model, **options), draw(plain, **options)) and not calls
+    noise = Noise(0, [0, 1], CPU)
+    clamped, begin = noise((16, 8, 8)), noise((16, 8, 8))
+    null, none = torch.full_like(y, 5), torch.zeros(2, 4, dtype=torch.bool)
+    guided = []
+    with torch.no_grad():
+        for labels in (y, null):
+            v, _, v_mid = model(begin, torch.zeros(2, 4), labels, none, middle=True)
+            guided.append(v_mid + 1.4 * (v - v_mid))
+    assert (guided[0] - v).abs().max() > 0.01 and clamped.shape == begin.shape
+    assert torch.allclose(draw(model, middle_scale=1.4), begin + guided[0], atol=1e-5)
+    both = guided[1] + 3.0 * (guided[0] - guided[1])
+    assert torch.allclose(draw(model, middle_scale=1.4, cfg=3.0), begin + both, atol=1e-5)
+
+
+def test_internal_guidance_needs_middle_heads(command):
+    guided = ("--ckpt", DEMO / "mmgen.pt", "--middle-scale")
+    with pytest.raises(InputError, match="--middle-scale 1.4: .*mmgen.pt has no middle heads"):
+        command("sample", "--task", "generate", *guided, 1.4)
+    with pytest.raises(InputError, match="--middle-scale 1.4: .* no middle heads"):
+        command("eval_depth", "--toy", 1, *guided, 1.4)
+    with pytest.raises(InputError, match="--middle-scale nan: must be finite"):
+        command("sample", "--task", "generate", *guided, "nan")
 
 
 def test_given_modalities_come_back_as_they_were():

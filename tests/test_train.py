@@ -1,4 +1,5 @@
 """The objective against the released one, the task mix, the data, and one process against two."""
+import argparse
 import functools
 import json
 import pathlib
@@ -61,24 +62,84 @@ def test_objective_equals_the_released_one():
         assert grads[name].double().norm().item() == pytest.approx(norm, rel=1e-5), name
 
 
-def gradient(checkpointing):
-    """The gradient of a drawn T/2, and how often its fourth block was run."""
+def gradient(checkpointing, size, blocks):
+    """The gradient of a drawn model, and how often its second block was run."""
     torch.manual_seed(0)
-    model, passes = build_model("T/2", num_classes=12, latent_size=8), []
+    model, passes = build_model(size, num_classes=12, latent_size=8, blocks=blocks), []
     for p in model.parameters():
         if p.requires_grad:
             torch.nn.init.normal_(p, std=0.02)
     model.train().checkpointing = checkpointing
-    model.blocks[3].mlp.register_forward_hook(lambda *_: passes.append(1))
+    model.blocks[1].mlp.register_forward_hook(lambda *_: passes.append(1))
     v, z = model(torch.randn(2, 16, 8, 8), torch.rand(2, 4), torch.tensor([0, 1]),
                  torch.zeros(2, 4, dtype=torch.bool))
     (v.square().mean() + z.mean()).backward()
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]), len(passes)
 
 
-def test_checkpointing_changes_no_gradient():
-    (plain, once), (again, twice) = gradient(False), gradient(True)
+@pytest.mark.parametrize("size, blocks", [("T/2", "sit"), (SMALL, "modern")])
+def test_checkpointing_changes_no_gradient(size, blocks):
+    (plain, once), (again, twice) = gradient(False, size, blocks), gradient(True, size, blocks)
     assert torch.equal(plain, again) and (once, twice) == (1, 2)
+
+
+def objective_of(cache, **flags):
+    """The command's objective with the small network, drawn weights, in fp32, on 8 rows."""
+    parser = argparse.ArgumentParser()
+    train.add_flags(parser)
+    train.MMGen.add_flags(parser)
+    args = parser.parse_args(["--model", SMALL, "--batch-size", "8", "--precision", "fp32"])
+    vars(args).update(flags)
+    torch.manual_seed(0)
+    objective = train.MMGen(args, dataset.Cache(cache), torch.device("cpu"))
+    for p in objective.model.parameters():
+        if p.requires_grad:
+            p.data.normal_(0, 0.04)
+    return objective
+
+
+def batch_of(objective, cache, part=slice(0, 8)):
+    """What `prepare` makes of the cache's first batch."""
+    steps, cpu = range(1), torch.device("cpu")
+    batch = next(iter(dataset.batches(dataset.Cache(cache), objective.reads, 0, steps, 8, part, cpu)))
+    return objective.prepare(0, batch, part)
+
+
+def test_the_middle_heads_loss_is_the_weighted_sum_of_its_modalities(cache):
+    """As many terms as without and one more, which micro-batches and processes share exactly."""
+    objective, plain = objective_of(cache, middle_weight=0.25), objective_of(cache)
+    assert objective.terms == [*plain.terms, "loss_middle"] and plain.model.middle_heads is None
+    assert objective.weights.tolist() == pytest.approx([1, 0.2, 0.1, 0.1, 0.5, 0.25])
+    rows, counts = batch_of(objective, cache)
+    sums = objective.loss(objective.model, rows)
+    v_mid = objective.model(rows["x"], rows["t"], rows["y"], rows["given"], middle=True)[2]
+    expected = 0.0
+    for m, weight in enumerate([1, 0.2, 0.1, 0.1]):
+        error = (v_mid - rows["target"])[:, 4 * m:4 * m + 4].square().mean((1, 2, 3))
+        expected += weight * error[rows["supervised"][:, m]].mean().nan_to_num().item()
+    assert counts[-1] == 1 and sums[-1].item() == pytest.approx(expected, rel=1e-5) and expected > 0.1
+    total = train.total_loss(sums, counts, objective.weights)
+    rest = train.total_loss(sums[:5], counts[:5], objective.weights[:5])
+    assert (total - rest).item() == pytest.approx(0.25 * expected, rel=1e-5)
+    micro = [objective.loss(objective.model, {name: x[i:i + 4] for name, x in rows.items()}) for i in (0, 4)]
+    assert torch.allclose(sum(micro), sums, rtol=1e-5)
+    halves = [batch_of(objective, cache, slice(i, i + 4)) for i in (0, 4)]  # two processes
+    assert all(torch.equal(each[1], counts) for each in halves)
+    assert torch.allclose(sum(objective.loss(objective.model, each[0]) for each in halves), sums, rtol=1e-5)
+
+
+def test_a_conv_projectors_targets_are_z_scored_over_the_tokens(cache):
+    dino = np.random.default_rng(0).integers(-127, 128, (2, 16, 768)).astype(np.int8)
+    unit = dino / np.sqrt((dino.astype(float) ** 2).sum(-1, keepdims=True))
+    expected = (unit - unit.mean(1, keepdims=True)) / unit.std(1, keepdims=True)
+    found = train.spatial(torch.from_numpy(dino))
+    assert np.abs(found.numpy() - expected).max() < 1e-3 and not train.spatial(torch.ones(1, 4, 8)).any()
+    objective = objective_of(cache, projector="conv")
+    plain, rows = (batch_of(each, cache)[0] for each in (objective_of(cache), objective))
+    assert torch.equal(rows["dino"], train.spatial(plain["dino"])) and plain["dino"].dtype == torch.int8
+    z = objective.model(rows["x"], rows["t"], rows["y"], rows["given"])[1]
+    repa = train.alignment_error(z, train.spatial(plain["dino"])).sum()
+    assert objective.loss(objective.model, rows)[4].item() == pytest.approx(repa.item(), rel=1e-5)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -283,6 +344,7 @@ def test_a_preview_is_drawn_where_the_autoencoder_is(cache, tmp_path, command, m
     (("--rename", "seg=canny"), "rename: belongs to --init"),
     (("--lr", "nan"), "finite"),
     (("--repa-weight", "nan"), "from 0 to 1000"),
+    (("--middle-weight", "-1"), "--middle-weight -1.0: from 0 to 1000"),
     (("--data", "nowhere"), "prep_latents.py --toy"),
 ])
 def test_bad_arguments(change, message, cache, trained, command):
@@ -292,3 +354,25 @@ def test_bad_arguments(change, message, cache, trained, command):
 
 def test_flags_of_another_method_are_unknown(cache, tmp_path, unknown):
     assert unknown("train", "--data", cache, "--run", tmp_path, *TRAIN, "--agg", "revert")
+
+
+def test_a_run_of_all_options_goes_on_and_is_sampled(cache, tmp_path, command):
+    flags = ("--data", cache, "--model", SMALL, "--batch-size", 8, "--log-every", 1, "--preview-every", 1000,
+             "--blocks", "modern", "--projector", "conv", "--middle-weight", 0.5)
+    for steps in (1, 2):
+        command("train", *flags, "--run", tmp_path / "run", "--steps", steps)
+    entries = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert all(entry["loss_middle"] > 0 and -1 <= entry["loss_repa"] <= 1 for entry in entries)
+    with pytest.raises(InputError, match="middle_weight = 0.5, this command has 0.25"):
+        command("train", *flags, "--run", tmp_path / "run", "--steps", 3, "--middle-weight", 0.25)
+    command("weights", "--ckpt", tmp_path / "run", "--export", tmp_path / "small.pt")
+    draw_one = ("--task", "generate", "--ckpt", tmp_path / "small.pt", "--sampler", "euler", "--steps", 1,
+                "--class-id", 1, "--out", tmp_path / "out")
+    command("sample", *draw_one)
+    meta = json.loads((tmp_path / "out/meta.json").read_text())
+    assert meta.pop("middle_scale") == 1.0
+    (tmp_path / "out/meta.json").write_text(json.dumps(meta))  # as an older version wrote it
+    with pytest.raises(InputError, match="middle_scale was 1.0, is 1.4"):
+        command("sample", *draw_one, "--middle-scale", 1.4)
+    command("sample", *draw_one, "--middle-scale", 1.4, "--overwrite")
+    assert json.loads((tmp_path / "out/meta.json").read_text())["middle_scale"] == 1.4

@@ -16,6 +16,7 @@ import weights
 from conftest import ROOT
 from distributed import InputError, sha256
 from model import build_model
+from small import SMALL
 from weights import DEMO, load_checkpoint, load_model
 
 
@@ -31,7 +32,7 @@ def draw(model, std=0.04, seed=0):
 
 def ours(path, **options):
     """A checkpoint of this project with drawn weights."""
-    model = draw(build_model("T/2", **{"num_classes": 12, "latent_size": 16, **options}))
+    model = draw(build_model(**{"name": "T/2", "num_classes": 12, "latent_size": 16, **options}))
     meta = dict(vae="sd-mse", vae_sha256=None, scale=weights.SD_SCALE, latent_channels=4,
                 latent_size=[16, 16], resolution=128, palette=None, depth_space="disparity",
                 seg_mode="instance", class_names=[f"c{i}" for i in range(model.num_classes)])
@@ -176,6 +177,32 @@ def test_init_matches_modalities_by_name(tmp_path):
     assert torch.equal(mine["task_embedder.weight"], theirs["task_embedder.weight"][[0, 1, 3]])
     with pytest.raises(InputError, match="scale is"):
         weights.fit(model, {**meta, "scale": 2.0}, load_checkpoint(tmp_path / "a.pt"), "a.pt")
+
+
+def test_init_takes_middle_heads_by_name_or_leaves_them_new(tmp_path):
+    for middle in (True, False):
+        source, meta = ours(tmp_path / "a.pt", name=SMALL, middle_heads=middle)
+        model = build_model(SMALL, ["rgb", "normal"], 12, 4, 16, middle_heads=True)
+        table, taken = weights.fit(model, meta, load_checkpoint(tmp_path / "a.pt"), "a.pt")
+        mine = model.middle_heads[1].linear.weight
+        assert ("middle_heads.1.linear.weight" in taken) == middle
+        if middle:
+            assert torch.equal(mine, source.middle_heads[2].linear.weight)
+            assert "middle_heads.3" in table.split("left out")[1]
+        else:
+            assert not mine.any() and "middle_heads.1" in table.split("new")[1]
+
+
+def test_the_released_format_has_no_place_for_other_blocks_or_middle_heads(tmp_path, command):
+    model, _ = ours(tmp_path / "a.pt", name=SMALL, middle_heads=True, projector_kind="conv")
+    command("weights", "--ckpt", tmp_path / "a.pt", "--export-official", tmp_path / "b.pt")
+    state = load_checkpoint(tmp_path / "b.pt")["ema"]
+    left = model.state_dict().keys() - state.keys()
+    assert {key.split(".")[0] for key in left} == {"middle_heads", "projector"} and len(left) == 18
+    assert same(model, load_model(tmp_path / "b.pt").model)
+    ours(tmp_path / "c.pt", name=SMALL, blocks="modern")
+    with pytest.raises(InputError, match="c.pt: has the blocks modern; MMGen's format knows SiT's alone"):
+        command("weights", "--ckpt", tmp_path / "c.pt", "--export-official", tmp_path / "d.pt")
 
 
 def test_init_with_other_classes_and_resolution(tmp_path):
