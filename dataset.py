@@ -95,8 +95,11 @@ def check_same(folder, meta, labels=None):
     """
     old = {"shown": {}, **read_meta(folder)}  # older ones do not say it
     for key, value in {"shown": {}, **meta}.items():
+        remedy = "use another --out"
+        if key == "shown":
+            remedy += ", or the --depth-over and --uncovered of the cache ({}: crop, black)"
         check(old.get(key) == value, f"{folder}/meta.json: {key} is {str(old.get(key))[:80]}, "
-              f"this run has {str(value)[:80]}; use another --out")
+              f"this run has {str(value)[:80]}; {remedy}")
     if labels is not None:
         held = open_array(folder, "labels", meta)
         for row in np.flatnonzero(held != labels)[:1]:

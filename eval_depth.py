@@ -79,29 +79,44 @@ def check_report(out):
               "--out")
 
 
-def save_crop(out, stem, frame):
-    """A frame's square as a folder tree holds it: OUT/rgb/<stem>.png, OUT/<modality>/<stem>.npy or .png.
+def save_crop(out, place, frame):
+    """A frame's square as a folder tree holds it: OUT/rgb/<place>.png, OUT/<modality>/<place>.npy or .png.
 
     What is unknown is NaN in depth, in metres; zero in normals; 255 in labels.
     """
-    save_array(out / "rgb" / f"{stem}.png", frame.rgb)
+    save_array(out / "rgb" / f"{place}.png", frame.rgb)
     for m, truth in frame.truth.items():
         if m == "seg" and truth.ndim == 2:
             truth = truth + (truth >= VOID)  # the label 255 is left free
             truth = np.where(truth == UNKNOWN, VOID, truth)
             truth = truth.astype(np.uint8) if truth.max() <= VOID else truth
-        picture = truth.dtype == np.uint8
-        save_array(out / m / f"{stem}{'.png' if picture else '.npy'}", truth)
+        ends = (".png", ".npy") if truth.dtype == np.uint8 else (".npy", ".png")
+        save_array(out / m / f"{place}{ends[0]}", truth)
+        (out / m / f"{place}{ends[1]}").unlink(missing_ok=True)  # of an earlier time
 
 
-def claim_maps(out, source, folders):
-    """Note in OUT/maps.json whose maps OUT's folders hold. Raises InputError where there are others
-    already.
+def claim_crops(out, source, told):
+    """Begin a tree of squares, or take up that of the same frames: OUT/crops.json says which, OUT/tree.json
+    what is told of the files. Raises InputError where OUT holds anything else.
     """
+    path = out / "crops.json"
+    files = [str(file) for files in source.files for file in files.values()]
+    held = dict(recipe=source.recipe, modalities=source.modalities, files=files,
+                places=[source.place(i) for i in range(len(source.names))])
+    same = path.is_file() and json.loads(path.read_text()) == json.loads(json.dumps(held))
+    check(same or not out.exists() or not any(out.iterdir()), f"--save-crops {out}: holds something else "
+          "than the squares of these frames; use another folder")
+    write_json(path, held)
+    write_facts(out, **told)
+
+
+def claim_maps(out, source):
+    """Note in OUT/maps.json whose maps OUT holds. Raises InputError where there are others already."""
     path, own = out / "maps.json", []
     if path.is_file():
         with reading(path, "it is of no evaluation; use another --out"):
             own = list(map(str, json.loads(path.read_text())["stems"]))
+    folders = [f"{before}{m}" for m in source.modalities for before in ("", "error_", "spread_")]
     stems = [source.stem(i) for i in range(len(source.names))]
     there = [out / folder / f"{stem}{end}" for folder in folders if (out / folder).is_dir()
              for stem in set(stems) - set(own) for end in (".png", ".npy")]
@@ -219,7 +234,8 @@ def main():
     else:
         loaded = load_model(args.ckpt or newest_checkpoint(), device)
         known = loaded.model.modalities
-        check("rgb" in known, f"{loaded.path}: does not take RGB as a condition ({', '.join(known)})")
+        check("rgb" in known and len(known) > 1, f"{loaded.path}: predicts nothing of RGB, it has "
+              f"{', '.join(known)}")
         samplers.check_model(loaded, sampling)
         samplers.prepare(loaded.model, args.precision, args.compile)
         encoder = encoder_of(loaded.meta, device, args.vae)
@@ -266,20 +282,18 @@ def main():
         if rank == 0:
             check_report(args.out)
             if args.save_maps:
-                folders = [f"{before}{m}" for m in asked for before in ("", "error_", "spread_")]
-                claim_maps(args.out, source, folders)
+                claim_maps(args.out, source)
             if args.save_crops:
-                claim_maps(args.save_crops, source, ["rgb", *asked])
                 palette = None if source.palette is None else source.palette.tolist()
-                write_facts(args.save_crops, depth_space="depth", seg_mode=seg_mode, palette=palette,
-                            void=VOID)
+                told = dict(depth_space="depth", seg_mode=seg_mode, palette=palette, void=VOID)
+                claim_crops(args.save_crops, source, told)
         barrier()
 
         def save(frame, maps):
             if args.save_maps:
                 save_maps(args.out, fresh, source, frame, maps)
             if args.save_crops:
-                save_crop(args.save_crops, source.stem(frame.index), frame)
+                save_crop(args.save_crops, source.place(frame.index), frame)
         scored = evaluate(source, predictors, rules, args.batch_size, save)
         if rank == 0:
             report(args, source, predictors["value"], scored, recipe)

@@ -24,7 +24,7 @@ from distributed import InputError, barrier, check, gather, place, reading, shar
 from metrics import Rules, metric_class, metrics_of, results
 from modalities import (MODALITIES, PLAIN, check_turned, draw_grid, draw_samples, draw_sheet, is_array,
                         nearest_colour, turned_of)
-from trees import facts_of, find_pictures, flat_name, folders_of, pictures_by_stem
+from trees import facts_of, find_pictures, flat_name, folders_of, pictures_by_stem, stem_of
 from vae import encoder_of, latents
 from weights import classes_of
 
@@ -103,6 +103,10 @@ class Source:
     def stem(self, i):
         """The name of frame i's maps."""
         return flat_name(self.names[i])
+
+    def place(self, i):
+        """Where frame i lies below a modality's folder of a tree, without the ending."""
+        return self.names[i]
 
     def truth(self, given, rgb):
         """The modalities' maps: given ones, and what is derived of the RGB."""
@@ -190,7 +194,10 @@ class ScanNet(Files):
         self.recipe = dict(source="scannet", frames_sha256=digest, list=listed and listed.name)
 
     def stem(self, i):
-        return flat_name(PurePosixPath(self.names[i]).with_suffix("").as_posix())
+        return flat_name(self.place(i))
+
+    def place(self, i):
+        return PurePosixPath(self.names[i]).with_suffix("").as_posix()
 
     def _found(self):
         """All frames below the root: (RGB file, depth file), each relative to it."""
@@ -241,11 +248,15 @@ class Tree(Files):
         self.palette = facts.palette
         if self.palette is None and meta["palette"]:
             self.palette = np.array(meta["palette"], np.uint8)
-        within = {name: path.relative_to(folders["rgb"]).parent.as_posix()
-                  for name, path in found["rgb"].items()}
+        self.places = {name: stem_of(path, folders["rgb"]) for name, path in found["rgb"].items()}
+        within = {name: PurePosixPath(place).parent.as_posix() for name, place in self.places.items()}
         known = classes_of(set(within.values()), meta["class_names"])
         self.classes = {name: known[folder] for name, folder in within.items()}
         self.recipe = dict(source="folder", folder=root.name, depth_space=facts.depth_space)
+
+
+    def place(self, i):
+        return self.places[self.names[i]]
 
 
 class Pairs(Files):
@@ -482,6 +493,8 @@ class Trial:
         source.modalities = [m for m in source.modalities if m in known]
         check(source.modalities, f"--eval-every: there is no truth of what is predicted of the RGB "
               f"({', '.join(known) or 'nothing'})")
+        for i in range(len(source.names) if isinstance(source, Files) else 0):
+            source.frame(i)  # a file that cannot be read ends a run before it begins
         self.encoder = encoder_of(self.meta, objective.device)
         self.rules = Rules(seg_mode=source.seg_mode, palette=source.palette)
 

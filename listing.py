@@ -136,7 +136,8 @@ def _line(path, at, raw):
     number = told.pop("idx_cat", None)
     check(number is None or (type(number) is int and 0 <= number < 2 ** 31),
           f"{where}: idx_cat is {str(number)[:60]}, expected a whole number")
-    if type(told.get("class", number)) is int:
+    nobody = any(THEIRS.get(key, key) == "class" and value is None for key, value in held.items())
+    if type(told.get("class", None if nobody else number)) is int:
         told["class"] = str(told.get("class", number))
     for key, value in told.items():
         good = isinstance(value, str) and value.strip() and not set(value) & set("\n\r\0")

@@ -323,13 +323,16 @@ class Shown(NamedTuple):
 
 
 PLAINLY = Shown()
+WAYS = {"depth_over": ("picture", "crop"), "uncovered": ("colour", "black")}  # the first is the released one
 
 
-def shown_of(meta):
-    """The Shown of a cache's or checkpoint's meta.json. Raises InputError for what is not known here."""
+def shown_of(meta, path):
+    """The Shown of the meta.json of a cache or checkpoint at a path. Raises InputError for what is not known
+    here.
+    """
     told = meta.get("shown", {})
-    check(isinstance(told, dict) and told.keys() <= set(Shown._fields), f"meta.json: shown is {told}, its "
-          f"keys are {', '.join(Shown._fields)}")
+    good = isinstance(told, dict) and all(told[key] in WAYS.get(key, ()) for key in told)
+    check(good, f"{path}: says shown = {str(told)[:60]}; known are {WAYS}")
     return Shown(**told)
 
 

@@ -93,7 +93,8 @@ class Objective:
 
     def _check(self, args):
         kind, side = self.kind, min(self.meta["latent_size"])
-        check(args.eps_weight or args.x_weight, "--eps-weight 0 --x-weight 0: nothing would be trained")
+        check(args.eps_weight or (args.x_weight and args.single != 1), f"--eps-weight 0 --x-weight "
+              f"{args.x_weight:g} --single {args.single}: nothing would be trained")
         check(args.head == "middle" or kind == "label", f"--head {args.head}: belongs to --pair label")
         check(args.single is None or kind in ("label", "feature"), "--single: of --pair label and feature")
         check(args.hidden is None or kind in ("pair", "masked"), "--hidden: of two modalities and masked")

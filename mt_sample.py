@@ -361,7 +361,8 @@ def drawing(args, model, encoder, chain, wanted, meta, facts):
     kind = {"restore": Restoration, "classify": Classes}.get(args.task)
     kind = kind or {"label": WithLabels, "feature": WithVectors}.get(model.pair, Images)
     given = model.modalities[1:] if args.task == "translate" else ()
-    read = functools.partial(sample.read_input, fit=fit, full=full, facts=facts, shown=shown_of(meta))
+    shown = shown_of(meta, args.ckpt)
+    read = functools.partial(sample.read_input, fit=fit, full=full, facts=facts, shown=shown)
     if args.task == "restore":
         read = functools.partial(read_hidden, fit=fit, full=full, patches=args.patches, seed=args.seed)
     draw = kind(model, encoder, chain, args.seed, wanted, read, given)

@@ -27,8 +27,8 @@ from distributed import (InputError, barrier, check, check_apart, check_folder, 
                          run, say, setup, share)
 from listing import list_samples, place_of_facts
 from locks import only_writer
-from modalities import (MODALITIES, PLAIN, PLAINLY, VOID, Shown, centre_crop, check_turned, is_array,
-                        label_colour, read_picture)
+from modalities import (MODALITIES, PLAIN, PLAINLY, VOID, WAYS, Shown, centre_crop, check_turned,
+                        is_array, label_colour, read_picture)
 from trees import facts_of, read_palette
 from vae import load_encoder, timm_model
 
@@ -407,9 +407,9 @@ def arguments():
     add("--feature-file", type=pathlib.Path, metavar="FILE", help="local weights of --feature")
     add("--depth-space", choices=("disparity", "depth"),
         help="what the depth files hold; default: what DATA/tree.json says, else disparity")
-    add("--depth-over", choices=("picture", "crop"), help="what depth is stretched to the range of: the "
+    add("--depth-over", choices=WAYS["depth_over"], help="what depth is stretched to the range of: the "
         "whole picture, as released (the default), or its crop")
-    add("--uncovered", choices=("colour", "black"), help="black pixels of instance segments take a random "
+    add("--uncovered", choices=WAYS["uncovered"], help="black pixels of instance segments take a random "
         "colour, as released (the default), or stay black")
     add("--seg-mode", choices=("semantic", "instance"),
         help="what the segmentation colours mean; default: what DATA/tree.json says, else instance")
@@ -446,7 +446,7 @@ def main():
         listing, palette = list_samples(args.data, modalities), args.palette and read_palette(args.palette)
         facts = facts_of(place_of_facts(listing), args.depth_space, palette)
         facts = facts._replace(seg_mode=args.seg_mode or facts.seg_mode)
-        shown = Shown(args.depth_over or "picture", args.uncovered or "colour")
+        shown = Shown(args.depth_over or WAYS["depth_over"][0], args.uncovered or WAYS["uncovered"][0])
         source = PictureSource(listing, size, facts, shown)
         check_apart([args.out / "meta.json"], [args.data])
         check_folder(args.out, listing.folders())

@@ -26,6 +26,7 @@ import os
 import pathlib
 import re
 import sys
+import sysconfig
 
 import numpy as np
 import torch
@@ -128,11 +129,22 @@ def py_teacher(text, flag):
 
 @functools.cache
 def module_of(file):
-    """The module of a file, run once for all its functions, whatever modules there are of its name."""
+    """The module of a file, run once for all its functions; what it imports lies beside it, whatever modules
+    of these names there are.
+    """
+    beside = {path.stem for path in file.parent.glob("*.py")}
+    beside |= {path.parent.name for path in file.parent.glob("*/__init__.py")}
+    others = {name: module for name, module in sys.modules.items() if name.partition(".")[0] in beside}
+    installed = tuple(sysconfig.get_paths()[key] for key in ("stdlib", "purelib", "platlib"))
+    others = {name: module for name, module in others.items()
+              if not str(getattr(module, "__file__", None) or installed[0]).startswith(installed)}
+    for name in others:
+        del sys.modules[name]
     sys.path.insert(0, str(file.parent))
-    spec = importlib.util.spec_from_file_location(f"teacher_{file.stem}", file)
+    spec = importlib.util.spec_from_file_location(f"teacher_{abs(hash(file))}", file)
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    sys.modules.update(others)
     return module
 
 

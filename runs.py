@@ -13,7 +13,7 @@ import time
 
 import torch
 
-from distributed import all_reduce, check, place, reading, whole_file
+from distributed import InputError, all_reduce, check, place, reading, whole_file
 from weights import FORMAT, load_checkpoint, load_weights, target_of
 
 FREE = ("data", "run", "steps", "lr", "muon_lr", "warmup", "decay_from", "decay_to", "micro_batch",
@@ -122,11 +122,14 @@ class Log:
     def __init__(self, folder, step, notes, tensorboard=False):
         """Begin as begin_log does. Raises InputError as that does, and where tensorboard is not installed."""
         self.folder, self.events, self.first = folder, None, place()[0] == 0
+        if tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError as error:
+                raise InputError(f"--tensorboard: {error}; pip install tensorboard") from error
         if self.first:
             begin_log(folder, step, notes)
         if self.first and tensorboard:
-            with reading("--tensorboard", "pip install tensorboard"):
-                from torch.utils.tensorboard import SummaryWriter
             self.events = SummaryWriter(folder / "tensorboard", purge_step=step + 1)
 
     def write(self, entry):

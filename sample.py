@@ -139,7 +139,7 @@ def read_input(request, fit, full, facts, shown):
         raster = row.open(path, facts[m])
         rasters.append(raster)
         pixels[m] = row.pixels(raster, fit, shown)
-        whole[m] = row.pixels(raster, as_it_is, shown) if full else pixels[m]
+        whole[m] = row.pixels(raster, as_it_is if full else fit)  # as it was given
         shape = raster.size[::-1] if full else None
         first = next(iter(pixels))
         check(pixels[m].shape == pixels[first].shape, f"{path}: its size does not match that of {first}; "
@@ -365,6 +365,8 @@ def main():
     encoder = encoder_of(meta, device, args.vae)
     given = given_of(args.task, args.given, model.modalities)
     again = args.task == "translate"
+    check(args.task == "generate" or len(given) < len(model.modalities), f"{loaded.path}: has "
+          f"{', '.join(model.modalities)} alone; --task {args.task} would predict nothing")
     needs = (("--mesh", args.mesh, ("rgb", "normal", "seg")), ("--npz", args.npz, ("rgb",)),
              ("--task translate", again, ("rgb",)))
     needed = {flag: names for flag, asked, names in needs if asked}
@@ -389,7 +391,7 @@ def main():
 
     full = args.fit == "full"
     fit = fit_of(args.fit, meta["resolution"], model.patch_size * encoder.factor)
-    read = functools.partial(read_input, fit=fit, full=full, facts=facts, shown=shown_of(meta))
+    read = functools.partial(read_input, fit=fit, full=full, facts=facts, shown=shown_of(meta, loaded.path))
     draw = Drawing(model, encoder, sampling, args.seed, wanted, read, given, again)
     folders = {m: MODALITIES[m] for m in wanted}
     if again:

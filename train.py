@@ -142,6 +142,7 @@ class MMGen:
     def _check_mix(self, mix):
         has = {m for m, here in zip(self.modalities, self.present) if here}
         named = {role.given for role in TASK_MIX[mix]} - {"none", "random", "subset"}
+        check(mix != "rgb" or has == {"rgb"}, "--mix rgb: is of RGB alone; add --modalities rgb")
         check({"rgb", *named} <= has and (mix != "rgb2x" or len(has) > 1),
               f"--mix {mix}: gives {', '.join(sorted(named)) or 'none by name'}, the cache has "
               f"{', '.join(self.cache.modalities)} and the model {', '.join(self.modalities)}; "
@@ -160,7 +161,7 @@ class MMGen:
         return f"{', '.join(self.modalities)}{aligned}{why}; {flops / 1e9:.1f} GFLOPs a sample and step"
 
     def initialise(self, checkpoint, path):
-        names = renamed(checkpoint, self.args.rename, path), self.modalities
+        names = renamed(checkpoint, self.args.rename, self.modalities, path), self.modalities
         return fit(self.model, self.meta, checkpoint, path, names=names)
 
     def prepare(self, step, batch, part):
@@ -229,7 +230,7 @@ def train(args, cache, objective, place, defaults):
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimiser = OPTIMISERS[args.optimiser](parameters, backbone.blocks, args.beta2, args.precision)
     if file:
-        older = {"model": objective.options, "train": {**defaults, "method": "mmgen"}}
+        older = {"model": objective.options, "train": {**defaults, "method": "mmgen"}, "meta": {"shown": {}}}
         checkpoint = runs.checkpoint_of(file, config, older, objective.shaping)
         first, ages = runs.restore(checkpoint, model, ema, optimiser)
     runs.agree(args.run, first, device)
@@ -272,12 +273,12 @@ def train(args, cache, objective, place, defaults):
             entry = meter.read(terms, args.batch_size, args.run)
             log.write({"step": done, **now, **entry})
             bar.set_postfix({name.removeprefix("loss_"): f"{entry[name]:.3f}" for name in terms})
+        if saving:
+            runs.save_checkpoint(args.run, model, ema, optimiser, done, config, ages)
         scores, seconds = watch.look(ema, done)
         meter.skip(seconds)
         if scores:
             log.write({"step": done, **scores})
-        if saving:  # last: the log is cut back to it
-            runs.save_checkpoint(args.run, model, ema, optimiser, done, config, ages)
         bar.update()
     bar.close()
     barrier()

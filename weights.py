@@ -36,6 +36,7 @@ DEMO = pathlib.Path(__file__).parent / "demo"
 META = ("vae", "vae_sha256", "scale", "latent_channels", "latent_size", "resolution", "class_names",
         "palette")
 RELEASED = ("rgb", "depth", "normal", "seg")  # the modalities of the released weights, in their order
+RELEASED_SHOWN = {"depth_over": "picture", "uncovered": "colour"}
 SD_SCALE = 0.18215
 RENAMED = (  # theirs, ours
     ("y_embedder.embedding_table.", "y_embedder."),
@@ -284,7 +285,7 @@ def _released_config(ema, args, modalities, channels, path):
                 class_names=_imagenet_names(classes), palette=None, seg_mode="instance",
                 depth_space="disparity", **shared)
     if len(modalities) > 1:
-        meta["shown"] = dict(depth_over="picture", uncovered="colour")
+        meta["shown"] = RELEASED_SHOWN
     return dict(model=model, meta=meta, train={})
 
 
@@ -424,14 +425,15 @@ def fit(model, meta, checkpoint, path, method="mmgen", names=None):
     fate.update({f"{key} (file)": "left out" for key in state if key not in used})
     title = f"--init {path} ({checkpoint.get('origin', 'ours')}, step {checkpoint['step']})"
     was, now = theirs["meta"].get("shown", {}), meta.get("shown", {})
-    notes += [f"  its maps were shown by {was}, the cache's are by {now}"] if was != now else []
+    maps = len(old) > 1 and len(new) > 1
+    notes += [f"  its maps were shown by {was}, the cache's are by {now}"] if maps and was != now else []
     taken = {key for key, what in fate.items() if what == "taken"}
     return "\n".join([title, *_fate_lines(fate), *notes]), taken
 
 
-def renamed(checkpoint, renames, path):
-    """A file's modalities by the names of --rename, ["theirs=ours", ...]. Raises InputError for those that it
-    does not have.
+def renamed(checkpoint, renames, mine, path):
+    """A file's modalities by the names of --rename, ["theirs=ours", ...]; mine: the model's. Raises
+    InputError for those that there are not.
     """
     modalities, ours = checkpoint["config"]["model"]["modalities"], {}
     for text in renames:
@@ -439,6 +441,7 @@ def renamed(checkpoint, renames, path):
         ours[old] = new
         check(old in modalities and new, f"--rename {text}: the form is THEIRS=OURS, and {path} has "
               f"{', '.join(modalities)}")
+        check(new in mine, f"--rename {text}: the model has {', '.join(mine)}")
     names = [ours.get(m, m) for m in modalities]
     check(len(set(names)) == len(names), f"--rename: two modalities of {path} would be called "
           f"{max(names, key=names.count)}")
@@ -542,8 +545,13 @@ def main():
     if args.export:
         ema = {key: value.to(torch.bfloat16) for key, value in without_projector(checkpoint["ema"]).items()}
         out = dict(ema=ema, step=checkpoint["step"], config=checkpoint["config"], format=FORMAT)
+        out |= {"ages": checkpoint["ages"]} if checkpoint.get("ages") else {}
     else:
         out = to_official(checkpoint, args.ckpt)
+        shown = checkpoint["config"]["meta"].get("shown", {})
+        if shown != RELEASED_SHOWN:
+            print(f"warning: its maps were shown by {shown}; MMGen's are by {RELEASED_SHOWN}, which is what "
+                  "the new file is taken for")
     if safe:
         with reading(args.ckpt, "its settings are no plain values; give another ending"):
             out = to_safetensors(**out)

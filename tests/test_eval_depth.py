@@ -305,7 +305,9 @@ def test_scannet_folder(command, scannet, tmp_path):
         return text, json.loads((tmp_path / "o.json").read_text())
 
     text, result = run("o", "--save-crops", tmp_path / "crops")
-    assert np.load(tmp_path / "crops/depth/scene0000_00_color_000001.npy").shape == (96, 96)
+    assert np.load(tmp_path / "crops/depth/scene0000_00/color/000001.npy").shape == (96, 96)
+    with pytest.raises(InputError, match="holds something else than the squares of these frames"):
+        run("o", "--num", 3, "--save-crops", tmp_path / "crops")
     command("eval_depth", "--data", tmp_path / "crops", *FEW, "--out", tmp_path / "c", "--json",
             tmp_path / "c.json")  # the model again, on the squares
     again = json.loads((tmp_path / "c.json").read_text())
@@ -439,10 +441,12 @@ def test_crops_hold_the_truth_that_was_scored(mode, tmp_path):
              "normal": np.where(labels[..., None] == 3, 0, [0.6, 0.0, 0.8])}
     square = {m: evaluation.square(array) for m, array in truth.items()}
     frame = evaluation.Frame(0, "a", square, np.zeros((48, 48, 3), np.uint8))
-    eval_depth.save_crop(tmp_path, "a", frame)
+    eval_depth.save_crop(tmp_path, "red/a", frame._replace(truth={"seg": np.full((48, 48), 300)}))
+    eval_depth.save_crop(tmp_path, "red/a", frame)  # again: nothing of the first time is left
     write_facts(tmp_path, depth_space="depth", seg_mode=mode, void=255)
-    meta = dict(seg_mode="semantic", class_names=[], palette=None)
+    meta = dict(seg_mode="semantic", class_names=["red"], palette=None)
     tree = Tree(tmp_path, meta, facts_of(tmp_path))
+    assert tree.frame(0).class_id == 0 and tree.place(0) == "red/a"
     tree.modalities = ["depth", "normal", "seg"]
     read = tree.frame(0).truth
     assert np.allclose(read["depth"], square["depth"], equal_nan=True)

@@ -230,7 +230,7 @@ def test_maps_are_shown_as_the_released_weights_have_them(tmp_path, command):
         meta = cache.meta
         request = sample.Request(0, "a", 0, {m: tmp_path / "t" / m / "a.png" for m in ("depth", "seg")})
         read = sample.read_input(request, sample.fit_of("crop", 48, 2), False,
-                                 dict.fromkeys(("depth", "seg"), Facts()), shown_of(meta))
+                                 dict.fromkeys(("depth", "seg"), Facts()), shown_of(meta, "m"))
         for m, pixels in read.pixels.items():
             assert np.abs((pixels + 1) * 127.5 - held[name][m]).max() <= 1
     assert meta["shown"] == {} and dataset.read_meta(tmp_path / "new")["shown"] == {
@@ -426,6 +426,12 @@ def test_what_is_no_index_is_named_by_its_line(lines, message, tmp_path, command
     with pytest.raises(InputError, match=message) as error:
         command("prep_latents", "--data", index, "--out", tmp_path / "out", *PLAIN)
     assert str(error.value).startswith(str(index)) and not (tmp_path / "out").exists()
+
+
+def test_a_class_of_null_is_none_whatever_its_number(tmp_path):
+    row = {"rgb": "a.png", "class": None, "idx_cat": 5}
+    index = write_index(tmp_path / "list.jsonl", [row, {"rgb": "b.png", "idx_cat": 5}])
+    assert listing.list_samples(index).labels == [None, "5"]
 
 
 def test_an_index_holds_what_its_files_tree_says(tmp_path):

@@ -198,6 +198,18 @@ def test_a_function_of_a_file(photos, checkout, command, tmp_path):
     assert len(read(tmp_path / "o")) == 9
 
 
+def test_two_teachers_have_helpers_of_their_own(tmp_path):
+    """Of one name, and of the name of a module here."""
+    for k in (1, 2):
+        (tmp_path / str(k)).mkdir()
+        (tmp_path / str(k) / "util.py").write_text(f"K = {k}")
+        (tmp_path / str(k) / "trees.py").write_text(f"K = {k}0")
+        (tmp_path / str(k) / "t.py").write_text("import trees, util\nK = util.K + trees.K")
+    ours = sys.modules["trees"]
+    assert [pseudo_label.module_of(tmp_path / str(k) / "t.py").K for k in (1, 2)] == [11, 22]
+    assert sys.modules["trees"] is ours
+
+
 def test_teachers_that_cannot_be_had_say_how(photos, checkout, command, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     (tmp_path / "bare").mkdir()

@@ -160,6 +160,13 @@ def test_an_older_run_goes_on_with_the_defaults_of_what_it_does_not_say(cache, t
     without(half, "train", "method", "mix", "precision", "equal_weights", "lr")
     without(half, "train", "blocks", "projector", "middle_weight")
     without(half, "model", "fusion", "task_embedding", "blocks", "projector_kind", "middle_heads")
+    checkpoint = torch.load((half / "latest.pt").resolve(), weights_only=True)
+    assert "shown" not in checkpoint["config"]["meta"]  # which means {}
+    moved = half.parent / "again"
+    shutil.copytree(cache, moved)
+    meta = json.loads((moved / "meta.json").read_text())
+    (moved / "meta.json").write_text(json.dumps({**meta, "shown": {}}))
+    cache = moved
     for change, message in ((("--mix", "gen-only"), "mix = mmgen, this command has gen-only"),
                             (("--precision", "fp32"), "precision = bf16, this command has fp32"),
                             (("--fusion", "mlp"), "fusion = linear, this command has mlp"),

@@ -14,7 +14,7 @@ import sample
 import samplers
 from conftest import shell
 from distributed import InputError, whole_file
-from modalities import MODALITIES, PLAIN, PLAINLY
+from modalities import MODALITIES, PLAIN, PLAINLY, Shown, shown_of
 from sample import Request
 from weights import DEMO, load_checkpoint
 
@@ -87,7 +87,8 @@ def test_maps_that_do_not_align_are_refused(tmp_path):
     crop, full = (sample.fit_of(mode, 32, 8) for mode in ("crop", "full"))
     facts = {"rgb": PLAIN, "depth": PLAIN}
     one = sample.read_input(request, crop, False, facts, PLAINLY)
-    assert one.pixels["depth"].shape == (3, 32, 32) and one.shape is None and one.whole == one.pixels
+    assert one.pixels["depth"].shape == (3, 32, 32) and one.shape is None
+    assert all(np.array_equal(one.whole[m], pixels) for m, pixels in one.pixels.items())
     with pytest.raises(InputError, match="d.npy: its size does not match that of rgb"):
         sample.read_input(request, full, True, facts, PLAINLY)
     one = sample.read_input(request._replace(files={"rgb": tmp_path / "a.png"}), full, True, facts, PLAINLY)
@@ -384,6 +385,21 @@ def test_a_changed_picture_is_sampled_again(command, tmp_path):
     os.utime(picture, (2e9, 2e9))
     command("sample", *flags)
     assert depth.read_bytes() != before
+
+
+def test_a_given_map_is_written_as_it_was_given(tmp_path):
+    """Whatever the network is shown: black stays black, depth has its own range."""
+    segments = np.zeros((64, 64, 3), np.uint8)
+    segments[:, 32:] = (200, 30, 90)
+    Image.fromarray(segments).save(tmp_path / "s.png")
+    request = sample.Request(0, "s", 0, {"seg": tmp_path / "s.png"})
+    for mode in ("crop", "full"):
+        fit = sample.fit_of(mode, 64, 16)
+        read = sample.read_input(request, fit, mode == "full", {"seg": PLAIN}, Shown(uncovered="colour"))
+        assert read.pixels["seg"][:, 0, 0].max() > -1 and (read.whole["seg"][:, :, :32] == -1).all()
+    for shown in ({"depth_over": "banana"}, {"depth_over": ["crop"]}, {"x": 1}, 3):
+        with pytest.raises(InputError, match="c.pt: says shown = "):
+            shown_of({"shown": shown}, "c.pt")
 
 
 def test_panels_show_all_maps_of_each_sample(command, tmp_path):

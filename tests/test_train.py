@@ -4,6 +4,7 @@ import functools
 import json
 import pathlib
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -287,6 +288,20 @@ def test_a_run_scores_itself_and_trains_to_the_same_bits(cache, trained, tmp_pat
     command("toy_scenes", "--num", 2, "--out", tmp_path / "scenes")
     command("train", *flags, "--eval-data", tmp_path / "scenes", "--run", tmp_path / "tree")
     assert {"abs_rel", "normal_mean", "miou"} <= scores_of(tmp_path / "tree")[1].keys()
+
+
+def test_what_cannot_be_scored_or_logged_ends_a_run_before_it_begins(cache, tmp_path, command, monkeypatch):
+    command("toy_scenes", "--num", 2, "--out", tmp_path / "scenes")
+    next((tmp_path / "scenes/depth").rglob("*.png")).write_bytes(b"junk")
+    flags = ("--data", cache, *TRAIN, "--run", tmp_path / "run")
+    with pytest.raises(InputError, match="scenes/depth/.*not readable"):
+        command("train", *flags, "--eval-every", 3, "--eval-data", tmp_path / "scenes")
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(InputError, match="--tensorboard: .*; pip install tensorboard"):
+        command("train", *flags, "--tensorboard")
+    assert not (tmp_path / "run/args.json").exists() and not (tmp_path / "run/ckpt").exists()
+    with pytest.raises(InputError, match="--mix rgb: is of RGB alone; add --modalities rgb"):
+        command("train", *flags, "--mix", "rgb")
 
 
 def test_the_default_mix_trains_rgb_alone(cache, tmp_path, command):

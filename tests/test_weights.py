@@ -147,10 +147,26 @@ def test_init_from_rgb_models(kind, tmp_path):
     assert not mine["heads.1.linear.weight"].any() and "heads.1" in table.split("new")[1]
 
 
+def test_an_export_keeps_ages_and_says_whose_maps_are_shown_otherwise(tmp_path, command):
+    ours(tmp_path / "a.pt")
+    checkpoint = torch.load(tmp_path / "a.pt", weights_only=True)
+    torch.save({**checkpoint, "ages": {"pos_embed": 4}}, tmp_path / "a.pt")
+    for name in ("b.pt", "b.safetensors"):
+        command("weights", "--ckpt", tmp_path / "a.pt", "--export", tmp_path / name)
+        assert load_checkpoint(tmp_path / name)["ages"] == {"pos_embed": 4}
+    out = command("weights", "--ckpt", tmp_path / "a.pt", "--export-official", tmp_path / "c.pt")
+    assert "warning: its maps were shown by {}" in out
+    meta = load_checkpoint(tmp_path / "c.pt")["config"]["meta"]
+    checkpoint["config"]["meta"]["shown"] = meta["shown"]
+    torch.save(checkpoint, tmp_path / "a.pt")
+    out = command("weights", "--ckpt", tmp_path / "a.pt", "--export-official", tmp_path / "c.pt")
+    assert "warning" not in out
+
+
 def test_a_modality_of_the_file_goes_on_under_another_name(tmp_path):
     """seg -> canny fine-tunes the head and the columns that there are; without --rename they are new."""
     source, meta = ours(tmp_path / "a.pt")
-    names = weights.renamed(load_checkpoint(tmp_path / "a.pt"), ["seg=canny"], "a.pt")
+    names = weights.renamed(load_checkpoint(tmp_path / "a.pt"), ["seg=canny"], ["rgb", "canny"], "a.pt")
     for old, kept in ((names, True), (None, False)):
         model = build_model("T/2", ["rgb", "depth", "normal", "canny"], 12, 4, 16)
         both = old and (old, list(model.modalities))
@@ -161,9 +177,10 @@ def test_a_modality_of_the_file_goes_on_under_another_name(tmp_path):
         assert (head, same_columns, "heads.3.linear.weight" in taken) == (kept,) * 3
         assert kept or (not columns.any() and "heads.3" in table.split("new")[1])
     for wrong, said in (("edges=canny", "a.pt has rgb, depth"), ("seg", "the form is THEIRS=OURS"),
+                        ("seg=cany", "the model has rgb, depth"),
                         ("seg=depth", "two modalities of a.pt would be called depth")):
         with pytest.raises(InputError, match=said):
-            weights.renamed(load_checkpoint(tmp_path / "a.pt"), [wrong], "a.pt")
+            weights.renamed(load_checkpoint(tmp_path / "a.pt"), [wrong], ["rgb", "depth"], "a.pt")
 
 
 def test_init_matches_modalities_by_name(tmp_path):
