@@ -100,7 +100,7 @@ def test_maps_that_do_not_align_are_refused(tmp_path):
 # Tasks.
 
 def test_samples_do_not_depend_on_batch_or_processes(command, tmp_path):
-    flags = ("--task", "generate", "--num", 5, "--steps", 6, "--ckpt", CKPT)
+    flags = ("--task", "generate", "--num", 5, "--steps", 3, "--ckpt", CKPT)
     for name, batch, world in (("a", 1, 1), ("b", 16, 1), ("c", 2, 2)):
         more = ("--batch-size", batch, "--out", tmp_path / name)
         if world == 1:
