@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import numpy as np
 from scipy import ndimage
-from scipy.optimize import linear_sum_assignment
 
 from distributed import check, gather
 from modalities import MODALITIES, VOID, Scalar, fill_unknown, label_colour, nearest_colour, segments, unit
@@ -113,6 +112,7 @@ def instance_scores(prediction, truth, known=None):
     """Segment indices (H, W) -> Hungarian-matched mIoU over the true segments, mean best overlap, ARI,
     boundary F; of the pixels that are known, bool (H, W).
     """
+    from scipy.optimize import linear_sum_assignment  # slow to import
     known = np.ones(truth.shape, bool) if known is None else known
     p, g = (np.unique(index[known], return_inverse=True)[1] for index in (prediction, truth))
     table = np.zeros((g.max() + 1, p.max() + 1), np.int64)
