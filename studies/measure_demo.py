@@ -92,8 +92,10 @@ class Measure:
     def classes(self):
         return self.loaded.model.num_classes
 
-    def draw(self, sampling, labels, given=None, loaded=None):
-        """Samples of classes, given pixels of some modalities {modality: (n, 3, S, S)}."""
+    def draw(self, sampling, labels, given=None, loaded=None, wanted=None):
+        """Samples of classes, given pixels of some modalities {modality: (n, 3, S, S)}: of all modalities, or
+        of those at the wanted places.
+        """
         model, out = (loaded or self.loaded).model, []
         for i in tqdm(range(0, len(labels), self.batch_size), leave=False):
             rows = slice(i, i + self.batch_size)
@@ -101,7 +103,7 @@ class Measure:
             noise = samplers.Noise(self.seed, range(i, i + len(y)), self.device)
             held = {m: self.encoder.encode(pixels[rows], noise) for m, pixels in (given or {}).items()}
             x = samplers.sample_latents(model, y, held, noise, sampling)
-            out.append(samplers.decode(self.encoder, x, precision=sampling.precision).cpu())
+            out.append(samplers.decode(self.encoder, x, wanted, sampling.precision).cpu())
         return torch.cat(out)
 
     def understand(self, rgb, loaded=None):

@@ -18,7 +18,14 @@ from record import write_json
 import samplers
 import toy_scenes
 from distributed import command_parser, run, setup
+from modalities import MODALITIES, nearest_colour
 from weights import DEMO, load_model
+
+
+def seen_class(rgb, seg):
+    """The class that pixels (3, S, S) of both show, -1 for none."""
+    image, colours = (MODALITIES[m].from_pixels(pixels) for m, pixels in (("rgb", rgb), ("seg", seg)))
+    return toy_scenes.class_of(image, nearest_colour(colours, toy_scenes.PALETTE))
 
 
 def score(measure, scenes, count):
@@ -28,12 +35,13 @@ def score(measure, scenes, count):
     truth = {m: [truth_of(m, scene) for scene in scenes] for m in KEYS}
     found = scores({m: measure.maps(seen, m) for m in KEYS}, truth)
     labels = [i % measure.classes for i in range(count)]
-    drawn = measure.draw(sampling(sampler="ab2", steps=7), labels)
-    shown = [toy_scenes.class_of(*pair) for pair in zip(measure.maps(drawn, "rgb"), measure.segments(drawn))]
+    at = [measure.loaded.model.modalities.index(m) for m in ("rgb", "seg")]
+    drawn = measure.draw(sampling(sampler="ab2", steps=7), labels, wanted=at)
     found["latent_fd"] = measure.distance(drawn[:, 0])
-    found["class"] = float(np.mean(np.array(shown) == labels))
+    hits = [seen_class(*sample.numpy()) == label for sample, label in zip(drawn, labels)]
+    found["class"] = float(np.mean(hits))
     given = {"depth": scene_pixels("depth", scenes)}
-    made = measure.draw(sampling(steps=4), [measure.classes] * len(scenes), given)
+    made = measure.draw(sampling(steps=4), [measure.classes] * len(scenes), given, wanted=at[:1])
     read = measure.maps(measure.understand(made[:, 0]), "depth")
     found["given_depth"] = scores({"depth": read}, {"depth": truth["depth"]})["abs_rel"]
     return found
