@@ -98,6 +98,7 @@ class MMGen:
 
     @staticmethod
     def add_flags(parser):
+        """Its own flags: the task mix, the loss, and what shapes the network."""
         parser.add_argument("--mix", default="mmgen", choices=list(TASK_MIX))
         parser.add_argument("--modalities", nargs="+", choices=list(MODALITIES), help="default: the cache's")
         parser.add_argument("--equal-weights", action="store_true", help="loss weight 1 for every modality")
@@ -208,16 +209,13 @@ class MMGen:
 # ------------------------------------------------------------------------------------------------
 # The loop.
 
-def train(args, cache, objective, place, defaults):
-    """Train, or continue an interrupted run: weights, then the loop with log, previews and checkpoints.
+def begin(args, config, objective, device, defaults):
+    """Weights, averages and optimiser: fresh, of --init, or of the run's latest checkpoint -> the EMA, the
+    trained parameters, the optimiser, the step, the ages of update_ema.
 
-    place: (rank, number of processes, device); defaults: the values of flags that an older checkpoint lacks.
+    defaults: the values of flags that an older checkpoint lacks.
     """
-    rank, world, device = place
-    part = dataset.part_of(args.batch_size, args.micro_batch, rank, world, objective.group)
-    n, micro, terms = part.stop - part.start, args.micro_batch, objective.terms
     model, backbone = objective.model, objective.backbone
-    config = {"model": model.config, "meta": cache.meta, "train": runs.flags_of(args, objective)}
     file, first, ages = runs.latest(args.run), 0, {}
     if args.init and not file:
         checkpoint = load_checkpoint(args.init)
@@ -234,6 +232,20 @@ def train(args, cache, objective, place, defaults):
         checkpoint = runs.checkpoint_of(file, config, older, objective.shaping)
         first, ages = runs.restore(checkpoint, model, ema, optimiser)
     runs.agree(args.run, first, device)
+    return ema, parameters, optimiser, first, ages
+
+
+def train(args, cache, objective, place, defaults):
+    """Train, or continue an interrupted run: the loop with log, previews and checkpoints.
+
+    place: (rank, number of processes, device); defaults as of begin.
+    """
+    rank, world, device = place
+    part = dataset.part_of(args.batch_size, args.micro_batch, rank, world, objective.group)
+    n, micro, terms = part.stop - part.start, args.micro_batch, objective.terms
+    model, backbone = objective.model, objective.backbone
+    config = {"model": model.config, "meta": cache.meta, "train": runs.flags_of(args, objective)}
+    ema, parameters, optimiser, first, ages = begin(args, config, objective, device, defaults)
     watch = Watch(objective, args.run / "previews", args.preview_every, args.eval_every, args.eval_toy,
                   args.eval_data)
     notes = {**vars(args), "world": world, "resumed_at": first}
