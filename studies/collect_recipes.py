@@ -1,0 +1,77 @@
+"""Put results/recipes/<name>_<seed>.json together: results/recipes.json.
+
+    python studies/collect_recipes.py --control control-5e-4 --best muon-blocks-early-decay
+
+samples_to_control: the share of the control's samples that the best recipe needs for the control's last score,
+between two evaluations by a line, the mean over the seeds that both have; null where a seed does not reach it.
+time_to_control is the same in seconds of training: the share of samples times that of a step's seconds, as
+results/recipes_steps.json {name: seconds a step on an idle machine} has them.
+"""
+import json
+import pathlib
+
+import numpy as np
+from record import ROOT, write_json
+
+from distributed import check, command_parser, reading, run
+
+RESULTS = ROOT / "results"
+RISING = {"abs_rel": False, "normal_mean": False, "miou": True, "latent_fd": False, "class": True,
+          "given_depth": False}  # whether more of it is better
+
+
+def needed(evaluations, key, target):
+    """The samples at which a run reaches the target, None where it does not."""
+    before = None
+    for entry in evaluations:
+        reached = entry[key] >= target if RISING[key] else entry[key] <= target
+        if reached and before is None:
+            return entry["samples"]
+        if reached:
+            share = (target - before[key]) / (entry[key] - before[key])
+            return before["samples"] + share * (entry["samples"] - before["samples"])
+        before = entry
+    return None
+
+
+def shares(control, best):
+    """{score: the share of the control's samples}; both {seed: evaluations}."""
+    found = {}
+    for key in RISING:
+        each = []
+        for seed in sorted(control.keys() & best.keys()):
+            last = control[seed][-1]
+            samples = needed(best[seed], key, last[key])
+            each.append(None if samples is None else samples / last["samples"])
+        found[key] = None if None in each or not each else float(np.mean(each))
+    return found
+
+
+def main():
+    parser = command_parser(__doc__)
+    parser.add_argument("--control", required=True)
+    parser.add_argument("--best", required=True)
+    args = parser.parse_args()
+    runs, seeds = [], {}
+    for path in sorted((RESULTS / "recipes").glob("*.json")):
+        with reading(path, "run studies/run_recipes.sh again"):
+            held = json.loads(path.read_text())
+        name, _, seed = path.stem.rpartition("_")
+        runs.append({"name": name, "seed": int(seed), **held})
+        seeds.setdefault(name, {})[int(seed)] = held["evaluations"]
+    for name in (args.control, args.best):
+        check(name in seeds, f"{name}: no such run in {RESULTS / 'recipes'}; there are {', '.join(seeds)}")
+    share, clock = shares(seeds[args.control], seeds[args.best]), RESULTS / "recipes_steps.json"
+    time = None
+    if clock.is_file():
+        seconds = json.loads(clock.read_text())
+        slower = seconds[args.best] / seconds[args.control]
+        time = {key: None if value is None else value * slower for key, value in share.items()}
+    result = dict(control=args.control, best=args.best, samples_to_control=share,
+                  time_to_control=time, runs=runs)
+    write_json(RESULTS / "recipes.json", result)
+    print(json.dumps({key: result[key] for key in list(result)[:4]}, indent=1))
+
+
+if __name__ == "__main__":
+    run(main)
