@@ -2,13 +2,13 @@
 
     python studies/collect_recipes.py --control control-5e-4 --best muon-blocks-early-decay
 
-samples_to_control: the share of the control's samples that the best recipe needs for the control's last score,
-between two evaluations by a line, the mean over the seeds that both have; null where a seed does not reach it.
+samples_to_control: the share of the control's samples that the best recipe needs for the control's last
+score, between two evaluations by a line, the mean over the seeds that both have; null where a seed does not
+reach it.
 time_to_control is the same in seconds of training: the share of samples times that of a step's seconds, as
 results/recipes_steps.json {name: seconds a step on an idle machine} has them.
 """
 import json
-import pathlib
 
 import numpy as np
 from record import ROOT, write_json
