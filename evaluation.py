@@ -480,6 +480,12 @@ def preview(objective, network, path):
         draw_sheet(grids).save(file, "png")
 
 
+def seen_class(rgb, seg):
+    """The toy world's class that pixels (3, H, W) of both show, -1 for none."""
+    image, colours = MODALITIES["rgb"].from_pixels(rgb), MODALITIES["seg"].from_pixels(seg)
+    return toy_scenes.class_of(image, nearest_colour(colours, toy_scenes.PALETTE))
+
+
 class Trial:
     """What a run is judged by while it trains: its maps of a source's frames, and on the toy world the class
     of what it draws.
@@ -526,9 +532,8 @@ class Trial:
         for block in share(range(count), rank, world, 16):
             y = torch.tensor(block, device=device) % len(toy_scenes.CLASSES)
             x = self.objective.draw(network, y, {}, samplers.Noise(0, block, device))
-            for label, (rgb, seg) in zip(y.tolist(), samplers.decode(self.encoder, x, wanted).cpu().numpy()):
-                image, colours = (MODALITIES[m].from_pixels(p) for m, p in (("rgb", rgb), ("seg", seg)))
-                hits.append(toy_scenes.class_of(image, nearest_colour(colours, toy_scenes.PALETTE)) == label)
+            samples = samplers.decode(self.encoder, x, wanted).cpu().numpy()
+            hits += [seen_class(*pixels) == label for label, pixels in zip(y.tolist(), samples)]
         return {"class": float(np.mean(sum(gather(hits), [])))}
 
 

@@ -41,7 +41,6 @@ TASK_MIX = {  # four roles each; a run knows its mix by name: change no row in u
 TASK_MIX["joint"] = TASK_MIX["mmgen"]                                    # released for Hypersim: the same
 
 
-
 # ------------------------------------------------------------------------------------------------
 # Times: uniform u in [0, 1) and the dimension of a row's latents -> t.
 

@@ -313,7 +313,9 @@ def read_mask(path):
 
 
 class Shown(NamedTuple):
-    """How maps are shown to a network, where there are two ways: "shown" of meta.json says what is not so."""
+    """How maps are shown to a network, where there are two ways; "shown" of meta.json holds what differs from
+    these defaults, which are the ways of older files.
+    """
     depth_over: str = "crop"   # depth is stretched to the range of its "crop", or of the whole "picture"
     uncovered: str = "black"   # black pixels of instance segments stay "black", or take a random "colour"
 

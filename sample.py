@@ -23,7 +23,7 @@ from distributed import (InputError, barrier, check, check_folder, command_parse
                          setup)
 from locks import only_writer
 from mesh import pick_segment, write_mesh
-from modalities import (MODALITIES, as_it_is, centre_crop, check_turned, filter_of, nearest_colour,
+from modalities import (MODALITIES, PLAINLY, as_it_is, centre_crop, check_turned, filter_of, nearest_colour,
                         segments, shown_of)
 from produce import (Maps, finish, folders_read, produce, read_rgb_file, write_grid, write_npz,
                      write_panels)
@@ -138,8 +138,9 @@ def read_input(request, fit, full, facts, shown):
         row = MODALITIES[m]
         raster = row.open(path, facts[m])
         rasters.append(raster)
-        pixels[m] = row.pixels(raster, fit, shown)
         whole[m] = row.pixels(raster, as_it_is if full else fit)  # as it was given
+        alike = shown == PLAINLY and not full
+        pixels[m] = whole[m] if alike else row.pixels(raster, fit, shown)
         shape = raster.size[::-1] if full else None
         first = next(iter(pixels))
         check(pixels[m].shape == pixels[first].shape, f"{path}: its size does not match that of {first}; "

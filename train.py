@@ -351,7 +351,8 @@ def command(objective, doc):
     asked = bool(args.eval_toy) + bool(args.eval_data)
     check(asked == (args.eval_every > 0), "--eval-every N goes with --eval-toy K or --eval-data TREE")
     lost = [name for name in ("ema_from_init", "rename") if getattr(args, name, None)]
-    check(args.init or not lost, f"{' '.join(lost)}: belongs to --init")
+    check(args.init or not lost, f"--{' --'.join(lost).replace('_', '-')}: belongs to --init")
+    check((args.eval_toy or 1) >= 1, f"--eval-toy {args.eval_toy}: at least 1 scene")
     for name in ("steps", "batch_size", "log_every", "ckpt_every", "preview_every"):
         value = getattr(args, name)
         check(value >= 1, f"--{name.replace('_', '-')} {value}: must be at least 1")

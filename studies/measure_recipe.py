@@ -16,16 +16,9 @@ from measure_demo import KEYS, Measure, held_out, scene_pixels, scores, truth_of
 from record import write_json
 
 import samplers
-import toy_scenes
 from distributed import command_parser, run, setup
-from modalities import MODALITIES, nearest_colour
+from evaluation import seen_class
 from weights import DEMO, load_model
-
-
-def seen_class(rgb, seg):
-    """The class that pixels (3, S, S) of both show, -1 for none."""
-    image, colours = (MODALITIES[m].from_pixels(pixels) for m, pixels in (("rgb", rgb), ("seg", seg)))
-    return toy_scenes.class_of(image, nearest_colour(colours, toy_scenes.PALETTE))
 
 
 def score(measure, scenes, count):

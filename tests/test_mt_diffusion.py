@@ -615,6 +615,7 @@ def test_init_goes_by_role(data, trained, command, tmp_path):
     (("label", "--full-mask", "1"), "--full-mask: of --pair masked"),
     (("masked", "--full-mask", "2"), "must lie in"),
     (("label", "--eps-weight", "0"), "add --agg none"),
+    (("label", "--eps-weight", "0", "--agg", "none", "--single", "1"), "nothing would be trained"),
 ))
 def test_bad_flags(cache, command, tmp_path, flags, message):
     with pytest.raises(InputError, match=message):

@@ -311,6 +311,10 @@ def test_the_default_mix_trains_rgb_alone(cache, tmp_path, command):
     command("train", "--data", cache, "--run", tmp_path, *TRAIN, "--steps", 1, "--modalities", "rgb",
             "--mix", "rgb")
     assert load_checkpoint(tmp_path)["config"]["model"]["modalities"] == ["rgb"]
+    for line in (("sample", "--task", "understand", "--out", tmp_path / "o"),
+                 ("eval_depth", "--toy", 1, "--out", tmp_path / "e")):
+        with pytest.raises(InputError, match="would predict nothing|predicts nothing of RGB"):
+            command(*line, "--ckpt", tmp_path)
 
 
 def test_an_average_goes_on_at_the_files_step(cache, trained, tmp_path, command):
@@ -356,7 +360,8 @@ def test_a_preview_is_drawn_where_the_autoencoder_is(cache, tmp_path, command, m
     (("--log-every", "0"), "at least 1"),
     (("--eval-every", "2"), "--eval-every N goes with --eval-toy K or --eval-data TREE"),
     (("--eval-toy", "2"), "--eval-every N goes with"),
-    (("--rename", "seg=canny"), "rename: belongs to --init"),
+    (("--eval-every", "2", "--eval-toy", "-3"), "--eval-toy -3: at least 1 scene"),
+    (("--rename", "seg=canny"), "--rename: belongs to --init"),
     (("--lr", "nan"), "finite"),
     (("--repa-weight", "nan"), "from 0 to 1000"),
     (("--middle-weight", "-1"), "--middle-weight -1.0: from 0 to 1000"),
