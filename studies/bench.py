@@ -10,6 +10,7 @@
     python studies/bench.py --what parts --model T/2 --latent-size 16    # what each optimisation pays alone
     python studies/bench.py --what curves --model T/2 --steps 300        # losses, plain against fast
     python studies/bench.py --what fusion --model XL/2 --flops           # FLOPs alone, no memory needed
+    python studies/bench.py --what recipes --model T/2 --latent-size 16 --compile   # a step of each recipe
     python studies/bench.py --what heads --latent-size 16                # MT-Diffusion over the single task
     python studies/bench.py --what evaluate                              # FID and the like of 50,000 features
     python studies/bench.py --what equal --model XL/2 --peer DIR         # no time: both codes, one file
@@ -49,7 +50,7 @@ import train
 from distributed import autocast, check, command_parser, run, setup
 from model import FUSIONS, SIZES, build_model, training_flops
 from modalities import MODALITIES
-from optimisers import update, update_ema
+from optimisers import OPTIMISERS, set_rates, update, update_ema
 from samplers import GIVEN_TIME, SAMPLERS, Noise, Sampling, decode, sample_latents
 from vae import KL, SD_CONFIG, AutoencoderKL, load_encoder
 from weights import load_model
@@ -191,7 +192,7 @@ class Step(NamedTuple):
     compile: bool = False
     update: Callable = update
     update_ema: Callable = update_ema
-    adam: dict = {"fused": True}
+    adam: dict = None            # another AdamW's options
     read: bool = False           # the host reads losses and norm at every step
     change: Callable = as_it_is  # of the network
 
@@ -199,20 +200,30 @@ class Step(NamedTuple):
 PLAIN = Step(update=plain_update, update_ema=plain_ema, adam={"foreach": False, "fused": False}, read=True)
 
 
-def our_step(args, device, precision, parts):
-    """train.py's step: objective, backward pass, clipping, AdamW, EMA; parts: a Step."""
+PAPER = dict(modalities=None, mix="mmgen", repa_weight=0.5, equal_weights=False, no_task_embedding=False,
+             fusion="linear", times="uniform", repa_until=None, blocks="sit", projector="mlp",
+             middle_weight=0.0)  # train.py's flags
+
+
+def our_step(args, device, precision, parts, optimiser="adamw", **flags):
+    """train.py's step: objective, backward pass, clipping, optimiser, EMA; parts: a Step; flags: train.py's
+    that differ from the paper's.
+    """
     meta, batch = synthetic(args)
-    flags = argparse.Namespace(
-        modalities=None, mix="mmgen", repa_weight=0.5, equal_weights=False, no_task_embedding=False,
-        fusion="linear", model=args.model, batch_size=args.batch_size, seed=0, precision=precision,
-        times="uniform", repa_until=None, blocks="sit", projector="mlp", middle_weight=0.0)
+    flags = argparse.Namespace(**{**PAPER, **flags}, model=args.model, batch_size=args.batch_size, seed=0,
+                               precision=precision)
     cache = argparse.Namespace(meta=meta, modalities=FOUR, stems=(*FOUR, "dino"))
-    objective = train.MMGen(flags, cache, device)
+    with device:
+        objective = train.MMGen(flags, cache, device)
     model = objective.model.to(device)
     parts.change(model)
     ema = copy.deepcopy(model).requires_grad_(False)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.0, **parts.adam)
+    if parts.adam:
+        optimiser = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.0, **parts.adam)
+    else:
+        optimiser = OPTIMISERS[optimiser](parameters, model.blocks, 0.999, precision)
+        set_rates(optimiser, {"lr": 1e-4, "muon_lr": 0.02}, 1.0)
     if parts.compile:
         for block in model.blocks:
             block.compile(fullgraph=True)
@@ -279,6 +290,18 @@ def training(args, device):
     return result
 
 
+def recipes(args, device):
+    """A step by optimiser, blocks and heads, without REPA, in --precision: seconds, and over the first."""
+    rows = {}
+    for optimiser, blocks, weight in (("adamw", "sit", 0.0), ("muon", "sit", 0.0), ("adamw", "modern", 0.0),
+                                      ("muon", "modern", 0.0), ("muon", "modern", 0.5)):
+        name = f"{optimiser}, {blocks}{', middle heads' if weight else ''}"
+        rows[name] = our_step(args, device, args.precision, Step(args.compile), optimiser, blocks=blocks,
+                              middle_weight=weight, repa_weight=0.0)
+    seconds = by_turns(rows, args.rounds, device)
+    return {name: dict(s=t, ratio=t / seconds["adamw, sit"]) for name, t in seconds.items()}
+
+
 # ------------------------------------------------------------------------------------------------
 # The released code.
 
@@ -307,7 +330,7 @@ def peer_model(args, device):
     """The released network in one of our sizes, with its own defaults."""
     depth, width, heads, encoder_depth = SIZES[args.model]
     network = peer_module(args.peer, "models.sit").SiT
-    with contextlib.redirect_stdout(io.StringIO()):
+    with contextlib.redirect_stdout(io.StringIO()), device:
         return network(depth=depth, hidden_size=width, decoder_hidden_size=width, patch_size=2,
                        num_heads=heads, input_size=args.latent_size, num_classes=1000, z_dims=[768],
                        encoder_depth=encoder_depth, num_tasks=4, is_mmcat_diff=True, use_decouple_task=True,
@@ -425,7 +448,9 @@ class RandomEncoder(KL):
     """The Stable Diffusion autoencoder with random weights."""
 
     def __init__(self, device):
-        vae = AutoencoderKL(**SD_CONFIG).to(device, memory_format=torch.channels_last)
+        with device:
+            vae = AutoencoderKL(**SD_CONFIG)
+        vae = vae.to(device, memory_format=torch.channels_last)
         self.name, self.device, self.vae = "random", device, vae.eval().requires_grad_(False)
         self.factor, self.channels, self.scale = vae.factor, vae.latent_channels, vae.scale
 
@@ -442,7 +467,8 @@ def tf32(device):
 
 def our_draw(args, device, precision):
     """A batch of category samples, with --decode as pixels."""
-    model = build_model(args.model, latent_size=args.latent_size, projector=False).to(device)
+    with device:
+        model = build_model(args.model, latent_size=args.latent_size, projector=False).to(device)
     model = model.eval().requires_grad_(False)
     encoder = RandomEncoder(device) if args.decode else None
     for block in model.blocks:
@@ -841,8 +867,9 @@ def evaluate(args, device):
     return {"seconds": seconds | {"all": sum(seconds.values())}, "memory": {"peak_GB": peak_memory(device)}}
 
 
-WHAT = {"train": training, "sample": sampling, "load": loading, "prep": preparing, "curves": curves,
-        "parts": parts, "fusion": fusion, "heads": heads, "evaluate": evaluate, "equal": equality}
+WHAT = {"train": training, "recipes": recipes, "sample": sampling, "load": loading, "prep": preparing,
+        "curves": curves, "parts": parts, "fusion": fusion, "heads": heads, "evaluate": evaluate,
+        "equal": equality}
 
 
 def arguments():

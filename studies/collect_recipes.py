@@ -1,12 +1,12 @@
 """Put results/recipes/<name>_<seed>.json together: results/recipes.json.
 
-    python studies/collect_recipes.py --control control-5e-4 --best muon-blocks-early-decay
+    python studies/collect_recipes.py --control long-control-1e-3 --best long-best
 
 samples_to_control: the share of the control's samples that the best recipe needs for the control's last
 score, between two evaluations by a line, the mean over the seeds that both have; null where a seed does not
 reach it.
-time_to_control is the same in seconds of training: the share of samples times that of a step's seconds, as
-results/recipes_steps.json {name: seconds a step on an idle machine} has them.
+time_to_control is the same in seconds of training: the share of samples times that of a step's seconds on an
+idle machine, as `bench.py --what recipes --json results/recipes_steps.json` has them.
 """
 import json
 
@@ -47,6 +47,12 @@ def shares(control, best):
     return found
 
 
+def kind(flags):
+    """A run's name in recipes_steps.json."""
+    middle = ", middle heads" if flags["middle_weight"] else ""
+    return f"{flags['optimiser']}, {flags['blocks']}{middle}"
+
+
 def main():
     parser = command_parser(__doc__)
     parser.add_argument("--control", required=True)
@@ -65,7 +71,8 @@ def main():
     time = None
     if clock.is_file():
         seconds = json.loads(clock.read_text())
-        slower = seconds[args.best] / seconds[args.control]
+        own = {run["name"]: seconds[kind(run["recipe"]["flags"])]["s"] for run in runs}
+        slower = own[args.best] / own[args.control]
         time = {key: None if value is None else value * slower for key, value in share.items()}
     result = dict(control=args.control, best=args.best, samples_to_control=share,
                   time_to_control=time, runs=runs)

@@ -108,8 +108,10 @@ class Measure:
 
     def understand(self, rgb, loaded=None):
         """All modalities of pixels (n, 3, S, S), by the reader or another model."""
-        loaded = loaded or self.reader
-        return self.draw(self.sampling, [loaded.model.num_classes] * len(rgb), {"rgb": rgb}, loaded)
+        loaded, sampling = loaded or self.reader, self.sampling
+        if loaded.model.middle_heads is None:
+            sampling = sampling._replace(middle_scale=1.0)
+        return self.draw(sampling, [loaded.model.num_classes] * len(rgb), {"rgb": rgb}, loaded)
 
     def maps(self, pixels, modality):
         at = self.loaded.model.modalities.index(modality)

@@ -5,7 +5,8 @@
 RGB given, two Euler steps, no class: AbsRel, normals, mIoU on --num held-out scenes. Drawn without guidance,
 each class in turn, ab2 of 7 steps: latent Frechet distance of --generate samples to 2,048 held-out scenes,
 and the share that shows its class. Depth given, four Euler steps: the AbsRel of that depth against what the
-bundled weights read in the RGB that is drawn.
+bundled weights read in the RGB that is drawn. A model with middle heads is at last scored at the scales of
+internal guidance, too.
 """
 import json
 import pathlib
@@ -19,6 +20,8 @@ import samplers
 from distributed import command_parser, run, setup
 from evaluation import seen_class
 from weights import DEMO, load_model
+
+SCALES = 1.2, 1.4, 2.0
 
 
 def score(measure, scenes, count):
@@ -59,13 +62,18 @@ def main():
         step, batch = measure.loaded.step, measure.loaded.train["batch_size"]
         evaluations.append({"step": step, "samples": step * batch, **score(measure, scenes, args.generate)})
         print(json.dumps(evaluations[-1]), flush=True)
+    scales = {}
+    if measure.loaded.model.middle_heads is not None:
+        for scale in SCALES:
+            measure.sampling = measure.sampling._replace(middle_scale=scale)
+            scales[scale] = score(measure, scenes, args.generate)
     log = [json.loads(line) for line in (args.run / "log.jsonl").read_text().splitlines()]
     rates = [entry["img_per_s"] for entry in log if "img_per_s" in entry]
     recipe = dict(flags=measure.loaded.train, img_per_s_beside_others=float(np.median(rates)),
                   held_out=args.num, generated=args.generate, scenes=2048, seed=args.seed,
                   precision=args.precision, reader_sha256=measure.reader.sha256, torch=torch.__version__,
-                  device=device.type)
-    write_json(args.json, {"evaluations": evaluations, "recipe": recipe})
+                  device=torch.cuda.get_device_name() if device.type == "cuda" else "cpu")
+    write_json(args.json, {"evaluations": evaluations, "middle_scales": scales, "recipe": recipe})
 
 
 if __name__ == "__main__":
