@@ -34,7 +34,7 @@ from weights import ages_of, fit, load_checkpoint, renamed
 
 RECIPES = {  # what --recipe stands for
     "paper": "",
-    "better": "--optimiser muon --times early",
+    "better": "--optimiser muon --blocks modern --times early",  # results/README.md, "A better learner"
 }
 
 

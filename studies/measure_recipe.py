@@ -1,6 +1,6 @@
 """Score every checkpoint of a run on the toy world: what a recipe has learnt after how many samples.
 
-    python studies/measure_recipe.py --run runs/recipes/muon_0 --json results/recipes/muon_0.json
+    python studies/measure_recipe.py --run runs/recipes/muon_0 --json muon_0.json
 
 RGB given, two Euler steps, no class: AbsRel, normals, mIoU on --num held-out scenes. Drawn without guidance,
 each class in turn, ab2 of 7 steps: latent Frechet distance of --generate samples to 2,048 held-out scenes,

@@ -1,12 +1,12 @@
 #!/bin/sh
-# The search for a recipe that learns more from a step, at equal samples: screening, each candidate alone on top
-# of Muon; then the control, the best together and the best less each part, with three seeds.
+# The search for a recipe that learns more from a step, at equal samples: screening, each candidate alone on
+# top of Muon; then the control, the best together and the best less each part, with three seeds.
 #     python prep_latents.py --toy 6000 --batch-size 64 --out data/study && sh studies/run_recipes.sh
-# Each run is scored at its checkpoints, in results/recipes/. Finished runs are not repeated; several copies of
-# this script share the runs out.
+# Each run is scored at its checkpoints; studies/collect_recipes.py puts the scores together. Finished runs are
+# not repeated; several copies of this script share the runs out.
 set -e
 cd "$(dirname "$0")/.."
-DATA=${DATA:-data/study} RUNS=${RUNS:-runs/recipes} OUT=${OUT:-results/recipes}
+DATA=${DATA:-data/study} RUNS=${RUNS:-runs/recipes} OUT=${OUT:-runs/recipes/scores}
 SHORT=${SHORT:-1500} LONG=${LONG:-3000}
 COMMON="--data $DATA --model T/2 --batch-size 16 --precision fp32 ${COMPILE---compile}"
 mkdir -p "$RUNS" "$OUT"

@@ -275,7 +275,137 @@ def study_figure(path, across=5):
 
 
 # ------------------------------------------------------------------------------------------------
+# The search for a better learner.
+
+SCORED = {"abs_rel": ("AbsRel", ".3f"), "normal_mean": ("normals", ".1f"), "miou": ("mIoU", ".3f"),
+          "latent_fd": ("latent FD", ".2f"), "class": ("class", ".2f"),
+          "given_depth": ("given depth", ".3f")}  # a run's scores: (name, form)
+
+
+def searched(beginning):
+    """{name: its runs, one a seed} of results/recipes.json whose names begin so."""
+    found = {}
+    for held in read("recipes")["runs"]:
+        if held["name"].startswith(beginning):
+            found.setdefault(held["name"].removeprefix("long-"), []).append(held)
+    return found
+
+
+def last_scores(runs):
+    """The cells of SCORED at the end of runs."""
+    return [spread([held["evaluations"][-1][key] for held in runs], form)
+            for key, (_, form) in SCORED.items()]
+
+
+def scored_head(*first):
+    return [*first, *(name for name, _ in SCORED.values())]
+
+
+def recipes_alone():
+    """The screening: one seed of each."""
+    rows = [[name, *last_scores(runs)] for name, runs in (searched("control") | searched("muon")).items()]
+    return table(scored_head("24,000 samples, one seed"), rows)
+
+
+def recipes_together():
+    rows = [[name, str(len(runs)), *last_scores(runs)] for name, runs in searched("long").items()]
+    rows += [[f"{name}, ended at 16,800", str(len(runs)), *last_scores(runs)]
+             for name, runs in searched("short").items()]
+    return table(scored_head("48,000 samples", "seeds"), rows)
+
+
+def recipes_reach():
+    """What the best recipe needs of the control's samples and time."""
+    found, rows = read("recipes"), []
+    for name, part in (("samples", "samples_to_control"), ("time", "time_to_control")):
+        rows.append([name, *(number(found[part][key], ".2f") or "never" for key in SCORED)])
+    return table(scored_head(f"{found['best']} to the last scores of {found['control']}"), rows)
+
+
+def recipes_scales():
+    """Scores by the scale of internal guidance, of runs with middle heads."""
+    rows = []
+    for name, runs in (searched("long-all") | searched("muon-middle")).items():
+        rows.append([name, "1", *last_scores(runs)])
+        for scale in runs[0]["middle_scales"]:
+            values = [{"evaluations": [held["middle_scales"][scale]]} for held in runs]
+            rows.append([name, scale, *last_scores(values)])
+    return table(scored_head("", "scale"), rows)
+
+
+def recipes_cost():
+    """results/recipes_steps.json: studies/bench.py --what recipes."""
+    rows = [[name, number(row["s"], ".3f"), number(row["ratio"], ".2f", " x")]
+            for name, row in without_recipe(read("recipes_steps")).items()]
+    return table(["optimiser, blocks", "seconds a step", "over the first"], rows)
+
+
+DRAWN = {"control-1e-3": "dimgrey", "less-muon": "darkorange", "all": "seagreen",
+         "best": "steelblue"}  # lines of the figure
+
+
+def recipes_figure(path, size=(300, 220), across=3):
+    """Scores against samples, the mean over the seeds, a panel a score."""
+    font, runs, (width, height) = ImageFont.load_default(15), searched("long"), size
+    sheet = Image.new("RGB", (width * across + 20, 2 * height + 30), "white")
+    pen = ImageDraw.Draw(sheet)
+    for place, (key, (title, form)) in enumerate(SCORED.items()):
+        lines = {}
+        for name in DRAWN:
+            seeds = [[entry[key] for entry in held["evaluations"]] for held in runs[name]]
+            lines[name] = [sum(values) / len(values) for values in zip(*seeds)]
+        samples = [entry["samples"] for entry in runs["best"][0]["evaluations"]]
+        values = [value for line in lines.values() for value in line]
+        low, high = min(values), max(values)
+        x, y = 20 + width * (place % across), 10 + height * (place // across)
+        left, right, top, bottom = x + 44, x + width - 14, y + 24, y + height - 24
+        pen.text(((left + right) / 2, y + 8), title, fill="black", font=font, anchor="mm")
+        pen.rectangle([left, top, right, bottom], outline="lightgrey")
+        for value, at in ((high, top), (low, bottom)):
+            pen.text((left - 4, at), f"{value:{form}}", fill="grey", font=font, anchor="rm")
+        for sample in (samples[0], samples[-1]):
+            at = left + (right - left) * sample / samples[-1]
+            pen.text((at, bottom + 12), f"{sample // 1000}k", fill="grey", font=font, anchor="mm")
+        for name, line in lines.items():
+            points = [(left + (right - left) * sample / samples[-1],
+                       bottom - (bottom - top) * (value - low) / (high - low))
+                      for sample, value in zip(samples, line)]
+            pen.line(points, fill=DRAWN[name], width=2)
+    for i, (name, colour) in enumerate(DRAWN.items()):
+        x = 64 + 190 * i
+        pen.line([(x, 2 * height + 18), (x + 24, 2 * height + 18)], fill=colour, width=3)
+        pen.text((x + 30, 2 * height + 18), name, fill="black", font=font, anchor="lm")
+    sheet.save(path)
+
+
+# ------------------------------------------------------------------------------------------------
 # Speed.
+
+def speed_gpu():
+    """results/bench_train_xl2_*_h200.json: studies/bench.py --what train with --peer, on a GPU."""
+    rows = []
+    for batch in (32, 64, 128, 256):
+        found = read(f"bench_train_xl2_{batch}_h200")
+        eager, fast, peer = (found[name] for name in ("ours, bf16", "ours, compiled, bf16", "peer, fp16"))
+        rates = [number(row["img_per_s"], ".0f") for row in (eager, fast, peer)]
+        memory = [number(row["peak_GB"], ".0f", " GB") for row in (fast, peer)]
+        rows.append([str(batch), *rates, number(eager["ratio"], ".2f", " x"),
+                     number(fast["ratio"], ".2f", " x"), number(fast["matmul_share"], ".0%"), *memory])
+    head = ["batch", "eager, img/s", "compiled", "the authors', fp16", "eager over it", "compiled over it",
+            "compiled, share of a matmul", "peak memory", "the authors'"]
+    return table(head, rows)
+
+
+def sampling_gpu():
+    """results/bench_sample_{sde,ab4}_h200.json."""
+    sde, ab4 = read("bench_sample_sde_h200"), read("bench_sample_ab4_h200")
+    rows = [["here, bf16, compiled, batches of 64: sde, 250 steps", f"{sde['ours, bf16']['img_per_s']:.2f}",
+             f"{sde['ours, bf16']['ratio']:.2f} x"],
+            ["the authors', TF32, batches of 32: the same", f"{sde['peer, fp32']['img_per_s']:.2f}", ""],
+            ["here: ab4, 7 steps of 16 evaluations", f"{ab4['ours, bf16']['img_per_s']:.1f}",
+             f"{ab4['ours, bf16']['img_per_s'] / sde['peer, fp32']['img_per_s']:.1f} x"]]
+    return table(["XL/2, no guidance, four modalities decoded", "img/s", "over the authors'"], rows)
+
 
 def speed():
     """results/bench_{train,sample}[_t2]_cpu.json: studies/bench.py with --peer."""
@@ -462,7 +592,8 @@ def mt_overhead():
 # ------------------------------------------------------------------------------------------------
 
 TABLES = {make.__name__: make for make in (
-    demo_understand, demo_generate, ten_minutes, few_steps, canny, ablations, study, speed, data_speed,
+    demo_understand, demo_generate, ten_minutes, few_steps, canny, ablations, study, recipes_alone,
+    recipes_together, recipes_reach, recipes_scales, recipes_cost, speed_gpu, sampling_gpu, speed, data_speed,
     speed_parts, loss_curves, fusion, released, evaluators, robustness, mt_translation, mt_restoration,
     mt_heads_of_x, mt_overhead)}
 
@@ -491,6 +622,7 @@ def main():
     for path, text in pages.items():
         path.write_text(text)
     study_figure(ROOT / "demo" / "study.png")
+    recipes_figure(ROOT / "demo" / "recipes.png")
 
 
 if __name__ == "__main__":
