@@ -5,6 +5,8 @@
     dino.npy        int8 (n, T, 768), alignment targets for REPA
     feature.npy     float16 (n, F), a vector of each whole image
     labels.npy      int64 (n,), the number of classes for a row of none
+    <modality>_known.npy  uint8 (n, ceil(H*W/8)), a bit a latent cell: whether at least half of its pixels
+                    are known; only where some cell of the cache is not
     done.npy        uint8 (n,): 0 not encoded yet, 1 done, 2 broken and left out
     names.txt, meta.json
 """
@@ -40,6 +42,36 @@ def schema(meta):
     return arrays | {"labels": (np.int64, ()), "done": (np.uint8, ())}
 
 
+def masks(meta):
+    """The arrays of known cells that a cache may have, as schema has the others."""
+    bits = -(-meta["latent_size"][0] * meta["latent_size"][1] // 8)
+    return {f"{m}_known": (np.uint8, (bits,)) for m in meta["modalities"]}
+
+
+def known_cells(known, factor):
+    """Known pixels bool (n, fH, fW) -> a bit a cell (n, ceil(H*W/8)): where at least half of it is known."""
+    n, height, width = known.shape
+    blocks = known.reshape(n, height // factor, factor, width // factor, factor)
+    return np.packbits((blocks.mean((2, 4)) >= 0.5).reshape(n, -1), axis=1)
+
+
+def cells_of(bits, size):
+    """Bits of known_cells, a tensor (n, B) -> bool (n, H, W)."""
+    shifts = torch.arange(7, -1, -1, device=bits.device)
+    flags = (bits[:, :, None] >> shifts & 1).flatten(1)            # (n, 8B)
+    return flags[:, :size[0] * size[1]].unflatten(1, tuple(size)) > 0
+
+
+def cells_in(batch, modalities, meta):
+    """Of a batch {stem: tensor}: which cells are known (n, M, H, W) bool, None where it does not say."""
+    size, found = meta["latent_size"], {}
+    for m in modalities:
+        if f"{m}_known" in batch:
+            found[m] = cells_of(batch[f"{m}_known"], size)
+    everywhere = torch.ones_like(next(iter(found.values()))) if found else None
+    return torch.stack([found.get(m, everywhere) for m in modalities], 1) if found else None
+
+
 def to_unit(vectors):
     """Vectors (n, F) as feature.npy holds them: float16 of mean square 1."""
     size = np.sqrt((vectors ** 2).mean(-1, keepdims=True))
@@ -72,6 +104,42 @@ def create(folder, meta, names, labels=None):
                 _reserve(file, np.dtype(dtype), (len(names), *shape))
     with whole_file(path) as file:  # last: its presence says that all files are there
         file.write(json.dumps(meta, indent=1).encode())
+
+
+def begin_masks(folder, meta):
+    """Before rows are written: the arrays of known cells that are not there, all known."""
+    if (open_array(folder, "done", meta) == 1).all():
+        return
+    for stem, (dtype, shape) in masks(meta).items():
+        if not (folder / f"{stem}.npy").exists():
+            with whole_file(folder / f"{stem}.npy") as file:
+                np.save(file, np.full((meta["count"], *shape), 255, dtype))
+
+
+def finish_masks(folder, meta):
+    """Take the arrays of known cells away where nothing is unknown -> {modality: share of known cells (n,)}
+    of the others.
+    """
+    found, done = {}, open_array(folder, "done", meta) == 1
+    for m in meta["modalities"]:
+        path = folder / f"{m}_known.npy"
+        if not path.is_file():
+            continue
+        share = shares(open_array(folder, path.stem, meta), meta)
+        if (share[done] == 1).all():
+            path.unlink()
+        else:
+            found[m] = share[done]
+    return found
+
+
+def shares(bits, meta):
+    """Bits of known_cells (n, B) -> the share of known cells (n,)."""
+    count = meta["latent_size"][0] * meta["latent_size"][1]
+    flags = np.unpackbits(np.array([255] * bits.shape[1], np.uint8))
+    flags[count:] = 0
+    ones = np.array([bin(byte).count("1") for byte in range(256)], np.uint8)
+    return ones[bits & np.packbits(flags)].sum(1, dtype=np.int64) / count
 
 
 def _reserve(file, dtype, shape):
@@ -133,7 +201,7 @@ def read_meta(folder):
 def open_array(folder, stem, meta, mode="r"):
     """One array of a cache as memory map. Raises InputError when it is missing, short or of another shape."""
     path = pathlib.Path(folder) / f"{stem}.npy"
-    dtype, row = schema(meta)[stem]
+    dtype, row = (schema(meta) | masks(meta))[stem]
     again = f"delete {folder} and run prep_latents.py again"
     with reading(path, again):
         array = np.load(path, mmap_mode="r")  # at first: a short file mapped for writing is filled with zeros
@@ -151,8 +219,9 @@ class Cache:
 
     def __init__(self, folder):
         self.folder, self.meta = folder, read_meta(folder)
-        self.modalities, self.stems = tuple(self.meta["modalities"]), tuple(schema(self.meta))
-        self._arrays, self._shuffled = {}, (None, None)
+        there = [stem for stem in masks(self.meta) if (pathlib.Path(folder) / f"{stem}.npy").is_file()]
+        self.modalities, self.stems = tuple(self.meta["modalities"]), (*schema(self.meta), *there)
+        self._arrays, self._known, self._shuffled = {}, {}, (None, None)
         done, count, classes = self.array("done"), self.meta["count"], self.meta["num_classes"]
         left = int((done == 0).sum())
         check(not left, f"{folder}: {left} of {count} rows are not encoded yet; "
@@ -163,6 +232,29 @@ class Cache:
         low, high = labels.min(), labels.max()
         check(0 <= low and high <= classes,
               f"{folder}/labels.npy: classes {low} to {high}, meta.json has {classes} ({classes}: none)")
+
+    @property
+    def labels(self):
+        """Of all rows that could be encoded, (n,)."""
+        return self.array("labels")[self.rows]
+
+    def known(self, modality):
+        """The share of known cells of a modality in every row of the arrays; 0 where it is not there."""
+        if modality not in self._known:
+            stem, count = f"{modality}_known", self.meta["count"]
+            share = np.full(count, float(modality in self.modalities))
+            if stem in self.stems:
+                share = shares(self.array(stem), self.meta)
+            self._known[modality] = share
+        return self._known[modality]
+
+    def partial(self, modalities):
+        """Whether rows differ in what they have of these modalities."""
+        return any(f"{m}_known" in self.stems for m in modalities)
+
+    def known_of(self, rows, modalities):
+        """The shares of known cells of rows (n,): (n, M)."""
+        return np.stack([self.known(m)[rows] for m in modalities], 1)
 
     def array(self, stem):
         """The memory map of one of the stems, opened when it is first asked for."""
@@ -181,6 +273,10 @@ class Cache:
         """Rows of the samples start .. start + count: a permutation an epoch, seeded by (seed, epoch)."""
         places = (divmod(k, len(self.rows)) for k in range(start, start + count))
         return np.array([self._permutation(seed, epoch)[at] for epoch, at in places])
+
+    def aligned(self, rows):
+        """Whether rows (n,) have alignment targets."""
+        return np.full(len(rows), "dino" in self.stems)
 
     def gather(self, rows, stems, pin=False):
         """Rows -> {stem: CPU tensor}."""
@@ -203,14 +299,23 @@ def part_of(batch_size, micro_batch, rank, world, group):
     return slice(groups * rank // world * group, groups * (rank + 1) // world * group)
 
 
-def batches(cache, stems, seed, steps, batch_size, part, device):
+def batches(cache, stems, modalities, seed, steps, batch_size, part, device):
     """Yield {stem: tensor on the device} of each step: this process's part (a slice) of the global batch.
 
-    The next steps' rows are gathered in threads while the device works: pages may be cold.
+    Where rows differ in what they have, of the whole batch (N rows) also "known", the shares of known cells
+    of the modalities (N, M), and "aligned" (N,), whether there are alignment targets. The next steps' rows
+    are gathered in threads while the device works: pages may be cold.
     """
+    partial = cache.partial(modalities)
+
     def read(step):
-        rows = cache.order(seed, step * batch_size, batch_size)[part]
-        return cache.gather(rows, stems, pin=device.type == "cuda")
+        rows = cache.order(seed, step * batch_size, batch_size)
+        batch = cache.gather(rows[part], stems, pin=device.type == "cuda")
+        if partial:
+            batch["known"] = torch.from_numpy(cache.known_of(rows, modalities)).float()
+            if "dino" in stems:
+                batch["aligned"] = torch.from_numpy(cache.aligned(rows))
+        return batch
 
     for batch in prefetch(read, steps, threads=4, ahead=4):
         yield {stem: x.to(device, non_blocking=True) for stem, x in batch.items()}

@@ -20,6 +20,7 @@ class Role(NamedTuple):
 
 
 ROLES = 4  # of a mix
+LEAST_GIVEN = 0.5  # share of its cells that must be known of a map that is given
 RGB_ONLY = Role(supervise="rgb")  # the others are noised and go in, without a loss
 JOINT, JOINT_FULL = Role(drop=0.5), Role()
 DECOUPLED, DECOUPLED_FULL = Role("random", drop=0.5), Role("random")
@@ -85,10 +86,9 @@ class Draws(NamedTuple):
 
 
 @functools.lru_cache(1)
-def mix_columns(mix, modalities, present, rows, device):
-    """The roles of so many rows as {what: (rows, 1)}, present (M,) bool, the indices of those present (k,).
-
-    Built once, so that a step copies nothing to the device. modalities and present are tuples.
+def mix_columns(mix, modalities, rows, device):
+    """The roles of so many rows as {what: (rows, 1)}, built once, so that a step copies nothing to the
+    device. modalities is a tuple.
     """
     roles = [TASK_MIX[mix][i % ROLES] for i in range(rows)]
     fields = dict(
@@ -101,40 +101,44 @@ def mix_columns(mix, modalities, present, rows, device):
         clean=[role.clean for role in roles],
         no_class=[role.no_class for role in roles],
     )
-    columns = {name: torch.tensor(values, device=device)[:, None] for name, values in fields.items()}
-    choices = [i for i, here in enumerate(present) if here]
-    return columns, torch.tensor(present, device=device), torch.tensor(choices, device=device)
+    return {name: torch.tensor(values, device=device)[:, None] for name, values in fields.items()}
 
 
-def draw(seed, step, mix, modalities, present, shape, device, times="uniform"):
-    """The Draws of a step. shape is (N, M*C, H, W); present, M bools, says which modalities the data has;
-    times is a row of TIMES.
+def draw(seed, step, mix, modalities, known, shape, times="uniform"):
+    """The Draws of a step, on the device of known. shape is (N, M*C, H, W); known (N, M), the share of known
+    cells of each row and modality, 0 where a row has none of it; times is a row of TIMES.
+
+    A modality that a row does not have is noise, t = 0, and neither given nor supervised. One of which less
+    than LEAST_GIVEN is known is not given. A condition that is missing, or that leaves nothing to supervise,
+    makes the row a joint one.
     """
     N, M = shape[0], len(modalities)
-    role, present, choices = mix_columns(mix, tuple(modalities), tuple(present), N, torch.device(device))
-    k = len(choices)
+    device, has, may = known.device, known > 0, known >= LEAST_GIVEN
+    role, k = mix_columns(mix, tuple(modalities), N, device), may.sum(1, keepdim=True)  # k (N, 1)
     g = torch.Generator(device).manual_seed((seed * 0x9E3779B1 + step) % 2 ** 32)  # a CPU's reads 32 bits
 
     def rand(*size):  # new draws at the end: older runs go on with theirs
         return torch.rand(size, generator=g, device=device)
 
     t_shared, t_each, u_clean, u_drop, u_class = rand(N, 1), rand(N, M), rand(N, 1), rand(N, M), rand(N)
-    chosen = choices[(rand(N) * k).long().clamp(max=k - 1)]                     # (N,) the random condition
+    chosen = torch.minimum((rand(N, 1) * k).long(), k - 1)  # (N, 1), of the k that may be given
     posterior = torch.randn(shape, generator=g, device=device)
     noise = torch.randn(shape, generator=g, device=device)
-    order = torch.where(present, rand(N, M), 2.0)  # absent ones last
-    size = 1 + (rand(N, 1) * (k - 1)).long().clamp(max=max(k - 2, 0))  # (N, 1): 1 to k - 1
+    order = torch.where(may, rand(N, M), 2.0)  # the others last
+    size = 1 + torch.minimum((rand(N, 1) * (k - 1)).long(), (k - 2).clamp(min=0))  # (N, 1): 1 to k - 1
 
     index = torch.arange(M, device=device)
     given = index == role["fixed"]
-    given = given | (role["random"] & (index == chosen[:, None]))
+    given = given | (role["random"] & (may.cumsum(1) - 1 == chosen))
     given = given | (role["subset"] & (order.argsort(1).argsort(1) < size))  # the first in a random order
-    given = given & (k > 1)  # a condition that leaves nothing to supervise makes the row a joint one
+    given = given & may
+    given = given & (has & ~given).any(1, keepdim=True)
     free, conditioned = TIMES[times]
     u, dimension = torch.where(role["independent"], t_each, t_shared), math.prod(shape[1:])
     t = torch.where(given.any(1, keepdim=True), conditioned(u, dimension), free(u, dimension))
     t = torch.where(given, role["clean"] + (1 - role["clean"]) * u_clean, t)
+    t = torch.where(has, t, 0.0)
     is_rgb = index == 0  # the first of the registry, and always there
     kept = (u_drop >= role["drop"]) | is_rgb
-    supervised = ~given & kept & present & (~role["rgb_only"] | is_rgb)
+    supervised = ~given & kept & has & (~role["rgb_only"] | is_rgb)
     return Draws(t, given, supervised, u_class < role["no_class"][:, 0], posterior, noise)

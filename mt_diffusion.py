@@ -14,10 +14,12 @@ import sys
 import torch
 
 import train
+from dataset import cells_in
 from distributed import autocast, check, run, with_row
+from mix import LEAST_GIVEN
 from model import training_flops
 from mt_model import (FAMILIES, METHOD, OPTIONS, PATCH, PATCHES, SETTINGS, Chain, T, Translations, beside,
-                      build, draw_images, visible)
+                      build, draw_images, mean_square, visible)
 from vae import latents
 from weights import fit
 
@@ -67,9 +69,12 @@ class Objective:
             bound=1.0 if pixels else 8.0, patch_size=args.patch_size, fusion=args.fusion)
         self.backbone = self.model.backbone
         self.sources = list(dict.fromkeys(names))
-        self.reads = [*self.sources, *{"label": ["labels"], "feature": ["feature"]}.get(self.kind, [])]
+        self.modalities = self.sources
+        self.reads = [*self.sources, *{"label": ["labels"], "feature": ["feature"]}.get(self.kind, []),
+                      *(stem for m in self.sources if (stem := f"{m}_known") in cache.stems)]
         shares = {key: getattr(args, key) for key in ("hidden", "full_mask", "single")}
         chosen = {key: share for key, share in shares.items() if share is not None}
+        self.known = torch.ones(args.batch_size, len(self.sources), device=device)
         self.setting = self.model.setting._replace(**chosen)
         self.settings = self.setting._asdict()
         self.conditions = self.sources[1:]
@@ -102,11 +107,10 @@ class Objective:
         recognises = not args.eps_weight and kind in ("label", "feature")
         check(not recognises or args.agg == "none", f"--eps-weight 0 --agg {args.agg}: the head of X would "
               "read X out of z, where no image that is to be recognised has it; add --agg none")
-        labels = self.cache.array("labels")[self.cache.rows]
-        check(kind != "label" or labels.max() < self.meta["num_classes"], f"--pair label: {args.data} has "
-              "rows without a class")
-        check(kind != "feature" or "feature" in self.cache.stems, f"--pair feature: {args.data} has no "
-              "feature vectors; make it with prep_latents.py --feature NAME")
+        check(kind != "label" or self.cache.labels.max() < self.meta["num_classes"],
+              f"--pair label: {self.cache.folder} has rows without a class")
+        check(kind != "feature" or "feature" in self.cache.stems, f"--pair feature: {self.cache.folder} has "
+              "no feature vectors; make it with prep_latents.py --feature NAME")
         check(1 <= args.patch_size <= side and side % args.patch_size == 0,
               f"--patch-size {args.patch_size}: must tile latents of {side}x{side}")
         limits = dict(hidden=1, full_mask=1, single=1, x_weight=1e3, eps_weight=1e3)
@@ -161,8 +165,12 @@ class Objective:
         corners = (rand(N, PATCHES, 2) * sides).long()
         posterior = torch.randn((N, C * len(self.sources), *size), generator=g, device=self.device)
         noise = torch.randn((N, C, *size), generator=g, device=self.device)
+        known = batch.get("known", self.known)                                          # (N, 1 or 2)
+        here = known[:, 0] > 0                                                          # (N,) the target is
+        shown = here & (known[:, -1] >= LEAST_GIVEN)                                    # (N,) X may be
+        seen, alone = (single | ~hidden) & shown, single | ~shown
         everyone = torch.full((), N, device=self.device)
-        counts = torch.stack([everyone, (~single).sum(), everyone])
+        counts = torch.stack([here.sum(), (~alone).sum(), everyone])
         normals = posterior[part].split(C, 1)
         z0, *others = (latents(batch[m], normals[i], self.meta) for i, m in enumerate(self.sources))
         if self.kind == "pair":
@@ -173,8 +181,12 @@ class Objective:
             x = z0 * torch.where(full[part, None, None, None], 0.0, mask)
         else:
             x = batch["labels"] if self.kind == "label" else batch["feature"].float()
-        seen = (single | ~hidden)[part]
-        return dict(z0=z0, x=x, k=k[part], noise=noise[part], seen=seen, alone=single[part]), counts
+        rows = dict(z0=z0, x=x, k=k[part], noise=noise[part], seen=seen[part], alone=alone[part],
+                    here=here[part])
+        cells = cells_in(batch, self.sources, self.meta)                                # (n, 1 or 2, H, W)
+        if cells is not None:
+            rows |= {"known": cells[:, 0], "x_known": cells[:, -1]}
+        return rows, counts
 
     def loss(self, network, rows):
         z0, x, k, noise = rows["z0"], rows["x"], rows["k"], rows["noise"]
@@ -184,8 +196,9 @@ class Objective:
         z = schedule.q_sample(z0, [e], k, noise)                                        # (n, C, H, W)
         with autocast(self.device, self.args.precision):
             eps, predicted = network(self.model.look(schedule, z, e, k, seen), k, x, seen)
-        error = (eps.float() - noise).square().flatten(1).mean(1).sum()
-        about = torch.where(alone, 0.0, self.model.x_error(predicted, x)).sum()
+        error = torch.where(rows["here"], mean_square(eps.float() - noise, rows.get("known")), 0.0).sum()
+        about = self.model.x_error(predicted, x, rows.get("x_known"))                   # (n,)
+        about = torch.where(alone, 0.0, about).sum()
         return torch.stack([error, about, e.square().flatten(1).mean(1).sum()])
 
     def draw(self, network, y, given, noise):

@@ -304,11 +304,13 @@ class MTDiffusion(nn.Module):
         without = z - schedule.carried("shift", [e], k)
         return torch.where(seen[:, None, None, None], without, schedule.at("scale", k, z) * z)
 
-    def x_error(self, predicted, x):
-        """-log p(X | z) up to constants, per row (N,): cross-entropy for classes, else the mean square."""
+    def x_error(self, predicted, x, known=None):
+        """-log p(X | z) up to constants, per row (N,): cross-entropy for classes, else the mean square, of
+        maps over the known cells (N, H, W), None for all.
+        """
         if self.pair == "label":
             return F.cross_entropy(predicted.float(), x, reduction="none")
-        return (predicted.float() - x).square().flatten(1).mean(1)
+        return mean_square(predicted.float() - x, known)
 
     def follow(self, predicted, rule, noise):
         """Algorithm 1, line 10: X from its head: "mean", "argmax", or "sample" from its distribution."""
@@ -343,6 +345,14 @@ class MTDiffusion(nn.Module):
         with autocast(z0.device, precision):
             z = self.look(self.schedule, z, nothing, k, off)
             return self(z, k, self.null(len(z0), z0.device), off)[1].float()
+
+
+def mean_square(x, known=None):
+    """(N, ...) -> (N,); of maps (N, C, H, W) over the known cells (N, H, W), None for all."""
+    if known is None:
+        return x.square().flatten(1).mean(1)
+    cells = torch.where(known, x.square().mean(1), 0.0).sum((1, 2))
+    return cells / known.sum((1, 2)).clamp(min=1)
 
 
 def beside(mask, like):

@@ -29,13 +29,15 @@ from listing import list_samples, place_of_facts
 from locks import only_writer
 from modalities import (MODALITIES, PLAIN, PLAINLY, VOID, WAYS, Shown, centre_crop, check_turned,
                         is_array, label_colour, read_picture)
+from mix import LEAST_GIVEN
 from trees import facts_of, read_palette
 from vae import load_encoder, timm_model
 
 
 # ------------------------------------------------------------------------------------------------
 # Sources. A source has modalities, size, names and labels of its rows (None: known once rendered), facts
-# for meta.json, and load(i) -> {modality: pixels (3, size, size)}, the row's Scene or None.
+# for meta.json, and load(i) -> {modality: pixels (3, size, size)}, {modality: where they are known, bool
+# (size, size)} of what is not known everywhere, the row's Scene or None.
 
 class ToySource:
     """`count` scenes of the toy world, of the seeds from `start` on."""
@@ -61,7 +63,7 @@ class ToySource:
         for m in self.modalities:
             row = MODALITIES[m]
             pixels[m] = row.to_pixels(arrays[m] if m in arrays else row.derive(arrays["rgb"]))
-        return pixels, scene
+        return pixels, {}, scene
 
 
 def hold_labels(files, facts):
@@ -119,7 +121,7 @@ class PictureSource:
     def load(self, i):
         """Raises InputError for a broken file, and for maps of another aspect than their RGB's."""
         try:
-            return self._load(i), None
+            return *self._load(i), None
         except InputError as error:
             raise InputError(f"{self.listing.where(i)}{error}") from error
 
@@ -130,15 +132,17 @@ class PictureSource:
             check(abs(aspects[m] / aspects["rgb"] - 1) <= 0.02, f"{raster.path}: aspect {aspects[m]:.3f}, "
                   f"its RGB has {aspects['rgb']:.3f}; the maps would not align")
         check_turned(list(rasters.values()))
-        pixels = {}
+        pixels, known = {}, {}
         for m in self.modalities:
             row = MODALITIES[m]
             if m in rasters:
                 pixels[m] = row.pixels(rasters[m], self._fit, self.shown)
+                there = rasters[m].known_at(self._fit)
+                known |= {} if there is None else {m: there}
             else:
                 rgb = MODALITIES["rgb"].array(rasters["rgb"], self._fit)
                 pixels[m] = row.to_pixels(row.derive(rgb))
-        return pixels
+        return pixels, known
 
     def _fit(self, image, nearest):
         return centre_crop(image, self.size, nearest)
@@ -231,6 +235,7 @@ class Block(NamedTuple):
     """Consecutive rows, read and not yet encoded."""
     rows: range
     pixels: dict   # {modality: (B, 3, S, S)}
+    known: dict    # {modality: bool (B, S, S)}
     scenes: list   # of the toy world, else of None
     broken: dict   # {row: why}; such a row keeps its place, so that the others are encoded as ever
 
@@ -263,22 +268,27 @@ class Pipeline(NamedTuple):
         """The rows (a range) -> Block. Raises InputError for a broken file unless skip_broken."""
         pixels = {m: np.zeros((len(rows), 3, self.source.size, self.source.size), np.float32)
                   for m in self.source.modalities}
+        known = {m: np.ones((len(rows), *x.shape[2:]), bool) for m, x in pixels.items()}
         scenes, broken = [None] * len(rows), {}
         for place, i in enumerate(rows):
             try:
-                loaded, scenes[place] = self.source.load(i)
+                loaded, there, scenes[place] = self.source.load(i)
             except InputError as error:
                 check(skip_broken, f"{error}; --skip-broken leaves such files out")
                 broken[i] = str(error)
                 continue
             for m, values in loaded.items():
                 pixels[m][place] = values
-        return Block(rows, {m: torch.from_numpy(x) for m, x in pixels.items()}, scenes, broken)
+            for m, flags in there.items():
+                known[m][place] = flags
+        return Block(rows, {m: torch.from_numpy(x) for m, x in pixels.items()}, known, scenes, broken)
 
     @torch.inference_mode()
     def encode(self, block):
         """A Block -> {file stem: its part of the array}."""
         out = {m: self.encoder.store(x) for m, x in block.pixels.items()}
+        for m, known in block.known.items():
+            out[f"{m}_known"] = dataset.known_cells(known, self.encoder.factor)
         if self.teacher is not None:
             out["dino"] = to_int8(self.teacher(block.pixels["rgb"], block.scenes))
         if self.feature is not None:
@@ -295,14 +305,16 @@ class Writer:
     """Writes blocks into a cache's arrays; marks them done when their data is on the disk."""
 
     def __init__(self, out, meta):
-        self.arrays = {stem: dataset.open_array(out, stem, meta, "r+") for stem in dataset.schema(meta)}
+        stems = [stem for stem in dataset.masks(meta) if (out / f"{stem}.npy").is_file()]
+        stems += dataset.schema(meta)
+        self.arrays = {stem: dataset.open_array(out, stem, meta, "r+") for stem in stems}
         self.done = self.arrays.pop("done")
         self.pending, self.flushed = [], time.monotonic()
 
     def write(self, block, values):
         """values: {file stem: the block's part of the array}."""
-        for stem, part in values.items():
-            self.arrays[stem][block.part] = part
+        for stem in self.arrays.keys() & values.keys():
+            self.arrays[stem][block.part] = values[stem]
         self.pending.append(block)
         if time.monotonic() - self.flushed > 5:
             self.flush()
@@ -342,16 +354,18 @@ def verify(out, meta, pipeline):
     dataset.check_same(out, meta, pipeline.source.labels)
     cache = dataset.Cache(out)
     count, size = meta["count"], meta["batch_size"]
-    compared, worst = 0, 0.0
+    compared, worst, side = 0, 0.0, pipeline.source.size
+    everywhere = dataset.known_cells(np.ones((1, side, side), bool), pipeline.encoder.factor)
     for start in np.unique(np.linspace(0, (count - 1) // size, 8).astype(int)) * size:
         block = pipeline.load(range(start, min(start + size, count)), skip_broken=True)
         rows = np.intersect1d(cache.rows, block.rows)
         for stem, fresh in pipeline.encode(block).items():
-            stored, fresh = cache.array(stem)[rows], fresh[rows - start]
+            fresh = fresh[rows - start]
+            stored = cache.array(stem)[rows] if stem in cache.stems else everywhere
             tolerance = 2 if stem == "dino" else 0
             if stored.dtype == np.float16:
                 tolerance = np.spacing(np.maximum(np.abs(stored), np.abs(fresh)))
-            gap = np.abs(stored.astype(np.float32) - fresh.astype(np.float32))
+            gap = np.abs(fresh.astype(np.float32) - stored.astype(np.float32))
             worst = max(worst, float(gap.max(initial=0)))
             odd = rows[np.argwhere(~(gap <= tolerance))[:, 0]]  # NaN counts as different
             if len(odd):
@@ -472,8 +486,14 @@ def main():
     with only_writer(args.out):
         if rank == 0:
             dataset.create(args.out, meta, source.names, source.labels)
+            if not toy:
+                dataset.begin_masks(args.out, meta)
         barrier()
         skipped = fill(args.out, meta, pipeline, args.skip_broken, rank, world)
+        known = dataset.finish_masks(args.out, meta) if rank == 0 else {}
+    for m, part in known.items():
+        print(f"{m}: {part.mean():.1%} of the cells are known; {(part > 0).sum()} of {len(part)} rows have "
+              f"it, {(part >= LEAST_GIVEN).sum()} may be given it")
     if rank == 0:
         broken = f", {skipped} broken left out, see {args.out / 'skipped.txt'}" if skipped else ""
         targets = f"REPA targets {meta['teacher']}" if teacher else "no REPA targets"

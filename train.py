@@ -22,10 +22,12 @@ import dataset
 import runs
 from distributed import autocast, barrier, check, command_parser, run, say, setup, with_row
 from evaluation import Checkpoint, Watch
+from dataset import cells_in
 from layers import BLOCKS
 from locks import only_writer
 from mix import ROLES, TASK_MIX, TIMES, Draws, draw
 from modalities import MODALITIES
+from mixture import open_caches
 from model import FUSIONS, PROJECTORS, SIZES, MMDiT, build_model, training_flops
 from optimisers import OPTIMISERS, schedule, set_rates, update, update_ema
 from samplers import Sampling, sample_latents
@@ -47,10 +49,15 @@ def interpolate(x0, noise, t, channels):
     return t * x0 + (1 - t) * noise, x0 - noise
 
 
-def velocity_error(v, target, supervised):
-    """v, target (N, M*C, H, W) -> the mean square of each row and modality, else 0: (N, M) fp32."""
-    error = (v.float() - target).square().unflatten(1, (supervised.shape[1], -1))
-    return torch.where(supervised, error.mean((2, 3, 4)), 0.0)
+def velocity_error(v, target, supervised, known=None):
+    """v, target (N, M*C, H, W) -> the mean square of each row and modality, else 0: (N, M) fp32; over the
+    known cells (N, M, H, W), None for all.
+    """
+    error = (v.float() - target).square().unflatten(1, (supervised.shape[1], -1))        # (N, M, C, H, W)
+    if known is None:
+        return torch.where(supervised, error.mean((2, 3, 4)), 0.0)
+    cells = torch.where(known, error.mean(2), 0.0).sum((2, 3))                           # (N, M)
+    return torch.where(supervised, cells / known.sum((2, 3)).clamp(min=1), 0.0)
 
 
 def alignment_error(z, dino):
@@ -82,7 +89,7 @@ class MMGen:
     meta        the cache's meta.json
     model       the network; backbone, what of it has the transformer's blocks; summary(), for the first line
     terms       names of its K terms in log.jsonl; weights_at(step), (K,), of them in the loss
-    reads       the cache's arrays that it needs
+    reads       the cache's arrays that it needs; modalities: of which it must know what a row has
     prepare     (step, a batch on the device, this process's slice of the global batch) -> {tensors of its
                 rows}, counts (K,) of the global batch, known before the forward pass
     loss        (network, {tensors of some rows}) -> (K,) sums over them; the network may wrap the model
@@ -116,8 +123,9 @@ class MMGen:
     def __init__(self, args, cache, device):
         self.args, self.cache, self.meta, self.device = args, cache, cache.meta, device
         self.modalities = [m for m in MODALITIES if m in (args.modalities or cache.modalities)]
-        self.present = [m in cache.modalities for m in self.modalities]
         self._check_mix(args.mix)
+        known = [float(m in cache.modalities) for m in self.modalities]  # where all rows are alike
+        self.known = torch.tensor(known, device=device).expand(args.batch_size, -1)
         for name in ("repa_weight", "middle_weight"):
             value = getattr(args, name)
             check(0 <= value < 1e3, f"--{name.replace('_', '-')} {value}: from 0 to 1000")
@@ -135,13 +143,14 @@ class MMGen:
         self.terms = [f"loss_{m}" for m in (*self.modalities, "repa", *["middle"] * self.middle)]
         self.reads = [stem for stem in ("labels", *self.modalities) if stem in cache.stems]
         self.reads += ["dino"] * (repa_weight > 0)
+        self.reads += [stem for m in self.modalities if (stem := f"{m}_known") in cache.stems]
         weights = [1.0 if args.equal_weights else MODALITIES[m].loss_weight for m in self.modalities]
         last = [repa_weight, args.middle_weight][:1 + self.middle]
         self.weights = torch.tensor([*weights, *last], device=device)
         self.counted = torch.tensor([args.batch_size, 1][:1 + self.middle], device=device)
 
     def _check_mix(self, mix):
-        has = {m for m, here in zip(self.modalities, self.present) if here}
+        has = set(self.modalities) & set(self.cache.modalities)
         named = {role.given for role in TASK_MIX[mix]} - {"none", "random", "subset"}
         check(mix != "rgb" or has == {"rgb"}, "--mix rgb: is of RGB alone; add --modalities rgb")
         check({"rgb", *named} <= has and (mix != "rgb2x" or len(has) > 1),
@@ -169,9 +178,11 @@ class MMGen:
         """n rows of the step: draws of the whole batch, sliced; noised latents and targets (n, M*C, H, W)."""
         C, N, M = self.meta["latent_channels"], self.args.batch_size, len(self.modalities)
         shape = (N, M * C, *self.meta["latent_size"])
-        draws = draw(self.args.seed, step, self.args.mix, self.modalities, self.present, shape, self.device,
-                     self.args.times)
-        counts = torch.cat([draws.supervised.sum(0), self.counted])                          # (K,)
+        known, counted = batch.get("known", self.known), self.counted                        # known (N, M)
+        draws = draw(self.args.seed, step, self.args.mix, self.modalities, known, shape, self.args.times)
+        if "aligned" in batch:
+            counted = torch.cat([batch["aligned"].sum()[None], counted[1:]])
+        counts = torch.cat([draws.supervised.sum(0), counted])                               # (K,)
         mine = Draws(*(x[part] for x in draws))
         parts = [latents(batch[m], normals, self.meta) if m in batch else torch.zeros_like(normals)
                  for m, normals in zip(self.modalities, mine.posterior.split(C, 1))]
@@ -179,6 +190,9 @@ class MMGen:
         x, target = interpolate(x0, mine.noise, mine.t, C)                                   # (n, M*C, H, W)
         y = torch.where(mine.null, self.meta["num_classes"], batch["labels"])                # (n,)
         rows = dict(x=x, target=target, t=mine.t, y=y, given=mine.given, supervised=mine.supervised)
+        cells = cells_in(batch, self.modalities, self.meta)
+        rows |= {} if cells is None else {"known": cells}                                    # (n, M, H, W)
+        rows |= {"aligned": batch["aligned"][part]} if "aligned" in batch else {}            # (n,)
         if "dino" in batch:
             conv = self.args.projector == "conv"
             rows["dino"] = spatial(batch["dino"]) if conv else batch["dino"]                 # (n, T, 768)
@@ -191,11 +205,14 @@ class MMGen:
         """{tensors (n, ...)} -> the sums (K,) of the terms over these rows, fp32."""
         with autocast(self.device, self.args.precision):
             v, z, *v_mid = network(rows["x"], rows["t"], rows["y"], rows["given"], middle=self.middle)
-        velocity = velocity_error(v, rows["target"], rows["supervised"])                     # (n, M)
+        truth = rows["target"], rows["supervised"], rows.get("known")
+        velocity = velocity_error(v, *truth)                                                 # (n, M)
         repa = velocity.new_zeros(len(v)) if z is None else alignment_error(z, rows["dino"])  # (n,)
+        if "aligned" in rows:
+            repa = torch.where(rows["aligned"], repa, 0.0)                                   # (n,)
         sums = [velocity.sum(0), repa.sum(0, keepdim=True)]                                  # (M,), (1,)
         if self.middle:
-            error = velocity_error(*v_mid, rows["target"], rows["supervised"])               # (n, M)
+            error = velocity_error(*v_mid, *truth)                                           # (n, M)
             sums.append((rows["share"] * error).sum()[None])                                 # (1,)
         return torch.cat(sums)                                                               # (K,)
 
@@ -262,7 +279,8 @@ def train(args, cache, objective, place, defaults):
     wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
 
     meter, steps = runs.Meter(len(terms), device), range(first, args.steps)
-    data = dataset.batches(cache, objective.reads, args.seed, steps, args.batch_size, part, device)
+    data = dataset.batches(cache, objective.reads, objective.modalities, args.seed, steps, args.batch_size,
+                           part, device)
     bar = tqdm(total=args.steps, initial=first, desc=args.run.name, disable=rank > 0)
     for step, batch in zip(steps, data):
         tensors, counts = objective.prepare(step, batch, part)
@@ -301,7 +319,10 @@ def train(args, cache, objective, place, defaults):
 
 def add_flags(parser):
     """All training commands' flags: runs.FREE may change on resume; older runs have a new one's default."""
-    parser.add_argument("--data", type=pathlib.Path, default=dataset.DEFAULT, help="cache of prep_latents.py")
+    parser.add_argument("--data", type=pathlib.Path, nargs="+", default=[dataset.DEFAULT], metavar="CACHE",
+                        help="of prep_latents.py; several train together")
+    parser.add_argument("--weights", type=float, nargs="+", metavar="X", help="how often a row is of each "
+                        "cache; default: their numbers of rows")
     parser.add_argument("--run", type=pathlib.Path, default="runs/mmgen", help="an unfinished run continues")
     parser.add_argument("--model", default="XL/2", choices=list(SIZES))
     parser.add_argument("--fusion", default="linear", choices=list(FUSIONS))
@@ -359,7 +380,7 @@ def command(objective, doc):
     check(0 <= args.seed < 2 ** 63, f"--seed {args.seed}: must not be negative")
     check_rates(args)
     place = setup()
-    cache = dataset.Cache(args.data)
+    cache = open_caches(args.data, args.weights)
     torch.manual_seed(args.seed)  # the initial weights, the same on every process
     defaults = {name: parser.get_default(name) for name in vars(args)}
     with only_writer(args.run):

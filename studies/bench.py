@@ -554,7 +554,7 @@ def loading(args, device):
         cache, steps = dataset.Cache(pathlib.Path(folder)), range(max(8, 3 * args.num // size))
         for name, stems in (("with DINO", [*FOUR, "labels", "dino"]), ("without", [*FOUR, "labels"])):
             def read(seed, stems=stems):
-                for _ in dataset.batches(cache, stems, seed, steps, size, slice(0, size), device):
+                for _ in dataset.batches(cache, stems, FOUR, seed, steps, size, slice(0, size), device):
                     pass
             read(0)  # warms up
             t, samples = seconds_of(lambda: read(1), device), len(steps) * size  # noqa: B023

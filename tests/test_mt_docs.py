@@ -190,7 +190,7 @@ def test_a_row_trains_what_the_paper_says(run, page, monkeypatch):
     row, args, N = ROWS[run], flags_of(of_tables()[run]), 200
     monkeypatch.setitem(SIZES, "T/2", (2, 48, 2, 1))
     args.model, args.batch_size = "T/2", N
-    cache = Cache(page[0] / args.data)
+    cache = Cache(page[0] / args.data[0])
     objective = mt_diffusion.Objective(args, cache, torch.device("cpu"))
     for p in objective.model.parameters():
         torch.nn.init.normal_(p, std=0.04)  # else E of a label is zero
@@ -214,7 +214,7 @@ def test_generation_alone_sees_nothing_of_the_image(page, monkeypatch):
     shown = {}
     for run in ("x128", "x128-f"):
         args = flags_of(of_tables()[run])
-        args.model, args.batch_size, cache = "T/2", 100, Cache(page[0] / args.data)
+        args.model, args.batch_size, cache = "T/2", 100, Cache(page[0] / args.data[0])
         objective = mt_diffusion.Objective(args, cache, torch.device("cpu"))
         batch = cache.gather(cache.order(0, 0, 100), objective.reads)
         x = objective.prepare(0, batch, slice(0, 100))[0]["x"]

@@ -121,7 +121,7 @@ def test_the_rates_rise_stay_and_fall():
 
 def times(name, size=1, rows=20_000):
     """The Draws of a step of latents of this size."""
-    return draw(0, 3, "mmgen", FOUR, (True,) * 4, (rows, 16, size, size), "cpu", name)
+    return draw(0, 3, "mmgen", FOUR, torch.ones(rows, 4), (rows, 16, size, size), name)
 
 
 def quantiles(t):
@@ -166,7 +166,7 @@ def test_all_times_lie_between_noise_and_data():
 
 def test_uniform_times_have_the_bits_of_before():
     """Recorded before there were others."""
-    t = draw(0, 5, "independent-t", FOUR, (True,) * 4, (8, 16, 2, 2), "cpu").t
+    t = draw(0, 5, "independent-t", FOUR, torch.ones(8, 4), (8, 16, 2, 2)).t
     assert t[0].tolist() == [0.8302518725395203] * 4
     assert t[3].tolist() == [0.6697648167610168, 0.2614731192588806, 0.04071521759033203, 0.7850357890129089]
 
@@ -224,7 +224,7 @@ def test_flags_of_no_use_are_refused(change, message, cache, tmp_path, command):
 def test_an_optimiser_is_the_runs_own(cache, trained, command):
     for change, message in ((("--optimiser", "muon"), "optimiser = adamw, this command has muon"),
                             (("--times", "early"), "times = uniform, this command has early"),
-                            (("--recipe", "better"), "optimiser = adamw, this command has muon")):
+                            (("--recipe", "better"), "blocks = sit, this command has modern")):
         with pytest.raises(InputError, match=f"was trained with {message}"):
             command("train", "--data", cache, "--run", trained, *TRAIN, *change)
 

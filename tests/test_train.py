@@ -102,7 +102,7 @@ def objective_of(cache, **flags):
 def batch_of(objective, cache, part=slice(0, 8)):
     """What `prepare` makes of the cache's first batch."""
     steps, cpu = range(1), torch.device("cpu")
-    batch = next(iter(dataset.batches(dataset.Cache(cache), objective.reads, 0, steps, 8, part, cpu)))
+    batch = next(iter(dataset.batches(dataset.Cache(cache), objective.reads, FOUR, 0, steps, 8, part, cpu)))
     return objective.prepare(0, batch, part)
 
 
@@ -148,8 +148,8 @@ def test_a_conv_projectors_targets_are_z_scored_over_the_tokens(cache):
 
 def draws(mix, rows, seed=0, step=0, modalities=FOUR, present=None):
     """The Draws of a step, four channels a modality, of one pixel."""
-    present = present or (True,) * len(modalities)
-    return draw(seed, step, mix, modalities, present, (rows, 4 * len(modalities), 1, 1), "cpu")
+    known = torch.tensor(present or (1,) * len(modalities), dtype=torch.float32).expand(rows, -1)
+    return draw(seed, step, mix, modalities, known, (rows, 4 * len(modalities), 1, 1))
 
 
 def test_draws_follow_the_mix():
@@ -206,7 +206,7 @@ def test_every_epoch_is_a_permutation(cache):
 
 def test_a_process_reads_its_rows_of_the_global_batches(cache):
     data, cpu = dataset.Cache(cache), torch.device("cpu")
-    read = list(dataset.batches(data, ["rgb", "labels"], 0, range(2, 5), 8, slice(4, 8), cpu))
+    read = list(dataset.batches(data, ["rgb", "labels"], ["rgb"], 0, range(2, 5), 8, slice(4, 8), cpu))
     assert len(read) == 3
     for step, batch in zip(range(2, 5), read):
         rows = data.order(0, 8 * step, 8)[4:]
@@ -306,7 +306,7 @@ def test_what_cannot_be_scored_or_logged_ends_a_run_before_it_begins(cache, tmp_
 
 def test_the_default_mix_trains_rgb_alone(cache, tmp_path, command):
     """A condition that would leave nothing to supervise makes the row a joint one."""
-    draws = draw(0, 0, "mmgen", ["rgb"], [True], (8, 4, 16, 16), "cpu")
+    draws = draw(0, 0, "mmgen", ["rgb"], torch.ones(8, 1), (8, 4, 16, 16))
     assert draws.supervised.all() and not draws.given.any()
     command("train", "--data", cache, "--run", tmp_path, *TRAIN, "--steps", 1, "--modalities", "rgb",
             "--mix", "rgb")
