@@ -75,7 +75,7 @@ TRAIN_IDS = tuple(TRAINED.index(k) if k in TRAINED else VOID for k in range(34))
 
 SCENE = r"(?:(?P<scene>.+)/)?"
 NAME = r"(?P<name>[^/]+)"
-SHOT = SCENE + r"scene_(?P<view>cam_\d+)_"  # a Hypersim camera
+SHOT = r"(?:(?P<scene>(?!images/).+?)/)?(?:images/)?scene_(?P<view>cam_\d+)_"  # a camera of Hypersim
 CITY = r"(?:(?P<scene>[^/]+/[^/]+)/)"
 
 FORMATS = {
@@ -190,16 +190,16 @@ def _common(found):
 
 
 def _nearest_in_time(colour, depth, within):
-    """Depth files by the keys of the pictures that are nearest in time, each other's, of the same scene."""
+    """Depth files by the keys of the pictures of their scene, each once, the nearest in time first."""
     paired = {}
     for scene in {key[0] for key in colour} & {key[0] for key in depth}:
-        ours = sorted((key for key in colour if key[0] == scene), key=_seconds)
-        theirs = sorted((key for key in depth if key[0] == scene), key=_seconds)
-        apart = np.abs(np.subtract.outer([_seconds(k) for k in ours], [_seconds(k) for k in theirs]))
-        back = apart.argmin(0)
-        for i, j in enumerate(apart.argmin(1)):
-            if back[j] == i and apart[i, j] <= within:
+        ours, theirs = (sorted(key for key in keys if key[0] == scene) for keys in (colour, depth))
+        apart = np.abs(np.subtract.outer([_seconds(key) for key in ours], [_seconds(key) for key in theirs]))
+        near, taken = np.argwhere(apart <= within), set()
+        for i, j in near[np.argsort(apart[tuple(near.T)], kind="stable")]:
+            if ours[i] not in paired and j not in taken:
                 paired[ours[i]] = depth[theirs[j]]
+                taken.add(j)
     return paired
 
 
@@ -339,7 +339,6 @@ def own_focal(frame, row):
     return _read_focal(frame.files["depth"].parent.parent / row.intrinsics) or row.focal
 
 
-@functools.cache
 def _read_focal(path):
     """The focal length of a file, None where there is none."""
     if not path.is_file():
