@@ -40,6 +40,9 @@ class Facts(NamedTuple):
     palette: np.ndarray = None      # colours of labels, uint8 (K, 3)
     void: int = None                # label of unknown pixels; None: VOID
     upright: bool = False           # maps were made of the pictures as their orientation tags turn them
+    focal: float = None             # focal length in pixels of files of focal_width
+    focal_width: int = None         # None: the files' own
+    classes: str = None             # "none": folders are no classes
     said: str = "by default"        # who says what depth files hold
 
 

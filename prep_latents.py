@@ -411,7 +411,8 @@ def arguments():
     add("--out", type=pathlib.Path, default=dataset.DEFAULT)
     add("--modalities", nargs="+", choices=list(MODALITIES), default=(),
         help="default: all that are there")
-    add("--no-class", action="store_true", help="no classes, whatever the folders: all is of the null class")
+    add("--no-class", action="store_true", help="no classes, whatever the folders: all is of the null "
+        "class; the default where DATA/tree.json says so")
     add("--size", type=int, help="pixels, square; 256, toy 64")
     add("--vae", help="sd-mse (default for --data), sd-ema, taesd, toy (default for --toy), a file, "
         "a folder of TAESD's two files, or none for pixels")
@@ -465,8 +466,11 @@ def main():
         source = PictureSource(listing, size, facts, shown)
         check_apart([args.out / "meta.json"], [args.data])
         check_folder(args.out, listing.folders())
-    if args.no_class:
+    bare = not toy and listing.lines is None and facts.classes == "none"  # an index names its own
+    if args.no_class or bare:
         drop_classes(source)
+    if bare:
+        say(f"{args.data}: its folders are no classes, as its tree.json says")
     if not toy:
         say(f"{args.data}: {describe(source)}")
     encoder = load_encoder(args.vae or ("toy" if toy else "sd-mse"), device)

@@ -2,8 +2,8 @@
 
     <root>/{rgb,depth,normal,seg}/<class>/<name>.png
     <root>/tree.json    what can be read in two ways: {"format", "depth_space", "depth_unit", "depth_void",
-                        "seg_mode", "palette", "void", "upright"}, each of which may be missing; Facts of
-                        modalities.py says what they mean
+                        "seg_mode", "palette", "void", "upright", "focal", "focal_width", "classes"}, each of
+                        which may be missing; Facts of modalities.py says what they mean
 """
 import collections
 import difflib
@@ -78,7 +78,7 @@ def find_pictures(folder, arrays=False):
     folder = pathlib.Path(folder)
     check(folder.is_dir(), f"{folder}: no such folder")
     found, left = [], collections.Counter()
-    for path, why in _walk(folder):
+    for path, why in walk(folder):
         ending = path.suffix.lower()
         if why is None and ending not in endings() and not (arrays and ending == ".npy"):
             why = f"of no picture's ending ({ending or 'none'})"
@@ -93,8 +93,10 @@ def find_pictures(folder, arrays=False):
     return sorted(found)
 
 
-def _walk(folder):
-    """Yield (path, None) of the files below a folder; (path, why) of what is left out."""
+def walk(folder):
+    """Yield (path, None) of the files below a folder; (path, why) of what is left out: what is hidden, leads
+    nowhere or round.
+    """
     above = {}  # {a folder: where it and those that lead to it really lie}
     for place, folders, files in os.walk(folder, followlinks=True):
         place = pathlib.Path(place)
@@ -226,7 +228,8 @@ def recorded(facts):
     """How given files are read, for a recipe."""
     said = {m: facts[m]._asdict() for m in facts if m != "rgb"}
     for told in said.values():
-        told.pop("said")
+        for key in ("said", "focal", "focal_width", "classes"):  # not of how a file is read
+            told.pop(key)
         told["palette"] = None if told["palette"] is None else told["palette"].tolist()
     return said
 
@@ -242,12 +245,13 @@ def read_facts(path):
         check(key in ("format", *keys), f"{path}: has a key {key!r}; the keys are {', '.join(keys)}")
     told = {key: value for key, value in held.items() if key in keys and value is not None}
     wanted = {"depth_space": ("disparity", "depth"), "seg_mode": ("semantic", "instance"),
-              "upright": (True, False)}
+              "upright": (True, False), "classes": ("none",)}
     for key, allowed in wanted.items():
         check(told.get(key, allowed[0]) in allowed, f"{path}: {key} is {told.get(key)!r}, must be one of "
               f"{', '.join(map(str, allowed))}")
     for key, kinds, least in (("depth_unit", (int, float), 1e-12), ("depth_void", (int, float), -1e12),
-                              ("void", (int,), -1)):
+                              ("void", (int,), -1), ("focal", (int, float), 1e-12),
+                              ("focal_width", (int,), 1)):
         number = told.get(key, 1)
         check(type(number) in kinds and least <= number < 1e12, f"{path}: {key} is {number!r}, must be a "
               f"{'whole ' if float not in kinds else ''}number from {least:g} on")

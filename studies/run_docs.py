@@ -41,6 +41,7 @@ SKIPPED = {  # text of a command: why it is not run
     "SiT-XL-2-256x256.pt": "SiT's weights",
     "fd-dinov2": "DINOv2 from the hub, and a thousand pictures",
     "--nnodes": "two nodes",
+    "import_frames.py": "data sets of others, whose forms its tests draw",
     "run_study.sh": "hours; its commands are run one by one",
     "ten_minutes.sh": "ten minutes; its commands are run one by one",
     "measure_steps.py": "an hour: settings of up to 250 evaluations",

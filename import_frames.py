@@ -1,0 +1,721 @@
+"""Stage 1, from data with truth: RGB-D and labelled data sets in the layout of prep_latents.py.
+
+    python import_frames.py --format scannet --root scans --out data/scannet --every 20
+    python import_frames.py --format generic --color mine/color --depth mine/depth --focal 525 --out data/mine
+
+What lies below --root, and what its files hold (FORMATS):
+  scannet     <scene>/{color,depth}/<n>, mm; focal length of <scene>/intrinsic/intrinsic_depth.txt
+  7scenes     <scene>/frame-<n>.{color,depth}.png, mm, 0 and 65535 unknown
+  tum         <scene>/{rgb,depth}/<seconds>.png, 1/5000 m; paired within 0.02 s, numbered from 0 in each scene
+  nyu         <scene>/{rgb,depth}/<n>, or <scene>/<n>_{rgb,depth}.png, 16-bit mm: as usually extracted (the
+              official .mat is not read)
+  hypersim    <scene>/images/scene_cam_<c>_{final_preview,geometry_hdf5}/frame.<n>.*: .hdf5 (pip install
+              h5py) or .npy of the same stem; depth along the ray becomes depth along the axis
+  camvid      <split>/{color,label}/<name>, or <split>/<name>.png and <split>annot/<name>.png; 11 is void
+  cityscapes  leftImg8bit/<split>/<city>/*, gtFine/..._labelIds.png as the 19 training classes, and
+              disparity/ where it is there, written as level - 1, 1/256 px each
+  generic     --color, --depth, --label: folders with equal names, or as many files in equal order
+
+Writes OUT/{rgb,depth,normal,seg}/<scene>/<name>.*, and OUT/tree.json, which says what they hold. A PNG or
+JPEG of its depth's size is copied as it is; others are resized to that size and written as PNG. Depth of
+whole levels stays so, as 16-bit PNG, 0 where unknown; other depth is float32 .npy in metres. Normals are
+the files' own (hypersim), else made of depth, as 8-bit PNG, black where unknown; of disparity none are
+made. What is there is kept: the same command continues an interrupted run, and other scenes may be added.
+"""
+import filecmp
+import functools
+import pathlib
+import re
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, PngImagePlugin
+from tqdm import tqdm
+
+from distributed import (InputError, check, check_folder, command_parser, prefetch, reading, run, say,
+                         sha256, whole_file)
+from locks import only_writer
+from modalities import (MAX_PIXELS, MODALITIES, VOID, Facts, Raster, check_turned, filter_of, is_array,
+                        read_array, read_picture, unit, write_facts)
+from trees import natural, pictures_by_stem, read_facts, walk
+
+ASPECT = 0.02  # relative difference of the aspects that one frame's files may have; ScanNet's is 0.4 %
+AGREE = 0.03   # of focal lengths that count as one: a data set's cameras are calibrated one by one
+
+
+# ------------------------------------------------------------------------------------------------
+# Formats.
+
+class Format(NamedTuple):
+    """How a data set's files lie below its root, and what they hold.
+
+    The groups scene, view and name of the patterns are what a frame's files have in common.
+    """
+    files: dict                # {modality: patterns of paths, the better first}
+    depth_space: str = "depth"
+    depth_unit: float = None   # metres of a level; None: floats, in metres
+    focal: float = None        # pixels, of pictures of `width`
+    width: int = None
+    intrinsics: str = None     # a scene's own 4x4 matrix, a file beside the depth's folder
+    along_ray: bool = False    # depth is the distance from the camera
+    within: float = None       # seconds: names are times, and the nearest one is the partner
+    palette: tuple = None      # colours of the labels that are written
+    void: int = VOID           # the written label of unknown pixels
+    labels: tuple = None       # the written label of each of the files' labels; None: they stay
+
+
+CAMVID = ((128, 128, 128), (128, 0, 0), (192, 192, 128), (128, 64, 128), (60, 40, 222), (128, 128, 0),
+          (192, 128, 128), (64, 64, 128), (64, 0, 128), (64, 64, 0), (0, 128, 192))
+CITYSCAPES = ((128, 64, 128), (244, 35, 232), (70, 70, 70), (102, 102, 156), (190, 153, 153),
+              (153, 153, 153), (250, 170, 30), (220, 220, 0), (107, 142, 35), (152, 251, 152), (70, 130, 180),
+              (220, 20, 60), (255, 0, 0), (0, 0, 142), (0, 0, 70), (0, 60, 100), (0, 80, 100), (0, 0, 230),
+              (119, 11, 32))
+TRAINED = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)  # ids of the 19 classes
+TRAIN_IDS = tuple(TRAINED.index(k) if k in TRAINED else VOID for k in range(34))
+
+SCENE = r"(?:(?P<scene>.+)/)?"
+NAME = r"(?P<name>[^/]+)"
+SHOT = r"(?:(?P<scene>(?!images/).+?)/)?(?:images/)?scene_(?P<view>cam_\d+)_"  # a camera of Hypersim
+CITY = r"(?:(?P<scene>[^/]+/[^/]+)/)"
+
+FORMATS = {
+    "generic": Format({}),
+    "scannet": Format(
+        {"rgb": (SCENE + r"color/(?P<name>\d+)\.(?:jpg|png)",),
+         "depth": (SCENE + r"depth/(?P<name>\d+)\.png",)},
+        depth_unit=0.001, focal=577.87, width=640, intrinsics="intrinsic/intrinsic_depth.txt"),
+    "7scenes": Format(
+        {"rgb": (SCENE + r"frame-(?P<name>\d+)\.color\.png",),
+         "depth": (SCENE + r"frame-(?P<name>\d+)\.depth\.png",)},
+        depth_unit=0.001, focal=585, width=640),
+    "tum": Format(
+        {"rgb": (SCENE + r"rgb/(?P<name>\d+\.\d+)\.png",),
+         "depth": (SCENE + r"depth/(?P<name>\d+\.\d+)\.png",)},
+        depth_unit=1 / 5000, focal=525, width=640, within=0.02),
+    "nyu": Format(
+        {"rgb": (SCENE + rf"rgb/{NAME}\.(?:png|jpg)", SCENE + r"(?P<name>\d+)_rgb\.(?:png|jpg)"),
+         "depth": (SCENE + rf"depth/{NAME}\.png", SCENE + r"(?P<name>\d+)_depth\.png")},
+        depth_unit=0.001, focal=518.86, width=640),
+    "hypersim": Format(
+        {"rgb": (SHOT + r"final_preview/frame\.(?P<name>\d+)\.tonemap\.jpg",
+                 SHOT + r"final_preview/frame\.(?P<name>\d+)\.color\.jpg"),
+         "depth": (SHOT + r"geometry_hdf5/frame\.(?P<name>\d+)\.depth_meters\.npy",
+                   SHOT + r"geometry_hdf5/frame\.(?P<name>\d+)\.depth_meters\.hdf5"),
+         "normal": (SHOT + r"geometry_hdf5/frame\.(?P<name>\d+)\.normal_cam\.npy",
+                    SHOT + r"geometry_hdf5/frame\.(?P<name>\d+)\.normal_cam\.hdf5")},
+        focal=886.81, width=1024, along_ray=True),
+    "camvid": Format(
+        {"rgb": (SCENE + rf"color/{NAME}\.(?:png|jpg)", rf"(?P<scene>train|val|test)/{NAME}\.png"),
+         "seg": (SCENE + rf"label/{NAME}\.png", rf"(?P<scene>train|val|test)annot/{NAME}\.png")},
+        palette=CAMVID, void=11),
+    "cityscapes": Format(
+        {"rgb": (rf"leftImg8bit/{CITY}{NAME}_leftImg8bit\.png",),
+         "depth": (rf"disparity/{CITY}{NAME}_disparity\.png",),
+         "seg": (rf"gtFine/{CITY}{NAME}_gtFine_labelIds\.png",)},
+        depth_space="disparity", focal=2262.52, width=2048, palette=CITYSCAPES, labels=TRAIN_IDS),
+}
+
+
+class Frame(NamedTuple):
+    """A picture and its maps."""
+    scene: str     # the folder that it is written into
+    name: str
+    number: int    # of --frames; None: its name has none
+    files: dict    # {modality: path}
+
+
+def number_of(name):
+    """The last number in a name, None where there is none."""
+    digits = re.findall(r"\d+", name)
+    return int(digits[-1]) if digits else None
+
+
+def find_frames(root, row, scene=None):
+    """The frames below a root of a Format -> [Frame] in order, and {why: how many} of what was left out.
+
+    scene: the folder of all of them; None: each scene's own, else the root's name. Raises InputError where
+    there is none, and where a given scene would unite several.
+    """
+    check(root.is_dir(), f"--root {root}: no such folder")
+    paths = sorted(path for path, why in walk(root) if why is None)
+    patterns = {m: [re.compile(text) for text in texts] for m, texts in row.files.items()}
+    found = {m: _matching(paths, root, texts) for m, texts in patterns.items()}
+    found = {m: files for m, files in found.items() if files}
+    missing = " and no ".join(m for m in row.files if m not in found)
+    check("rgb" in found and len(found) > 1, f"--root {root}: has no {missing} of this format among its "
+          f"{len(paths)} files; --help shows how they must lie")
+    if row.within is not None:
+        found["depth"] = _nearest_in_time(found["rgb"], found["depth"], row.within)
+    keys, left = _common(found)
+    check(keys, f"--root {root}: none of its {len(found['rgb'])} pictures has {' and '.join(found)}; "
+          "--help shows how they must lie")
+    scenes = sorted({key[0] for key in keys})
+    check(scene is None or len(scenes) == 1, f"--scene {scene}: would unite {len(scenes)} scenes "
+          f"({', '.join(scenes[:3])}); leave it away, or give one of them as --root")
+    frames, places = [], {}
+    for key in sorted(keys, key=_in_order):
+        place = places[key[0]] = places.get(key[0], -1) + 1
+        number = number_of(key[2]) if row.within is None else place
+        files = {m: found[m][key] for m in found}
+        folder = scene or key[0] or root.resolve().name or "scene"
+        frames.append(Frame(folder, "_".join(filter(None, key[1:])), number, files))
+    return frames, left
+
+
+def _in_order(key):
+    return [natural(part) for part in key]
+
+
+def _matching(paths, root, patterns):
+    """{(scene, view, name): path} of the paths that fit one of the patterns; the first one goes before."""
+    found = {}
+    for pattern in patterns:
+        for path in paths:
+            fit = pattern.fullmatch(path.relative_to(root).as_posix())
+            if fit:
+                named = fit.groupdict()
+                found.setdefault((named["scene"] or "", named.get("view") or "", named["name"]), path)
+    return found
+
+
+def _common(found):
+    """{modality: {key: path}} -> the keys that all have, and {why: how many} of the others."""
+    keys, left = set.intersection(*map(set, found.values())), {}
+    for m, files in found.items():
+        alone = len(files.keys() - keys)
+        if alone:
+            others = " or ".join(other for other in found if other != m)
+            left[f"{m} without {others}"] = alone
+    return keys, left
+
+
+def _nearest_in_time(colour, depth, within):
+    """Depth files by the keys of the pictures of their scene, each once, the nearest in time first."""
+    paired = {}
+    for scene in {key[0] for key in colour} & {key[0] for key in depth}:
+        ours, theirs = (sorted(key for key in keys if key[0] == scene) for keys in (colour, depth))
+        apart = np.abs(np.subtract.outer([_seconds(key) for key in ours], [_seconds(key) for key in theirs]))
+        near, taken = np.argwhere(apart <= within), set()
+        for i, j in near[np.argsort(apart[tuple(near.T)], kind="stable")]:
+            if ours[i] not in paired and j not in taken:
+                paired[ours[i]] = depth[theirs[j]]
+                taken.add(j)
+    return paired
+
+
+def _seconds(key):
+    return float(key[2])
+
+
+def pair_folders(folders, scene=None):
+    """The frames of {modality: folder} -> as find_frames: files of equal names, or, where no names are
+    equal, of equal order. Raises InputError where neither fits.
+    """
+    found = {m: pictures_by_stem(folder) for m, folder in folders.items()}
+    keys, left = _common(found)
+    if not keys:
+        counts = {m: len(files) for m, files in found.items()}
+        said = ", ".join(f"{count} of {folders[m]}" for m, count in counts.items())
+        check(len(set(counts.values())) == 1, f"{folders['rgb']}: the names differ, and so do the numbers "
+              f"of files: {said}; give equal names, or files of the same frames")
+        ordered = {m: sorted(files, key=natural) for m, files in found.items()}
+        keys, left = ordered["rgb"], {}
+        found = {m: {key: files[own] for key, own in zip(keys, ordered[m])} for m, files in found.items()}
+        first = " with ".join(str(files[keys[0]]) for files in found.values())
+        say(f"names differ, {len(keys)} of each: paired by their order, {first} first")
+    scene = scene or folders["rgb"].resolve().parent.name or "scene"
+    return [Frame(scene, name, number_of(name), {m: found[m][name] for m in found})
+            for name in sorted(keys, key=natural)], left
+
+
+def pick(frames, span, every):
+    """The frames of numbers in span (first, last), both ends in, None for all; of those of each scene every
+    `every`-th. Raises InputError where there is none.
+    """
+    if span is not None:
+        bare = [frame for frame in frames if frame.number is None]
+        check(not bare, f"--frames: {bare[0].files['rgb'] if bare else ''} has no number in its name; leave "
+              "--frames away")
+        numbers = [frame.number for frame in frames]
+        frames = [frame for frame in frames if span[0] <= frame.number <= span[1]]
+        check(frames, f"--frames {span[0]}:{span[1]}: matches none of the {len(numbers)} frames, they are "
+              f"numbered from {min(numbers)} to {max(numbers)}")
+    picked, places = [], {}
+    for frame in frames:
+        place = places[frame.scene] = places.get(frame.scene, -1) + 1
+        if place % every == 0:
+            picked.append(frame)
+    return picked
+
+
+# ------------------------------------------------------------------------------------------------
+# Cameras.
+
+def rays(shape, focal):
+    """Offsets of the pixels' centres from the picture's centre, u rightwards (W,) and v downwards (H, 1), in
+    focal lengths (pixels).
+    """
+    H, W = shape
+    return (np.arange(W) - (W - 1) / 2) / focal, ((np.arange(H) - (H - 1) / 2) / focal)[:, None]
+
+
+def along_axis(distance, focal):
+    """Distance from the camera (H, W) -> depth along its axis; focal in pixels."""
+    u, v = rays(distance.shape, focal)
+    return distance / np.sqrt(u ** 2 + v ** 2 + 1)
+
+
+def facing(normal, focal):
+    """Vectors (H, W, 3), +x left, +y up, +z back -> those that point along their pixel's ray turned round."""
+    u, v = rays(normal.shape[:2], focal)
+    away = -u * normal[..., 0] - v * normal[..., 1] - normal[..., 2] > 0
+    return np.where(away[..., None], -normal, normal)
+
+
+def _slope(w, axis):
+    """The smaller of the two one-sided differences of w (H, W) along an axis, NaN where there is none."""
+    step = np.diff(w, axis=axis)
+    behind = np.pad(step, [(k == axis, 0) for k in range(2)], constant_values=np.nan)
+    ahead = np.pad(step, [(0, k == axis) for k in range(2)], constant_values=np.nan)
+    return np.where(np.isnan(ahead) | (np.abs(behind) < np.abs(ahead)), behind, ahead)
+
+
+def normals_of(depth, known, focal, window=5, threshold=0.02):
+    """Normals of the surfaces that depth shows: float32 (H, W, 3), +x left, +y up, +z towards the viewer,
+    zero where unknown.
+
+    depth (H, W) of any unit, along the axis of a camera of this focal length (pixels) whose axis meets the
+    centre; known (H, W) bool. A pixel's plane is the least-squares one of its window x window neighbours. A
+    neighbour counts where its inverse depth is what the pixel's own slope predicts, to within the threshold,
+    relative. Unknown where one of the four next to it is known and does not count (a jump), where fewer than
+    a third of the window counts, and where they lie on a line.
+    """
+    # A plane is linear in inverse depth over the picture: 1/z = a u + b v + c has the normal (a f, b f, c).
+    H, W = depth.shape
+    r = window // 2
+    w = np.where(known, 1 / np.where(known, depth, 1), np.nan).astype(np.float32)
+    padded = np.pad(w, r, constant_values=np.nan)
+    slope_u, slope_v = (np.nan_to_num(_slope(w, axis) / w) for axis in (1, 0))
+    sums = np.zeros((9, H, W), np.float32)  # of 1, du, dv, du du, du dv, dv dv, e, e du, e dv
+    jump = np.zeros((H, W), bool)
+    for dv in range(-r, r + 1):
+        for du in range(-r, r + 1):
+            e = padded[r + dv:r + dv + H, r + du:r + du + W] / w - 1  # relative to the pixel's own
+            counts = np.abs(e - slope_u * du - slope_v * dv) < threshold
+            if abs(du) + abs(dv) == 1:
+                jump |= ~counts & ~np.isnan(e)
+            e = np.where(counts, e, 0)
+            for k, term in enumerate((1, du, dv, du * du, du * dv, dv * dv)):
+                sums[k] += counts * np.float32(term)
+            for k, term in enumerate((1, du, dv), 6):
+                sums[k] += e * np.float32(term)
+    count = sums[0]
+    mu, mv, uu, uv, vv, me, eu, ev = sums[1:] / np.maximum(count, 1)
+    uu, uv, vv, eu, ev = uu - mu * mu, uv - mu * mv, vv - mv * mv, eu - me * mu, ev - me * mv
+    spread = uu * vv - uv * uv
+    there = known & ~jump & (count * 3 >= window ** 2) & (spread > 0.05)
+    spread = np.where(there, spread, 1)
+    a, b = (vv * eu - uv * ev) / spread, (uu * ev - uv * eu) / spread
+    u, v = rays(depth.shape, focal)
+    c = 1 + me - a * (u * focal + mu) - b * (v * focal + mv)
+    normal = unit(np.stack([a * focal, b * focal, c], -1))
+    return np.where(there[..., None], normal, 0).astype(np.float32)
+
+
+def window_of(width):
+    """The window of normals_of for a picture's width: 5 pixels, 9 at 640, where a sensor's steps of depth are
+    as wide.
+    """
+    return max(5, width // 160 * 2 + 1)
+
+
+def own_focal(frame, row):
+    """The focal length (pixels, at the Format's width) that a frame's scene brings, else the Format's.
+
+    Raises InputError for a file that is no matrix of a camera.
+    """
+    if row.intrinsics is None or "depth" not in frame.files:
+        return row.focal
+    return _read_focal(frame.files["depth"].parent.parent / row.intrinsics) or row.focal
+
+
+def _read_focal(path):
+    """The focal length of a file, None where there is none."""
+    if not path.is_file():
+        return None
+    with reading(path, "give four lines of four numbers, the focal length first; or take it away"):
+        with open(path) as file:
+            focal = float(file.read(4096).split()[0])
+        check(0 < focal < 1e6, f"{path}: the focal length is {focal:g}, must be positive, in pixels; mend "
+              "the file")
+    return focal
+
+
+# ------------------------------------------------------------------------------------------------
+# Files.
+
+def read_numbers(path):
+    """An .npy array, or that of an .hdf5 file's "dataset". Raises InputError for anything else."""
+    if path.suffix != ".hdf5":
+        return read_array(path)
+    try:
+        import h5py
+    except ImportError as error:
+        raise InputError(f"{path}: needs h5py; pip install h5py, or bring an .npy of this stem") from error
+    with reading(path, "make it again"), h5py.File(path) as file:
+        held = file["dataset"]
+        check(held.dtype.kind == "f" and 0 < held.size <= 3 * MAX_PIXELS, f"{path}: holds {held.dtype} "
+              f"{held.shape}; floats of up to {MAX_PIXELS / 1e6:.0f} megapixels are needed")
+        return held[()]
+
+
+def read_depth(path, space):
+    """A depth file -> Raster of its own values, not filled, and where they are known."""
+    kind, facts = MODALITIES["depth"], Facts(depth_space=space, depth_void=0)
+    if is_array(path) or path.suffix == ".hdf5":
+        raster = kind.of_array(path, read_numbers(path), facts)
+    else:
+        picture = read_picture(path)
+        raster = kind.of_picture(path, picture, facts)._replace(turned=picture.turned)
+    check(raster.known.any(), f"{path}: none of its depth is known; leave this frame out with --frames")
+    return raster
+
+
+def written_depth(raster, row, scale, focal):
+    """A depth file's Raster -> what is written, 0 where unknown: uint16 (H, W) of its levels, else metres,
+    float32.
+
+    scale: metres of a level, or of a float's 1; focal in pixels, where depth is along the ray.
+    """
+    values, top = np.where(raster.known, raster.values, 0), raster.top
+    if row.depth_space == "disparity":
+        return np.maximum(values, 1).astype(np.uint16) - 1 if top else values.astype(np.float32)
+    if top:
+        return values.astype(np.uint16)
+    depth = values.astype(np.float64) * scale
+    return (along_axis(depth, focal) if row.along_ray else depth).astype(np.float32)
+
+
+def read_labels(path, row):
+    """A label file -> Raster of the labels that are written, and its palette, uint8 (K, 3) or None.
+
+    Raises InputError for colours, for a label that the Format does not know, and where all is void.
+    """
+    if is_array(path):
+        labels, own, turned = read_array(path), None, 1
+    else:
+        picture = read_picture(path)
+        labels, own, turned = picture.values, picture.palette, picture.turned
+    check(labels.ndim == 2 and labels.dtype.kind in "iu", f"{path}: holds {labels.dtype} {labels.shape}; a "
+          "label for each pixel is needed, whole numbers in one channel")
+    table = row.labels or (row.palette and tuple(range(len(row.palette))))
+    if table:
+        odd = labels[((labels < 0) | (labels >= len(table))) & (labels != row.void)]
+        check(not odd.size, f"{path}: has the label {odd[:1].sum()}, the data set's go from 0 to "
+              f"{len(table) - 1}, and {row.void} is void; mend the file")
+        padded = np.full(max(len(table), row.void + 1), row.void, np.uint8)
+        padded[:len(table)] = table
+        labels, own = padded[labels], np.array(row.palette, np.uint8)
+    check((labels != row.void).any(), f"{path}: none of its labels is known; leave this frame out with "
+          "--frames")
+    check(0 <= labels.min() and labels.max() <= 65535, f"{path}: labels from {labels.min()} to "
+          f"{labels.max()}; they go from 0 to 65535")
+    small = labels.astype(np.uint8 if labels.max() <= 255 else np.uint16)
+    return Raster(path, small, turned=turned), own
+
+
+def own_normals(path, focal):
+    """A file of Hypersim's normals, +x right -> (H, W, 3) as ours, facing the viewer, zero where unknown."""
+    vectors = read_numbers(path)
+    check(vectors.ndim == 3 and vectors.shape[2] == 3 and vectors.dtype.kind == "f", f"{path}: holds "
+          f"{vectors.dtype} {vectors.shape}; normals are floats (H, W, 3)")
+    known = np.isfinite(vectors).all(-1, keepdims=True)
+    vectors = np.where(known, vectors, 0).astype(np.float32)
+    known = known & (np.linalg.norm(vectors, axis=-1, keepdims=True) > 0.5)
+    normal = facing(unit(vectors) * np.float32([-1, 1, 1]), focal * vectors.shape[1])
+    return np.where(known, normal, 0)
+
+
+def cover(image, size):
+    """A PIL image resized, in its own aspect, to cover size (width, height), and cropped at the centre."""
+    scale = max(size[0] / image.width, size[1] / image.height)
+    width, height = size[0] / scale, size[1] / scale
+    left, top = (image.width - width) / 2, (image.height - height) / 2
+    box = (left, top, left + width, top + height)
+    return image.resize(size, filter_of(image, False), box=box)
+
+
+# ------------------------------------------------------------------------------------------------
+# Frames.
+
+class Recipe(NamedTuple):
+    """What is made of every frame."""
+    row: Format
+    out: pathlib.Path
+    scale: float      # metres of a level, or of a float's 1
+    focal: float      # of --focal, in widths of the depth file; None: the scene's own
+    normals: bool
+
+    def modalities(self, frame):
+        """What is written of a frame."""
+        files = dict(frame.files)
+        if not self.normals:
+            files.pop("normal", None)
+        elif "depth" in files:
+            files.setdefault("normal", files["depth"])
+        return [m for m in MODALITIES if m in files]
+
+    def focal_of(self, frame):
+        """The focal length of a frame in widths of its depth file, None where nobody says."""
+        if self.focal is not None:
+            return self.focal
+        focal = own_focal(frame, self.row)
+        return focal and focal / self.row.width
+
+
+ENDINGS = {"rgb": (".png", ".jpg", ".jpeg"), "depth": (".png", ".npy")}
+
+
+def written(out, m, frame):
+    """The file of a frame that is there already, None where there is none."""
+    place = out / m / frame.scene
+    paths = (place / f"{frame.name}{ending}" for ending in ENDINGS.get(m, (".png",)))
+    return next(filter(pathlib.Path.is_file, paths), None)
+
+
+def check_same(path, source):
+    """Raise InputError where a picture that is there was not made of this one."""
+    with reading(path, "remove it"), Image.open(path) as image:
+        made_of = image.info.get("photo")
+    same = filecmp.cmp(path, source, shallow=False) or made_of == sha256(source)
+    check(same, f"{path}: is there, and of another picture than {source}; use another --scene or --out")
+
+
+def save_picture(path, values, palette=None, photo=None):
+    """Write a PNG, uint8 labels in a palette's colours where there is one; photo: what it was made of."""
+    image, text = Image.fromarray(values), PngImagePlugin.PngInfo()
+    if palette is not None and values.dtype == np.uint8:
+        image.putpalette(palette.tobytes())
+    if photo is not None:
+        text.add_text("photo", photo)
+    with whole_file(path) as file:
+        image.save(file, "png", pnginfo=text)
+
+
+def save_array(path, values):
+    with whole_file(path) as file:
+        np.save(file, values)
+
+
+def import_frame(recipe, frame):
+    """Write what is missing of a frame, its RGB last -> (share of known depth or None, whether all was
+    there). Raises InputError naming the file that does not fit; nothing of the frame is written then.
+    """
+    out, there = recipe.out, {m: written(recipe.out, m, frame) for m in recipe.modalities(frame)}
+    if there["rgb"]:
+        check_same(there["rgb"], frame.files["rgb"])
+    if all(there.values()):
+        return _share(there.get("depth"), recipe.row), True
+    rasters = {"rgb": MODALITIES["rgb"].open(frame.files["rgb"])}
+    focal, palette, maps = recipe.focal_of(frame), None, {}
+    if "depth" in frame.files:
+        depth = rasters["depth"] = read_depth(frame.files["depth"], recipe.row.depth_space)
+        maps["depth"] = written_depth(depth, recipe.row, recipe.scale, focal and focal * depth.size[0])
+    if "seg" in frame.files:
+        rasters["seg"], palette = read_labels(frame.files["seg"], recipe.row)
+        maps["seg"] = rasters["seg"].values
+    _check_sizes(rasters)
+    if "normal" in there:
+        maps["normal"] = _normal_picture(frame, maps.get("depth"), focal)
+    for m in ("depth", "normal", "seg"):
+        if m not in there or there[m]:
+            continue
+        place = out / m / frame.scene
+        if maps[m].dtype == np.float32:
+            save_array(place / f"{frame.name}.npy", maps[m])
+        else:
+            save_picture(place / f"{frame.name}.png", maps[m], palette if m == "seg" else None)
+    if not there["rgb"]:
+        _save_rgb(out / "rgb" / frame.scene / frame.name, rasters)
+    return (float((maps["depth"] > 0).mean()) if "depth" in maps else None), False
+
+
+def _share(path, row):
+    """The share of known pixels of a depth file that was written; of no file None."""
+    if path is None:
+        return None
+    known = read_depth(path, row.depth_space).known
+    return float(known.mean())
+
+
+def _check_sizes(rasters):
+    """Raise InputError where maps have another aspect than their picture, or are turned otherwise."""
+    rgb = rasters["rgb"]
+    for raster in rasters.values():
+        ratio = raster.size[0] * rgb.size[1] / (raster.size[1] * rgb.size[0])
+        sizes = ["x".join(map(str, each.size)) for each in (raster, rgb)]
+        check(abs(ratio - 1) <= ASPECT, f"{raster.path}: is {sizes[0]}, its picture {rgb.path} is "
+              f"{sizes[1]}, of another aspect; the maps would not align, give files of the same view")
+    check_turned(list(rasters.values()))
+
+
+def _normal_picture(frame, depth, focal):
+    """The normals of a frame, its own or its depth's -> uint8 (H, W, 3), black where unknown."""
+    if "normal" in frame.files:
+        normal = own_normals(frame.files["normal"], focal)
+        check(depth is None or normal.shape[:2] == depth.shape, f"{frame.files['normal']}: is of "
+              f"{normal.shape[:2]}, its depth of {np.shape(depth)} pixels; give files of the same frame")
+    else:
+        width = depth.shape[1]
+        normal = normals_of(depth.astype(np.float32), depth > 0, focal * width, window_of(width))
+    known = normal.any(-1, keepdims=True)
+    return np.where(known, MODALITIES["normal"].picture(normal), 0).astype(np.uint8)
+
+
+def _save_rgb(place, rasters):
+    """Write the picture of a frame: its own bytes where it is of the depth's size and upright."""
+    rgb = rasters["rgb"]
+    size = rasters["depth"].size if "depth" in rasters else rgb.size
+    ending = rgb.path.suffix.lower()
+    if rgb.size == size and rgb.turned == 1 and ending in ENDINGS["rgb"]:
+        with whole_file(place.with_name(f"{place.name}{ending}")) as file:
+            file.write(rgb.path.read_bytes())
+        return
+    image = Image.fromarray(MODALITIES["rgb"].array(rgb))
+    save_picture(place.with_name(f"{place.name}.png"), np.asarray(cover(image, size)), photo=sha256(rgb.path))
+
+
+# ------------------------------------------------------------------------------------------------
+
+def told_of(recipe, frames, classes):
+    """What tree.json says of the files that will be written."""
+    row, first, told = recipe.row, frames[0], {}
+    told["classes"] = None if classes else "none"
+    if "depth" in first.files:
+        told.update(depth_space=row.depth_space, depth_void=0)
+        if row.depth_space == "depth" and not is_array(first.files["depth"]) and not row.along_ray:
+            told["depth_unit"] = recipe.scale
+    if "seg" in first.files:
+        told.update(seg_mode="semantic", void=row.void)
+        if row.palette is not None:
+            told["palette"] = [list(colour) for colour in row.palette]
+    return {**told, **_told_focal(recipe, frames)}
+
+
+def _told_focal(recipe, frames):
+    """The focal length that tree.json will say, {} for none: what it says already where that agrees.
+
+    Raises InputError where scenes do not agree.
+    """
+    scenes = {frame.scene: frame for frame in frames}
+    focals = {scene: recipe.focal_of(frame) for scene, frame in scenes.items()}
+    first = next(iter(focals))
+    if focals[first] is None:
+        return {}
+    for scene, focal in focals.items():
+        check(abs(focal / focals[first] - 1) <= AGREE, f"the focal lengths of {first} and {scene} are "
+              f"{focals[first]:.3f} and {focal:.3f} of the width; import them into one --out each")
+    width = recipe.row.width
+    if recipe.focal is not None:
+        width = read_depth(frames[0].files["depth"], recipe.row.depth_space).size[0]
+    path = recipe.out / "tree.json"
+    held = read_facts(path) if path.is_file() else Facts()
+    if held.focal and held.focal_width and abs(held.focal / held.focal_width / focals[first] - 1) <= AGREE:
+        return {"focal": held.focal, "focal_width": held.focal_width}
+    return {"focal": round(focals[first] * width, 4), "focal_width": width}
+
+
+def arguments():
+    """The command's flags."""
+    parser = command_parser(__doc__)
+    add = parser.add_argument
+    add("--format", choices=list(FORMATS), default="generic")
+    add("--root", type=pathlib.Path, metavar="DIR", help="the data set, or one of its scenes")
+    add("--color", type=pathlib.Path, metavar="DIR", help="generic: the folder of pictures")
+    add("--depth", type=pathlib.Path, metavar="DIR", help="generic: pictures or .npy")
+    add("--label", type=pathlib.Path, metavar="DIR", help="generic: labels, 255 is void")
+    add("--depth-unit", type=float, metavar="METRES", help="generic: of a level of depth (0.001), or of a "
+        "float's 1 (1)")
+    add("--focal", type=float, metavar="PIXELS", help="at the depth files' own width; default: the format's")
+    add("--scene", metavar="NAME",
+        help="the folder of the frames; default: the scene's own, else the root's name")
+    add("--out", type=pathlib.Path, required=True, metavar="TREE")
+    add("--frames", metavar="FIRST:LAST", help="by the last number in their names, both ends in")
+    add("--every", type=int, default=1, metavar="K", help="every K-th of those")
+    add("--no-normals", action="store_true")
+    add("--scene-is-class", action="store_true", help="scenes are classes; default: the tree has no classes")
+    return parser.parse_args()
+
+
+def checked(args):
+    """Check the flags -> {modality: folder} of generic, else of no modality, and the span of --frames."""
+    row, name, folders = FORMATS[args.format], f"--format {args.format}", {}
+    for m, flag in (("rgb", "color"), ("depth", "depth"), ("seg", "label")):
+        if getattr(args, flag) is not None:
+            folders[m] = getattr(args, flag)
+    unit_given, focal = args.depth_unit, args.focal
+    check(unit_given is None or 0 < unit_given < 1e6,
+          f"--depth-unit {unit_given}: must be positive, the metres of a level")
+    check(focal is None or 0 < focal < 1e6,
+          f"--focal {focal}: must be positive, in pixels at the width of the depth files")
+    if args.format == "generic":
+        check(args.root is None and "rgb" in folders and len(folders) > 1,
+              f"{name}: takes --color DIR with --depth DIR or --label DIR or both, and no --root")
+        told = args.focal or args.no_normals or "depth" not in folders
+        check(told, f"--depth {args.depth}: normals need --focal PIXELS, at the files' own width; or give "
+              "--no-normals")
+    else:
+        check(args.root is not None and not folders, f"{name}: takes --root DIR, and no --color, --depth or "
+              "--label")
+        same = unit_given in (None, row.depth_unit)
+        check(same, f"--depth-unit {unit_given}: {name} tells it, {row.depth_unit or 'floats in metres'}; "
+              "leave it away")
+    check(args.every >= 1, f"--every {args.every}: must be at least 1")
+    bad = args.scene is not None and (not args.scene.strip("./ ") or ".." in args.scene.split("/")
+                                      or args.scene.startswith("/"))
+    check(not bad, f"--scene {args.scene!r}: must be the name of a folder below OUT/rgb")
+    span = re.fullmatch(r"(\d+):(\d+)", args.frames or "0:0")
+    check(span and int(span[1]) <= int(span[2]), f"--frames {args.frames}: expected FIRST:LAST, as 0:799")
+    return folders, args.frames and tuple(map(int, span.groups()))
+
+
+def recipe_of(args, frames):
+    """The flags, and the first frame's depth, which tells what a unit and a focal length are of -> Recipe."""
+    row, scale, focal = FORMATS[args.format], args.depth_unit, args.focal
+    depth = frames[0].files.get("depth")
+    floats = depth is not None and (is_array(depth) or row.along_ray)
+    scale = scale or row.depth_unit or (1.0 if floats else 0.001)
+    if focal is not None:
+        check(depth is not None, f"--focal {focal}: is at the width of depth files, and there are none")
+        focal = focal / read_depth(depth, row.depth_space).size[0]
+    return Recipe(row, args.out, scale, focal, not args.no_normals and row.depth_space == "depth")
+
+
+def main():
+    """Import the frames that are not there yet. A killed run continues."""
+    args = arguments()
+    folders, span = checked(args)
+    check_folder(args.out, folders.values() or [args.root])
+    if folders:
+        frames, left = pair_folders(folders, args.scene)
+    else:
+        frames, left = find_frames(args.root, FORMATS[args.format], args.scene)
+    frames = pick(frames, span, args.every)
+    recipe = recipe_of(args, frames)
+    shares, kept = [], 0
+    with only_writer(args.out):
+        known = (args.out / "tree.json").exists() or not any((args.out / m).exists() for m in MODALITIES)
+        check(known, f"--out {args.out}: holds pictures of which no tree.json tells; use another folder")
+        write_facts(args.out, **told_of(recipe, frames, args.scene_is_class))
+        results = prefetch(functools.partial(import_frame, recipe), frames, ahead=4)
+        for share, old in tqdm(results, "import", len(frames), unit="frame"):
+            shares.append(share)
+            kept += old
+    depth = "" if None in shares else f", {np.mean(shares):.1%} of depth known"
+    there = f" ({kept} were there)" if kept else ""
+    out = "; left out: " + ", ".join(f"{count} {why}" for why, count in left.items()) if left else ""
+    print(f"{args.out}: {len(frames)} frames of {', '.join(recipe.modalities(frames[0]))}{there}{depth}{out}")
+
+
+if __name__ == "__main__":
+    run(main)
