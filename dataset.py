@@ -165,7 +165,8 @@ def check_same(folder, meta, labels=None):
     for key, value in {"shown": {}, **meta}.items():
         remedy = "use another --out"
         if key == "shown":
-            remedy += ", or the --depth-over and --uncovered of the cache ({}: crop, black)"
+            remedy += (", or the --depth-over, --uncovered, --depth-norm and --depth-target of the cache "
+                       "({}: crop, black, minmax, disparity)")
         check(old.get(key) == value, f"{folder}/meta.json: {key} is {str(old.get(key))[:80]}, "
               f"this run has {str(value)[:80]}; {remedy}")
     if labels is not None:

@@ -12,6 +12,7 @@ depth files hold is said by DIR/tree.json or --depth-space: disparity (of 8 or 1
 worst cases).
 """
 import csv
+import functools
 import io
 import json
 from pathlib import Path
@@ -23,16 +24,17 @@ from PIL import Image
 import samplers
 from distributed import (barrier, check, check_apart, check_folder, check_replaced, command_parser, reading,
                          run, setup, whole_file, write_json)
-from evaluation import (Ceiling, Checkpoint, Files, Pairs, ScanNet, Toy, Tree, compared, dense, evaluate,
-                        guess, panels_of, sampled)
+from evaluation import (Ceiling, Checkpoint, Files, Pairs, ScanNet, Toy, Tree, compared, dense,
+                        depth_space_of, evaluate, guess, panels_of, sampled)
 from locks import only_writer
 from metrics import SEGMENTATION, UNKNOWN, Rules, metrics_of, print_table, results
-from modalities import MODALITIES, PLAIN, VOID, draw_grid, write_facts
+from modalities import MODALITIES, PLAIN, PLAINLY, VOID, draw_grid, shown_of, write_facts
 from trees import facts_of, read_palette
 from vae import encoder_of
 from weights import load_model, newest_checkpoint
 
-SPACES = ("disparity", "depth")
+SPACES = ("disparity", "depth")              # of files
+ALIGNMENTS = ("disparity", "log", "depth")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -171,7 +173,8 @@ def arguments():
     flag("--list", type=Path, metavar="FILE", help="--scannet: the frames, a line each: rgb depth")
     flag("--num", type=int, help="--scannet: frames to draw with --seed; default 5000, with --list all")
     flag("--modality", nargs="+", choices=dense(), help="default: all that are there")
-    flag("--alignment", choices=SPACES, default="disparity", help="in which scale and shift are fitted")
+    flag("--alignment", choices=ALIGNMENTS, help="in which scale and shift are fitted; default: what the "
+         "checkpoint learned, log or disparity; with --pred disparity")
     flag("--depth-range", type=float, nargs=2, default=(1e-3, 10.0), metavar=("MIN", "MAX"),
          help="depths that are scored")
     flag("--depth-space", choices=SPACES, help="what true depth files hold; default: what their tree.json "
@@ -203,7 +206,7 @@ def arguments():
     return args
 
 
-def truth_of(args, meta):
+def truth_of(args, meta, alignment):
     """The Source of the flags; meta: the checkpoint's, None without a model."""
     if args.toy:
         return Toy(args.toy)
@@ -214,9 +217,23 @@ def truth_of(args, meta):
         return Tree(args.data, meta, facts)
     if facts.said == PLAIN.said:
         made = sampled(args.gt)
+        check(depth_space_of(made) != "log", f"--gt {args.gt}: holds a model's log depth, which is no truth; "
+              "give files of depth or disparity")
         facts = facts._replace(depth_space="disparity" if made else "depth",
                                said="by its meta.json" if made else facts.said)
-    return Pairs(args.pred, args.gt, args.modality, args.alignment, facts)
+    return Pairs(args.pred, args.gt, args.modality, alignment, facts)
+
+
+def tell_depth(source, alignment, why, depth_range):
+    """Print what the true depth is, and in which space predictions are fitted to it."""
+    aligned = f"predictions are aligned in {alignment} ({why})"
+    if not isinstance(source, Files):
+        print(aligned)
+        return
+    print(f"true depth files hold {source.facts.depth_space} ({source.facts.said}); {aligned}")
+    if source.facts.depth_space == "disparity":
+        low, high = depth_range
+        print(f"of disparity, of 8 and 16 bits in [0, 1], its inverse from {low:g} to {high:g} is scored")
 
 
 def main():
@@ -227,9 +244,10 @@ def main():
     args = arguments()
     sampling = samplers.from_flags(args)
     rank, _, device = setup()
-    loaded, palette = None, args.palette
+    loaded, palette, shown = None, args.palette, PLAINLY
     if args.pred:
-        source = truth_of(args, None)
+        alignment, why = args.alignment or "disparity", "by default"
+        source = truth_of(args, None, alignment)
         palette = palette or (args.pred / "meta.json" if sampled(args.pred) else None)
     else:
         loaded = load_model(args.ckpt or newest_checkpoint(), device)
@@ -239,7 +257,9 @@ def main():
         samplers.check_model(loaded, sampling)
         samplers.prepare(loaded.model, args.precision, args.compile)
         encoder = encoder_of(loaded.meta, device, args.vae)
-        source = truth_of(args, loaded.meta)
+        shown = shown_of(loaded.meta, loaded.path)
+        alignment, why = args.alignment or shown.depth_target, f"{loaded.path} learned {shown.depth_target}"
+        source = truth_of(args, loaded.meta, alignment)
         source.modalities = [m for m in source.modalities if m in known]
     both, total = source.modalities, len(source.names)
     asked = args.modality or both
@@ -257,27 +277,24 @@ def main():
     read = [path for files in source.files for path in files.values()]
     said = [root / "tree.json" for root in (args.data, args.gt, args.pred) if root]
     check_apart([args.json], [*read, *said, loaded and loaded.path])
-    if rank == 0 and "depth" in asked and isinstance(source, Files):
-        print(f"true depth files hold {source.facts.depth_space} ({source.facts.said}); predictions are "
-              f"aligned in {args.alignment}")
-        if source.facts.depth_space == "disparity":
-            low, high = args.depth_range
-            print(f"of disparity, of 8 and 16 bits in [0, 1], its inverse from {low:g} to {high:g} is scored")
-    rules = Rules(args.alignment, args.depth_range, seg_mode, source.palette, args.eps)
+    if rank == 0 and "depth" in asked:
+        tell_depth(source, alignment, "by --alignment" if args.alignment else why, args.depth_range)
+    rules = Rules(alignment, args.depth_range, seg_mode, source.palette, args.eps)
     recipe = dict(**source.recipe, count=total, modalities=asked,
-                  alignment=f"{args.alignment}, least squares per image", depth_range=args.depth_range,
+                  alignment=f"{alignment}, least squares per image", depth_range=args.depth_range,
                   axes=args.axes, seg_mode=seg_mode, cityscapes_eps=args.eps, torch=torch.__version__,
                   device=device.type)
     fresh = metrics_of(asked, rules)
     if loaded:
         size = loaded.meta["resolution"]
         drawn = Checkpoint(loaded.model, size, encoder, sampling, fresh, args.seed, args.ensemble)
-        predictors = {"value": drawn, "ceiling": Ceiling(encoder, size, fresh)}
-        recipe |= dict(ensemble=args.ensemble, **samplers.recipe(loaded, sampling, args.seed))
+        predictors = {"value": drawn, "ceiling": Ceiling(encoder, size, fresh, shown)}
+        recipe |= dict(depth_target=shown.depth_target, ensemble=args.ensemble,
+                       **samplers.recipe(loaded, sampling, args.seed))
     else:
         predictors = {"value": source.predict}
     if args.toy:
-        predictors["mean_map"] = guess
+        predictors["mean_map"] = functools.partial(guess, shown=shown)
     with only_writer(args.out):
         if rank == 0:
             check_report(args.out)

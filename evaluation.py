@@ -22,8 +22,8 @@ import samplers
 import toy_scenes
 from distributed import InputError, barrier, check, gather, place, reading, share, whole_file
 from metrics import Rules, metric_class, metrics_of, results
-from modalities import (MODALITIES, PLAIN, check_turned, draw_grid, draw_samples, draw_sheet, is_array,
-                        nearest_colour, turned_of)
+from modalities import (MODALITIES, PLAIN, PLAINLY, check_turned, draw_grid, draw_samples, draw_sheet,
+                        is_array, nearest_colour, shown_of, spoken, turned_of)
 from trees import facts_of, find_pictures, flat_name, folders_of, pictures_by_stem, stem_of
 from vae import encoder_of, latents
 from weights import classes_of
@@ -62,11 +62,17 @@ def dense():
 
 
 def sampled(folder):
-    """Whether sample.py made a folder: it says so in meta.json."""
+    """The meta.json of a folder that sample.py made; {} of any other."""
     try:
-        return "checkpoint_sha256" in json.loads((folder / "meta.json").read_text())
+        meta = json.loads((folder / "meta.json").read_text())
+        return meta if "checkpoint_sha256" in meta else {}
     except (OSError, ValueError, TypeError):
-        return False
+        return {}
+
+
+def depth_space_of(made):
+    """In what sample.py, of this meta.json, wrote depth: "disparity", or "log"."""
+    return "log" if made.get("depth_target") == "log" else "disparity"
 
 
 def available(given):
@@ -287,12 +293,13 @@ class Pairs(Files):
         facts = facts_of(pred)
         space = None if facts.said == PLAIN.said else facts.depth_space
         if space is None and sampled(pred):
-            space = "disparity"
+            space = depth_space_of(sampled(pred))
         check(not files or space in (None, self.alignment), f"--pred {pred}: holds {space} ({facts.said}); "
               f"add --alignment {space}")
         for path in files if space is None else ():
-            check(self.alignment == "depth" or is_array(path), f"{path}: a picture may be in millimetres, "
-                  f"which is depth; if so, add --alignment depth; of disparity say so in {pred}/tree.json")
+            check(self.alignment != "disparity" or is_array(path), f"{path}: a picture may be in "
+                  "millimetres, which is depth; if so, add --alignment depth; of disparity say so in "
+                  f"{pred}/tree.json")
 
     def predict(self, frames):
         """A predictor."""
@@ -302,8 +309,8 @@ class Pairs(Files):
         files = self.files[frame.index]
         path = files[f"predicted_{modality}"]
         kind, facts = MODALITIES[modality], self.told()
-        space = "disparity" if is_array(path) else self.alignment  # a zero of an array is a value
-        raster = kind.open(path, facts._replace(depth_space=space))
+        depth = self.alignment == "depth" and not is_array(path)  # a zero of an array is a value
+        raster = kind.open(path, facts._replace(depth_space="depth" if depth else "disparity"))
         truth = files[modality]
         check_turned([raster._replace(path=truth, turned=turned_of(truth)), raster])
         found = metric_class(modality, self.seg_mode).read_prediction(kind, raster)
@@ -374,11 +381,12 @@ class Ceiling(NamedTuple):
     encoder: object
     resolution: int
     metrics: dict
+    shown: object = PLAINLY  # the model's Shown
 
     def pixels(self, modality, truth):
         """Truth -> pixels (3, S, S) as training would have seen it."""
-        kind = MODALITIES[modality]
-        return kind.to_pixels(kind.crop(self.metrics[modality].target(truth), self.resolution))
+        kind, target = MODALITIES[modality], self.metrics[modality].target(truth, self.shown)
+        return kind.to_pixels(kind.crop(target, self.resolution), shown=self.shown)
 
     def decoded(self, modality, truth):
         kind, pixels = MODALITIES[modality], torch.from_numpy(self.pixels(modality, truth))
@@ -390,23 +398,24 @@ class Ceiling(NamedTuple):
 
 
 @functools.cache
-def mean_map(count=2000):
-    """The toy training scenes' mean disparity, mean normal and most frequent segment: what guessing
-    scores.
+def mean_map(count=2000, shown=PLAINLY):
+    """The toy training scenes' mean depth as a model is shown it, mean normal and most frequent segment: what
+    guessing scores.
     """
-    kind, disparity, normal, votes = MODALITIES["depth"], 0, 0, 0
+    kind, near, normal, votes = MODALITIES["depth"], 0, 0, 0
     for seed in range(count):
         scene = toy_scenes.render(seed)
-        disparity = disparity + kind.from_pixels(kind.to_pixels(1 / scene.depth))
+        pixels = kind.to_pixels(spoken(scene.depth, shown.depth_target), shown=shown)
+        near = near + kind.from_pixels(pixels)
         normal = normal + scene.normal
         votes = votes + np.eye(len(toy_scenes.PALETTE))[scene.seg]
-    return {"depth": disparity / count, "normal": normal / np.linalg.norm(normal, axis=-1, keepdims=True),
+    return {"depth": near / count, "normal": normal / np.linalg.norm(normal, axis=-1, keepdims=True),
             "seg": toy_scenes.PALETTE[votes.argmax(-1)]}
 
 
-def guess(frames):
+def guess(frames, shown=PLAINLY):
     """The predictor of the mean map."""
-    return [mean_map()] * len(frames)
+    return [mean_map(shown=shown)] * len(frames)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -502,7 +511,8 @@ class Trial:
         for i in range(len(source.names) if isinstance(source, Files) else 0):
             source.frame(i)  # a file that cannot be read ends a run before it begins
         self.encoder = encoder_of(self.meta, objective.device)
-        self.rules = Rules(seg_mode=source.seg_mode, palette=source.palette)
+        target = shown_of(self.meta, "the cache's meta.json").depth_target
+        self.rules = Rules(target, seg_mode=source.seg_mode, palette=source.palette)
 
     def score(self, network, path):
         """-> {score: value}, the same on all processes; path: a picture of the first four frames."""

@@ -10,7 +10,8 @@ import numpy as np
 from scipy import ndimage
 
 from distributed import check, gather
-from modalities import MODALITIES, VOID, Scalar, fill_unknown, label_colour, nearest_colour, segments, unit
+from modalities import (MODALITIES, PLAINLY, VOID, Scalar, fill_unknown, label_colour, nearest_colour,
+                        segments, spoken, unit)
 
 UNKNOWN = -1                            # label of pixels that are not scored
 ANGLES = (5, 7.5, 11.25, 22.5, 30)      # degrees whose share is reported
@@ -24,14 +25,17 @@ THRESHOLDS = np.arange(1, 20) / 20      # of a soft edge map
 def align(prediction, depth, valid, space):
     """Scale and shift by least squares over the valid pixels, float64 -> depth (H, W) in the truth's unit.
 
-    space "disparity": fit s * p + t to 1 / depth, keep it above 1e-3, invert; "depth": fit s * p + t to depth
-    (Marigold's). A constant prediction gets the minimum-norm solution.
+    space "disparity": fit s * p + t to 1 / depth, keep it above 1e-3, invert; "log": to log depth, of either
+    sign, and its exponential; "depth": to depth (Marigold's). A constant prediction gets the minimum-norm
+    solution.
     """
     p, g = prediction.astype(np.float64), depth[valid].astype(np.float64)
-    target = 1 / g if space == "disparity" else g
+    target = {"disparity": np.reciprocal, "log": np.log, "depth": np.positive}[space](g)
     columns = np.stack([p[valid], np.ones_like(g)], 1)
     scale, shift = np.linalg.lstsq(columns, target, rcond=None)[0]
     fit = p * scale + shift
+    if space == "log":
+        return np.exp(np.minimum(fit, 700))  # beyond it is infinite
     return 1 / np.maximum(fit, 1e-3) if space == "disparity" else fit
 
 
@@ -177,8 +181,8 @@ class Metric:
         """A file of a prediction, likewise."""
         return cls.read(kind, raster)
 
-    def target(self, truth):
-        """The truth as the map that a perfect model predicts."""
+    def target(self, truth, shown=PLAINLY):
+        """The truth as the map that a perfect model predicts, whose maps are shown so."""
         return truth
 
     def combine(self, maps):
@@ -275,12 +279,12 @@ class Depth(Metric):
         values = raster.values.astype(np.float64)
         return values if raster.known is None else np.where(raster.known, values, np.nan)
 
-    def target(self, depth):
-        """Disparity; unknown pixels take the nearest known depth."""
+    def target(self, depth, shown=PLAINLY):
+        """Disparity or minus log depth; unknown pixels take the nearest known depth."""
         known = np.isfinite(depth) & (depth > 0)
         if not known.any():
             return np.ones_like(depth)
-        return 1 / fill_unknown(depth, known)
+        return spoken(fill_unknown(depth, known), shown.depth_target)
 
     def valid(self, depth):
         low, high = self.rules.depth_range
@@ -377,7 +381,7 @@ class Segmentation(Metric):
             colours = self.rules.palette[image.clip(0, len(self.rules.palette) - 1)]
         return np.where((image == UNKNOWN)[..., None], np.uint8(0), colours)
 
-    def target(self, image):
+    def target(self, image, shown=PLAINLY):
         """Colours; unknown pixels take the nearest known label's."""
         return self.look(fill_unknown(image, image != UNKNOWN) if image.ndim == 2 else image)
 

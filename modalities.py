@@ -321,6 +321,8 @@ class Shown(NamedTuple):
     """
     depth_over: str = "crop"   # depth is stretched to the range of its "crop", or of the whole "picture"
     uncovered: str = "black"   # black pixels of instance segments stay "black", or take a random "colour"
+    depth_norm: str = "minmax"  # that range is from the least to the largest, or between two "quantile"s
+    depth_target: str = "disparity"  # depth is learned as its inverse, or as minus its "log"arithm
 
     def told(self):
         """What is not the default, for meta.json."""
@@ -328,7 +330,13 @@ class Shown(NamedTuple):
 
 
 PLAINLY = Shown()
-WAYS = {"depth_over": ("picture", "crop"), "uncovered": ("colour", "black")}  # the first is the released one
+WAYS = {  # the first is the released one
+    "depth_over": ("picture", "crop"),
+    "uncovered": ("colour", "black"),
+    "depth_norm": ("minmax", "quantile"),
+    "depth_target": ("disparity", "log"),
+}
+QUANTILES = (0.02, 0.98)  # the ends of depth's range with depth_norm "quantile"
 
 
 def shown_of(meta, path):
@@ -339,6 +347,18 @@ def shown_of(meta, path):
     good = isinstance(told, dict) and all(told[key] in WAYS.get(key, ()) for key in told)
     check(good, f"{path}: says shown = {str(told)[:60]}; known are {WAYS}")
     return Shown(**told)
+
+
+def spoken(depth, target):
+    """Depth, above 0, in any unit -> what a model of this depth_target learns of it; near is the largest."""
+    return -np.log(depth) if target == "log" else 1 / depth
+
+
+def check_target(place, facts, target):
+    """Raise InputError where files of disparity, whose shift nobody knows, would be needed as log depth."""
+    check(target != "log" or facts.depth_space == "depth", f"{place}: depth is learned as its logarithm, "
+          f"and that of {facts.depth_space} ({facts.said}) is not known up to scale and shift; if the files "
+          "hold depth, say so by --depth-space depth or in tree.json")
 
 
 class Kind:
@@ -381,6 +401,10 @@ class Kind:
     def array(self, raster, fit=as_it_is):
         """A Raster through a fit -> the user's array."""
         raise NotImplementedError
+
+    def meant(self, shown):
+        """What the outputs of a network mean that is shown its maps so."""
+        return self.meaning
 
     def pixels(self, raster, fit=as_it_is, shown=PLAINLY):
         """A Raster through a fit -> the network's pixels. Raises InputError for values out of [-1, 1], and
@@ -441,7 +465,7 @@ class Colour(Kind):
         values = raster.fitted(fit, self.nearest)
         return values if values.dtype == np.uint8 else values.round().clip(0, 255).astype(np.uint8)
 
-    def to_pixels(self, image, known=None):
+    def to_pixels(self, image, known=None, shown=PLAINLY):
         return image.astype(np.float32).transpose(2, 0, 1) / 127.5 - 1
 
     def from_pixels(self, pixels):
@@ -541,7 +565,7 @@ class Scalar(Kind):
         value = raster.fitted(fit)
         return value / np.float32(255) if value.dtype == np.uint8 else value
 
-    def to_pixels(self, value, known=None):
+    def to_pixels(self, value, known=None, shown=PLAINLY):
         return np.repeat((value * 2 - 1)[None].astype(np.float32), 3, 0)
 
     def from_pixels(self, pixels):
@@ -551,10 +575,22 @@ class Scalar(Kind):
         return np.repeat((value.clip(0, 1) * 255).round().astype(np.uint8)[..., None], 3, 2)
 
 
+def span_of(values, norm):
+    """The two of known values that become -1 and 1."""
+    if norm == "quantile":
+        return tuple(np.quantile(values, QUANTILES))
+    return values.min(), values.max()
+
+
 class Disparity(Scalar):
     """Relative disparity, near is bright: files of any scale, which hold it or, of facts.depth_space "depth",
-    depth; the network's is stretched to the range of the known pixels.
+    depth; the network's, or minus log depth, is stretched to the range of the known pixels.
     """
+
+    def meant(self, shown):
+        if shown.depth_target == "log":
+            return "minus log depth, scaled to [0, 1], near = 1; affine-invariant, no unit"
+        return self.meaning
 
     def known(self, values, facts):
         """In files of depth zero and, of 16 bits, the highest level are unknown."""
@@ -573,21 +609,30 @@ class Disparity(Scalar):
             return np.where(value > 0, 1 / np.where(value > 0, value, 1), 0)
         return value
 
+    def spoken(self, raster, fit, target):
+        """A Raster through a fit -> what is learned, float32 (h, w), not yet scaled."""
+        if target == "disparity":
+            return self.array(raster, fit)
+        check_target(raster.path, raster.facts, target)
+        least = max(raster.fitted(as_it_is).min(), np.finfo(np.float32).tiny)  # bicubic goes below it
+        return spoken(np.maximum(raster.fitted(fit).astype(np.float32), least), target)
+
     def shown_pixels(self, raster, fit, known, shown):
         """With the range of the crop, or of the whole picture."""
-        disparity = self.array(raster, fit)
+        values = self.spoken(raster, fit, shown.depth_target)
         if shown.depth_over == "crop":
-            return self.to_pixels(disparity, known)
-        whole = self.array(raster)
+            return self.to_pixels(values, known, shown)
+        whole = self.spoken(raster, as_it_is, shown.depth_target)
         there = whole if raster.known is None else whole[raster.known]
-        return self.to_pixels(disparity, known, (there.min(), there.max())).clip(-1, 1)
+        return self.to_pixels(values, known, shown, span_of(there, shown.depth_norm))
 
-    def to_pixels(self, disparity, known=None, span=None):
-        """span: the range that becomes [-1, 1]; None: that of the known ones."""
-        there = disparity if known is None else disparity[known]
-        low, high = span or (there.min(), there.max())
-        scaled = (disparity - low) / max(high - low, 1e-8) * 2 - 1
-        scaled = scaled if known is None else scaled.clip(-1, 1)
+    def to_pixels(self, values, known=None, shown=PLAINLY, span=None):
+        """values (H, W), of shown.depth_target; span: the range that becomes [-1, 1], what is outside is
+        clipped; None: that of the known ones.
+        """
+        there = values if known is None else values[known]
+        low, high = span or span_of(there, shown.depth_norm)
+        scaled = ((values - low) / max(high - low, 1e-8) * 2 - 1).clip(-1, 1)
         return np.repeat(scaled[None].astype(np.float32), 3, 0)
 
 
@@ -642,7 +687,7 @@ class Vector(Kind):
     def median(self, arrays):
         return unit(super().median(arrays))
 
-    def to_pixels(self, vectors, known=None):
+    def to_pixels(self, vectors, known=None, shown=PLAINLY):
         return vectors.astype(np.float32).transpose(2, 0, 1)
 
     def from_pixels(self, pixels):

@@ -232,10 +232,11 @@ def score(args, loaded, encoder, chain, rank):
     source = source or Tree(args.data, meta, facts_of(args.data, args.depth_space))
     check(target in source.modalities, f"--task evaluate: there is no truth of {target}")
     source.modalities = [target]
-    rules = Rules(seg_mode=source.seg_mode, palette=source.palette)
+    shown = shown_of(meta, loaded.path)
+    rules = Rules(shown.depth_target, seg_mode=source.seg_mode, palette=source.palette)
     metrics, size = metrics_of([target], rules), meta["resolution"]
     predictors = {"value": Translations(model, size, encoder, chain, metrics, args.seed),
-                  "ceiling": Ceiling(encoder, size, metrics)}
+                  "ceiling": Ceiling(encoder, size, metrics, shown)}
     scored = evaluate(source, predictors, rules, args.batch_size)
     if rank > 0:
         return
@@ -334,7 +335,7 @@ def with_masks(requests, mask, location):
     return out
 
 
-def requests_of(args, model, meta):
+def requests_of(args, model, meta, shown):
     """What is to be drawn, and {given modality: Facts of its files}."""
     classes = meta["num_classes"]
     if args.task == "generate":
@@ -351,17 +352,16 @@ def requests_of(args, model, meta):
     if args.mask:
         requests = with_masks(requests, args.mask, locations[0])
     check_folder(args.out, folders_read(walked, requests))
-    return requests, sample.facts_for([given], locations, args.depth_space, meta)
+    return requests, sample.facts_for([given], locations, args.depth_space, meta, shown)
 
 
-def drawing(args, model, encoder, chain, wanted, meta, facts):
+def drawing(args, model, encoder, chain, wanted, meta, facts, shown):
     """What draws the task's requests."""
     full = args.fit == "full"
     fit = sample.fit_of(args.fit, meta["resolution"], model.patch_size * encoder.factor)
     kind = {"restore": Restoration, "classify": Classes}.get(args.task)
     kind = kind or {"label": WithLabels, "feature": WithVectors}.get(model.pair, Images)
     given = model.modalities[1:] if args.task == "translate" else ()
-    shown = shown_of(meta, args.ckpt)
     read = functools.partial(sample.read_input, fit=fit, full=full, facts=facts, shown=shown)
     if args.task == "restore":
         read = functools.partial(read_hidden, fit=fit, full=full, patches=args.patches, seed=args.seed)
@@ -386,25 +386,26 @@ def main():
     encoder = encoder_of(meta, device, args.vae)
     if args.task == "evaluate":
         return score(args, loaded, encoder, chain, rank)
-    requests, facts = requests_of(args, model, meta)
+    shown = shown_of(meta, loaded.path)
+    requests, facts = requests_of(args, model, meta, shown)
     wanted = sample.outputs_of(args.outputs, model.modalities, {"--npz": ("rgb",) if args.npz else ()})
     folders = {} if args.task == "classify" else {m: MODALITIES[m] for m in wanted}
     if args.task == "restore":
         folders["masked_rgb"] = MODALITIES["rgb"]
     beside = {"label": "classes", "feature": "feature"}.get(model.pair)
     outputs = Outputs(folders, args.truncate, beside, meta["class_names"])
-    draw = drawing(args, model, encoder, chain, wanted, meta, facts)
+    draw = drawing(args, model, encoder, chain, wanted, meta, facts, shown)
     if rank == 0:
         print(f"{loaded.path}: MT-Diffusion, {model.pair}: {', '.join(model.modalities)}, "
               f"step {loaded.step}; {len(requests)} samples on {device}")
-        sample.tell(requests, facts, meta)
+        sample.tell(requests, facts, meta, shown, folders)
     evaluations, walk = max(1, round((args.sdedit or 1) * chain.steps)), chain._asdict()
     if args.task == "classify":
         evaluations, walk = 1, dict(precision=chain.precision)
     recipe = None if rank > 0 else dict(
         task=args.task, **recipe_of(loaded, args.seed, evaluations, **walk), **extras_of(args),
         fit=args.fit, truncate=args.truncate, outputs=list(outputs.folders), endings=outputs.endings,
-        reading=recorded(facts), palette=meta["palette"])
+        depth_target=shown.depth_target, reading=recorded(facts), palette=meta["palette"])
     single = args.fit == "full" and args.task != "generate"  # pictures of different shapes do not stack
     with only_writer(args.out):
         drawn = produce(args.out, requests, draw, outputs, recipe, 1 if single else args.batch_size,
@@ -417,7 +418,7 @@ def main():
                 names = dict.fromkeys(("masked_rgb", *draw.given, *folders))  # the given first
                 labels = {name: name.replace("_", " ") + " (given)" * (name in draw.given)
                           for name in names if name in folders}
-                truth = truth_beside(model, encoder, meta, facts) if args.task == "translate" else None
+                truth = truth_beside(model, encoder, meta, facts, shown) if args.task == "translate" else None
                 write_grid(args.out, requests, drawn, labels, truth)
             if args.npz or (args.out / "samples.npz").exists():
                 write_npz(args.out)
@@ -425,12 +426,12 @@ def main():
             print(args.out / ("grid.png" if folders else "classes"))
 
 
-def truth_beside(model, encoder, meta, facts):
+def truth_beside(model, encoder, meta, facts, shown):
     """The function that reads the target beside a given picture."""
     fit = sample.fit_of("crop", meta["resolution"], model.patch_size * encoder.factor)
 
     def truth(request):
-        return sample.truth_pictures(request.files, model.modalities, fit, facts)
+        return sample.truth_pictures(request.files, model.modalities, fit, facts, shown.depth_target)
     return truth
 
 

@@ -27,9 +27,9 @@ from distributed import (InputError, barrier, check, check_apart, check_folder, 
                          run, say, setup, share)
 from listing import list_samples, place_of_facts
 from locks import only_writer
-from modalities import (MODALITIES, PLAIN, PLAINLY, VOID, WAYS, Shown, centre_crop, check_turned,
-                        is_array, label_colour, read_picture)
 from mix import LEAST_GIVEN
+from modalities import (MODALITIES, PLAIN, PLAINLY, VOID, WAYS, Shown, centre_crop, check_target,
+                        check_turned, is_array, label_colour, read_picture, spoken)
 from trees import facts_of, read_palette
 from vae import load_encoder, timm_model
 
@@ -40,13 +40,13 @@ from vae import load_encoder, timm_model
 # (size, size)} of what is not known everywhere, the row's Scene or None.
 
 class ToySource:
-    """`count` scenes of the toy world, of the seeds from `start` on."""
+    """`count` scenes of the toy world, of the seeds from `start` on; shown: how depth is shown."""
 
-    def __init__(self, start, count, size, modalities=()):
+    def __init__(self, start, count, size, modalities=(), shown=PLAINLY):
         check(start >= 0, f"--toy-start {start}: seeds start at 0")
         check(not start < toy_scenes.HELD_OUT < start + count, f"--toy-start {start} --toy {count}: runs "
               f"into the held-out seeds from {toy_scenes.HELD_OUT} on")
-        self.start, self.size = start, size
+        self.start, self.size, self.shown = start, size, shown
         self.modalities = modalities or toy_scenes.MAPS
         for m in self.modalities:
             check(m in toy_scenes.MAPS or MODALITIES[m].derive, f"--toy with --modalities {m}: the toy world "
@@ -56,13 +56,17 @@ class ToySource:
         self.labels = None
         self.facts = dict(source="toy", seg_mode="semantic", depth_space="disparity",
                           palette=toy_scenes.PALETTE.tolist(), class_names=list(toy_scenes.CLASSES))
+        if shown != PLAINLY:
+            self.facts["shown"] = shown.told()
 
     def load(self, i):
         scene = toy_scenes.render(self.start + i, self.size)
         arrays, pixels = toy_scenes.maps(scene), {}
+        arrays["depth"] = spoken(scene.depth, self.shown.depth_target)
         for m in self.modalities:
             row = MODALITIES[m]
-            pixels[m] = row.to_pixels(arrays[m] if m in arrays else row.derive(arrays["rgb"]))
+            array = arrays[m] if m in arrays else row.derive(arrays["rgb"])
+            pixels[m] = row.to_pixels(array, shown=self.shown)
         return pixels, {}, scene
 
 
@@ -425,6 +429,10 @@ def arguments():
         help="what the depth files hold; default: what DATA/tree.json says, else disparity")
     add("--depth-over", choices=WAYS["depth_over"], help="what depth is stretched to the range of: the "
         "whole picture, as released (the default), or its crop")
+    add("--depth-norm", choices=WAYS["depth_norm"], help="that range is from the least to the largest (the "
+        "default), or from the 2nd to the 98th percentile of the known pixels, clipped")
+    add("--depth-target", choices=WAYS["depth_target"], help="depth is learned as disparity (the default) or "
+        "as minus its logarithm, of files that hold depth")
     add("--uncovered", choices=WAYS["uncovered"], help="black pixels of instance segments take a random "
         "colour, as released (the default), or stay black")
     add("--seg-mode", choices=("semantic", "instance"),
@@ -455,14 +463,18 @@ def main():
     check(not args.feature or toy == (args.feature == ToyFeature.id), f"--feature {args.feature}: the toy "
           "world brings toy-teacher, and it alone; pictures need the name of a timm model")
     check(not toy or not (args.depth_over or args.uncovered), "--depth-over and --uncovered belong to --data")
+    given = {name: getattr(args, name) for name in WAYS}
+    ways = {name: way for name, way in given.items() if way}
     rank, world, device = setup()
     if toy:
-        source = ToySource(args.toy_start, args.toy, size, modalities)
+        source = ToySource(args.toy_start, args.toy, size, modalities, Shown(**ways))
     else:
         listing, palette = list_samples(args.data, modalities), args.palette and read_palette(args.palette)
         facts = facts_of(place_of_facts(listing), args.depth_space, palette)
         facts = facts._replace(seg_mode=args.seg_mode or facts.seg_mode)
-        shown = Shown(args.depth_over or WAYS["depth_over"][0], args.uncovered or WAYS["uncovered"][0])
+        shown = Shown(**{name: known[0] for name, known in WAYS.items()} | ways)
+        if "depth" in listing.files:
+            check_target(args.data, facts, shown.depth_target)
         source = PictureSource(listing, size, facts, shown)
         check_apart([args.out / "meta.json"], [args.data])
         check_folder(args.out, listing.folders())

@@ -19,7 +19,8 @@ from distributed import barrier, broadcast, check, place, prefetch, reading, sha
 from modalities import draw_grid, enlarge
 
 SHOWN = 12  # rows of the grid
-OLDER = {"given_time": 0.995, "middle_scale": 1.0}  # of recipes that do not say it
+# of recipes that do not say it
+OLDER = {"given_time": 0.995, "middle_scale": 1.0, "depth_target": "disparity"}
 STATE = ("samples", "complete", "scores", "extras")  # of meta.json; the rest is the recipe
 WHOLE = ("grid.png", "samples.npz")  # files of OUT that show all samples
 

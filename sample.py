@@ -23,8 +23,8 @@ from distributed import (InputError, barrier, check, check_folder, command_parse
                          setup)
 from locks import only_writer
 from mesh import pick_segment, write_mesh
-from modalities import (MODALITIES, PLAINLY, as_it_is, centre_crop, check_turned, filter_of, nearest_colour,
-                        segments, shown_of)
+from modalities import (MODALITIES, PLAINLY, as_it_is, centre_crop, check_target, check_turned, filter_of,
+                        nearest_colour, segments, shown_of)
 from produce import (Maps, finish, folders_read, produce, read_rgb_file, write_grid, write_npz,
                      write_panels)
 from trees import beside, facts_of, find_files, flat_name, picture_folder, recorded
@@ -134,12 +134,13 @@ def read_input(request, fit, full, facts, shown):
     Raises InputError where maps do not align.
     """
     pixels, whole, shape, rasters = {}, {}, None, []
+    own = PLAINLY._replace(depth_target=shown.depth_target)  # outputs mean what the model's mean
     for m, path in request.files.items():
         row = MODALITIES[m]
         raster = row.open(path, facts[m])
         rasters.append(raster)
-        whole[m] = row.pixels(raster, as_it_is if full else fit)  # as it was given
-        alike = shown == PLAINLY and not full
+        whole[m] = row.pixels(raster, as_it_is if full else fit, own)  # as it was given
+        alike = shown == own and not full
         pixels[m] = whole[m] if alike else row.pixels(raster, fit, shown)
         shape = raster.size[::-1] if full else None
         first = next(iter(pixels))
@@ -207,16 +208,17 @@ class Drawing:
 # ------------------------------------------------------------------------------------------------
 # Truth beside what was given, and objects.
 
-def truth_pictures(files, modalities, fit, facts):
+def truth_pictures(files, modalities, fit, facts, target="disparity"):
     """{modality: picture} of the ground truth beside given files, as far as it can be read; facts {given
-    modality: Facts} of their tree.
+    modality: Facts} of their tree; target: the model's depth_target.
     """
+    own = PLAINLY._replace(depth_target=target)
     held = facts[next(iter(files))] if files else None
     pictures = {}
     for m, path in beside(files, modalities).items():
         row = MODALITIES[m]
         try:
-            pixels = row.pixels(row.open(path, held), fit)
+            pixels = row.pixels(row.open(path, held), fit, own)
         except InputError as error:
             print(f"warning: ground truth left out of the grid: {error}")
         else:
@@ -333,21 +335,30 @@ def locations_of(images, given, task):
     return [picture_folder(location, m) for location, m in zip(images, given)]
 
 
-def facts_for(given, locations, depth_space, meta):
-    """{given modality: Facts of its files}: labels are in the checkpoint's colours where nobody says it."""
+def facts_for(given, locations, depth_space, meta, shown):
+    """{given modality: Facts of its files}: labels are in the checkpoint's colours where nobody says it.
+
+    Raises InputError for depth that cannot be shown as the checkpoint has it.
+    """
     facts = {}
     for m, location in zip(given, locations):
         facts[m] = facts_of(location, depth_space)
+        if m == "depth":
+            check_target(location, facts[m], shown.depth_target)
         if facts[m].palette is None and meta["palette"]:
             facts[m] = facts[m]._replace(palette=np.array(meta["palette"], np.uint8))
     return facts
 
 
-def tell(requests, facts, meta):
-    """Print how the given files are read, and how many of their pictures have a class."""
+def tell(requests, facts, meta, shown, wanted):
+    """Print how the given files are read, what depth means where it is no disparity, and how many of the
+    pictures have a class.
+    """
     if "depth" in facts:
         print(f"depth files hold {facts['depth'].depth_space} ({facts['depth'].said}), the model speaks "
-              "disparity; --depth-space says otherwise")
+              f"{shown.depth_target}; --depth-space says otherwise")
+    if "depth" in wanted and shown.depth_target != PLAINLY.depth_target:
+        print(f"depth comes out as {MODALITIES['depth'].meant(shown)} (depth_target {shown.depth_target})")
     without = sum(request.label == meta["num_classes"] for request in requests)
     if facts:
         told = len(requests) - without
@@ -361,6 +372,7 @@ def main():
     rank, world, device = setup()
     loaded = load_model(args.ckpt or newest_checkpoint(), device)
     model, meta = loaded.model, loaded.meta
+    shown = shown_of(meta, loaded.path)
     samplers.check_model(loaded, sampling)
     samplers.prepare(model, args.precision, args.compile)
     encoder = encoder_of(meta, device, args.vae)
@@ -379,20 +391,20 @@ def main():
         label = args.class_id[0] if args.class_id else None
         locations = locations_of(args.image, given, args.task)
         requests = of_pictures(given, locations, label, args.num or 1, meta)
-        facts = facts_for(given, locations, args.depth_space, meta)
+        facts = facts_for(given, locations, args.depth_space, meta, shown)
     else:
         requests = of_classes(args.class_id, args.classes, args.num, classes, args.seed)
     if rank == 0:
         print(f"{loaded.path}: {', '.join(model.modalities)}, {classes} classes, step {loaded.step}; "
               f"{len(requests)} samples on {device}")
-        tell(requests, facts, meta)
+        tell(requests, facts, meta, shown, wanted)
         if args.cfg != 1.0 and any(request.label == classes for request in requests):
             print(f"warning: --cfg {args.cfg} has no effect on pictures without a class"
                   f"{'; give --class-id' if classes else ''}")
 
     full = args.fit == "full"
     fit = fit_of(args.fit, meta["resolution"], model.patch_size * encoder.factor)
-    read = functools.partial(read_input, fit=fit, full=full, facts=facts, shown=shown_of(meta, loaded.path))
+    read = functools.partial(read_input, fit=fit, full=full, facts=facts, shown=shown)
     draw = Drawing(model, encoder, sampling, args.seed, wanted, read, given, again)
     folders = {m: MODALITIES[m] for m in wanted}
     if again:
@@ -404,14 +416,15 @@ def main():
     outputs.extras = {folder: endings for folder, endings in asked.items() if endings}
     recipe = None if rank > 0 else dict(
         task=args.task, given=given, **samplers.recipe(loaded, sampling, args.seed), fit=args.fit,
-        truncate=args.truncate, outputs={m: MODALITIES[m].meaning for m in wanted}, endings=outputs.endings,
-        reading=recorded(facts), palette=meta["palette"])
+        truncate=args.truncate, outputs={m: MODALITIES[m].meant(shown) for m in wanted},
+        endings=outputs.endings, depth_target=shown.depth_target, reading=recorded(facts),
+        palette=meta["palette"])
     check_folder(args.out, folders_read(locations, requests))
     labels = {name: f"{name} (given)" if name in given else name.replace("_", " ") for name in folders}
     labels = {name: labels[name] for name in (*given, *folders) if name in labels}  # the given first
 
     def truth(request):
-        return truth_pictures(request.files, model.modalities, fit, facts)
+        return truth_pictures(request.files, model.modalities, fit, facts, shown.depth_target)
     with only_writer(args.out):
         drawn = produce(args.out, requests, draw, outputs, recipe, 1 if full and given else args.batch_size,
                         meta["class_names"], args.overwrite)

@@ -18,9 +18,10 @@ from distributed import InputError
 from evaluation import Ceiling, Toy, Tree, evaluate
 from metrics import (Normal, Rules, Semantic, align, angles, boundary, depth_scores, f_score, instance_scores,
                      matches, metrics_of, normal_scores, results, semantic_scores)
-from modalities import MODALITIES, segments, write_facts
+from modalities import MODALITIES, Shown, segments, write_facts
 from trees import facts_of
 from vae import Pixels
+from weights import load_checkpoint
 
 RNG = np.random.default_rng(0)
 DEPTH = RNG.uniform(0.5, 8, (40, 50))
@@ -31,9 +32,9 @@ FEW = ("--ckpt", "demo/mmgen.pt", "--sampler", "euler", "--steps", 1)
 # ------------------------------------------------------------------------------------------------
 # Depth.
 
-@pytest.mark.parametrize("space", ("disparity", "depth"))
-def test_an_affine_prediction_is_perfect(space):
-    target = 1 / DEPTH if space == "disparity" else DEPTH
+@pytest.mark.parametrize("space, target", (("disparity", 1 / DEPTH), ("depth", DEPTH), ("log", np.log(DEPTH)),
+                                           ("log", -np.log(DEPTH))))
+def test_an_affine_prediction_is_perfect(space, target):
     aligned = align((target - 0.3) / 1.7, DEPTH, VALID, space)
     scores = depth_scores(aligned, DEPTH, VALID)
     assert scores["abs_rel"] < 1e-6 and scores["rmse"] < 1e-6 and scores["delta1"] == 1
@@ -44,11 +45,28 @@ def test_the_wrong_space_shows():
     assert wrong["abs_rel"] > 0.1
 
 
-@pytest.mark.parametrize("space", ("disparity", "depth"))
-def test_a_constant_prediction_gets_the_best_constant(space):
+@pytest.mark.parametrize("space, want", (("disparity", 1 / np.mean(1 / DEPTH[VALID])),
+                                         ("depth", DEPTH[VALID].mean()),
+                                         ("log", np.exp(np.log(DEPTH[VALID]).mean()))))
+def test_a_constant_prediction_gets_the_best_constant(space, want):
     aligned = align(np.full_like(DEPTH, 0.7), DEPTH, VALID, space)
-    want = 1 / np.mean(1 / DEPTH[VALID]) if space == "disparity" else DEPTH[VALID].mean()
     assert np.allclose(aligned, want)
+
+
+def test_log_is_fitted_by_least_squares():
+    """Scale and shift, read off where the prediction is 0 and 1, are lstsq's; what overflows is clipped."""
+    noisy = -0.4 * np.log(DEPTH) + 2 + np.random.default_rng(1).normal(0, 0.1, DEPTH.shape)
+    hidden = np.argwhere(~VALID)[:3]
+    for (y, x), value in zip(hidden, (0.0, 1.0, -1e6)):  # not scored, mapped all the same
+        noisy[y, x] = value
+    aligned = align(noisy, DEPTH, VALID, "log")
+    columns = np.stack([noisy[VALID], np.ones(VALID.sum())], 1)
+    scale, shift = np.linalg.lstsq(columns, np.log(DEPTH[VALID]), rcond=None)[0]
+    zero, one, huge = aligned[tuple(hidden.T)]
+    assert scale < 0 and np.log(zero) == pytest.approx(shift) and np.log(one / zero) == pytest.approx(scale)
+    assert np.isfinite(huge) and huge > 1e300
+    metric = metrics_of(["depth"], Rules("log", (0.4, 9.0)))["depth"]
+    assert metric.aligned(DEPTH, noisy, VALID).max() == 9
 
 
 def test_depth_scores_by_hand():
@@ -470,6 +488,64 @@ def test_truth_is_resized_as_training_resizes_it():
     seg = ceiling(64).pixels("seg", scene.seg)
     assert len(np.unique(edges)) > 2
     assert len(np.unique(seg.reshape(3, -1), axis=1).T) <= len(toy_scenes.PALETTE)
+
+
+@pytest.mark.parametrize("norm, most", (("minmax", 1e-5), ("quantile", 0.05)))
+def test_ceiling_and_mean_map_speak_as_the_model(norm, most):
+    """Of an autoencoder without loss the ceiling is perfect in log, but for what quantiles cut off; the mean
+    map is the mean of what training saw.
+    """
+    shown, source = Shown(depth_norm=norm, depth_target="log"), Toy(2)
+    source.modalities, rules = ["depth"], Rules("log", (1e-3, 100))
+    perfect = Ceiling(Pixels(), 64, metrics_of(["depth"], rules), shown)
+    got = results(evaluate(source, {"ceiling": perfect}, rules)["ceiling"])["abs_rel"]
+    assert got < most and (norm == "minmax" or got > 1e-4)
+    maps = []
+    for seed in range(2):
+        near = -np.log(toy_scenes.render(seed).depth)
+        low, high = np.quantile(near, (0, 1) if norm == "minmax" else (0.02, 0.98))
+        maps.append(((near - low) / (high - low)).clip(0, 1))
+    assert np.allclose(evaluation.mean_map(2, shown)["depth"], np.mean(maps, 0), atol=1e-5)
+
+
+def test_the_checkpoint_says_the_alignment(command, monkeypatch, tmp_path):
+    """A model that learned log depth is aligned in log, in training, too; --alignment wins."""
+    monkeypatch.setattr(evaluation, "mean_map", functools.partial(evaluation.mean_map, 4))
+    checkpoint = load_checkpoint("demo/mmgen.pt")
+    meta = checkpoint["config"]["meta"]
+    meta["shown"] = {"depth_target": "log"}
+    torch.save(checkpoint, tmp_path / "log.pt")
+    for more, space, why in (((), "log", "log.pt learned log"),
+                             (("--alignment", "disparity"), "disparity", "by --alignment")):
+        said = command("eval_depth", "--toy", 1, *FEW, "--ckpt", tmp_path / "log.pt", "--modality", "depth",
+                       "--out", tmp_path / "o", "--json", tmp_path / "j.json", *more)
+        assert f"predictions are aligned in {space} (" in said and why in said and f"({space})" in said
+        result = json.loads((tmp_path / "j.json").read_text())
+        assert result["recipe"]["alignment"].startswith(space) and result["recipe"]["depth_target"] == "log"
+        assert result["ceiling"]["abs_rel"] < result["mean_map"]["abs_rel"]
+    objective = types.SimpleNamespace(meta=meta, predicts=["depth"], device=torch.device("cpu"))
+    assert evaluation.Trial(Toy(1), objective).rules.alignment == "log"
+    del meta["shown"]
+    assert evaluation.Trial(Toy(1), objective).rules.alignment == "disparity"
+
+
+def test_predictions_in_log_are_said_so(command, tmp_path):
+    """Arrays of minus log depth score 0; sample.py's say in meta.json what they are, and are no truth."""
+    for folder in ("pred", "gt"):
+        (tmp_path / folder).mkdir()
+    np.save(tmp_path / "gt/a.npy", DEPTH)
+    np.save(tmp_path / "pred/a.npy", -np.log(DEPTH))
+    (tmp_path / "pred/meta.json").write_text(json.dumps(dict(checkpoint_sha256="", depth_target="log",
+                                                             palette=None)))
+    flags = ("--pred", tmp_path / "pred", "--gt", tmp_path / "gt", "--modality", "depth",
+             "--out", tmp_path / "o", "--json", tmp_path / "j.json")
+    with pytest.raises(InputError, match="holds log .*add --alignment log"):
+        command("eval_depth", *flags)
+    command("eval_depth", *flags, "--alignment", "log")
+    assert json.loads((tmp_path / "j.json").read_text())["abs_rel"] < 1e-6
+    with pytest.raises(InputError, match="--gt .*: holds a model's log depth, which is no truth"):
+        command("eval_depth", "--pred", tmp_path / "gt", "--gt", tmp_path / "pred", "--modality", "depth",
+                "--out", tmp_path / "p")
 
 
 def test_an_image_without_a_score_is_no_case():

@@ -4,7 +4,8 @@ import pytest
 from PIL import Image
 
 from distributed import InputError
-from modalities import MODALITIES, PLAIN, Flat, Scalar, Vector, canny, centre_crop
+from modalities import (MODALITIES, PLAIN, PLAINLY, Flat, Scalar, Shown, Vector, canny, centre_crop,
+                        shown_of)
 
 
 def read(path, modality, facts=PLAIN, **options):
@@ -95,3 +96,49 @@ def test_arrays_are_checked_and_flat_ones_stay_flat(tmp_path):
     for name, modality in (("normal", "normal"), ("solid", "depth"), ("zip", "depth"), ("header", "depth")):
         with pytest.raises(InputError, match=f"{name}.npy"):
             read(tmp_path / f"{name}.npy", modality)
+
+
+def test_depth_is_stretched_between_the_quantiles_of_its_known_pixels(tmp_path):
+    """Of 0 to 100 they are 2 and 98; ten unknown pixels, filled with 100, would draw the second up. Of the
+    left half, 0 to 50, they are 1 and 49.
+    """
+    def left(image, nearest=False):
+        return image.crop((0, 0, 51, 1))
+
+    row, values = MODALITIES["depth"], np.full((1, 111), np.nan, np.float32)
+    values[0, :101] = np.arange(101)
+    np.save(tmp_path / "d.npy", values)
+    raster = row.open(tmp_path / "d.npy")
+    whole = row.pixels(raster, shown=Shown(depth_norm="quantile"))
+    assert whole[:, 0, [0, 2, 26, 50, 98, 100, 110]] == pytest.approx(
+        np.tile([-1, -1, -0.5, 0, 1, 1, 1], (3, 1)), abs=1e-6)
+    for over, at in (("crop", {13: -0.5, 25: 0, 49: 1, 50: 1}), ("picture", {0: -1, 26: -0.5, 50: 0})):
+        part = row.pixels(raster, left, Shown(depth_norm="quantile", depth_over=over))[0, 0]
+        assert part[list(at)] == pytest.approx(list(at.values()), abs=1e-6) and len(part) == 51
+
+
+def test_log_depth_is_near_bright_and_of_files_of_depth_alone(tmp_path):
+    """1, 2 and 4 metres or levels lie evenly; what is unknown takes the nearest, 4. A bicubic fit's
+    undershoot beside an edge does not widen the range.
+    """
+    row, log, depth = MODALITIES["depth"], Shown(depth_target="log"), PLAIN._replace(depth_space="depth")
+    for dtype in (np.float32, np.uint16, np.uint8):
+        np.save(tmp_path / "d.npy", np.array([[1, 2, 4, 0]], dtype))
+        found = row.pixels(row.open(tmp_path / "d.npy", depth), shown=log)
+        assert found == pytest.approx(np.tile([1, 0, -1, -1], (3, 1, 1)), abs=1e-6)
+    with pytest.raises(InputError, match="d.npy: depth is learned as its logarithm, .*--depth-space depth"):
+        row.pixels(row.open(tmp_path / "d.npy"), shown=log)
+    edge = np.full((40, 40), 2, np.uint8)
+    edge[:, 20:] = 128
+    np.save(tmp_path / "edge.npy", edge)
+    found = row.pixels(row.open(tmp_path / "edge.npy", depth), lambda image, _: centre_crop(image, 30), log)
+    assert (found[:, :, :8] == 1).all() and found.min() == -1
+    assert "log" in row.meant(log) and row.meant(PLAINLY) == row.meaning
+
+
+def test_what_older_files_do_not_say_of_depth_is_as_it_was():
+    assert shown_of({}, "c.pt") == Shown("crop", "black", "minmax", "disparity") == PLAINLY
+    released = shown_of({"shown": {"depth_over": "picture", "uncovered": "colour"}}, "c.pt")
+    assert released == Shown("picture", "colour", "minmax", "disparity")
+    told = {"depth_norm": "quantile", "depth_target": "log"}
+    assert shown_of({"shown": told}, "c.pt").told() == told

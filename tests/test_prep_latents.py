@@ -249,6 +249,46 @@ def test_maps_are_shown_as_the_released_weights_have_them(tmp_path, command):
         command("prep_latents", *flags, tmp_path / "old")
 
 
+def test_depth_is_learned_in_log_and_between_quantiles(tmp_path, command):
+    """Of 16 bits in millimetres, with unknown pixels: the cache's pixels are those computed here."""
+    depth = np.round(np.geomspace(500, 8000, 48 * 48)).reshape(48, 48).astype(np.uint16)
+    depth[:4] = 0
+    for m, array in (("rgb", np.zeros((48, 48, 3), np.uint8)), ("depth", depth)):
+        (tmp_path / "t" / m).mkdir(parents=True)
+        Image.fromarray(array).save(tmp_path / "t" / m / "a.png")
+    flags = ("--data", tmp_path / "t", "--vae", "none", "--size", 48, "--no-dino", "--out")
+    with pytest.raises(InputError, match="t: depth is learned as its logarithm, .*by default"):
+        command("prep_latents", *flags, tmp_path / "no", "--depth-target", "log")
+    assert not (tmp_path / "no").exists()
+    command("prep_latents", *flags, tmp_path / "log", "--depth-space", "depth", "--depth-target", "log",
+            "--depth-norm", "quantile")
+    cache = dataset.Cache(tmp_path / "log")
+    assert cache.meta["shown"] == {"depth_over": "picture", "uncovered": "colour", "depth_norm": "quantile",
+                                   "depth_target": "log"}
+    near = -np.log(depth[4:] / 1000)
+    low, high = np.quantile(near, (0.02, 0.98))
+    want = ((near - low) / (high - low)).clip(0, 1) * 255
+    assert np.abs(cache.array("depth")[0][:, 4:] - want).max() <= 1
+    assert (cache.array("depth")[0][:, :4] == cache.array("depth")[0][:, 4:5]).all()  # the nearest known
+    command("prep_latents", *flags, tmp_path / "plain")
+    command("prep_latents", *flags, tmp_path / "told", "--depth-norm", "minmax", "--depth-target",
+            "disparity")
+    for name in ("meta.json", "depth.npy"):
+        assert (tmp_path / "plain" / name).read_bytes() == (tmp_path / "told" / name).read_bytes()
+    with pytest.raises(InputError, match="--depth-target of the cache"):
+        command("prep_latents", *flags, tmp_path / "plain", "--depth-norm", "quantile")
+
+
+def test_the_toy_world_knows_its_log_depth(cache, tmp_path, command):
+    flags = ("--toy", 2, "--vae", "none", "--no-dino", "--out", tmp_path / "log", "--depth-target", "log")
+    command("prep_latents", *flags)
+    held = dataset.Cache(tmp_path / "log")
+    assert held.meta["shown"] == {"depth_target": "log"} and "shown" not in dataset.read_meta(cache)
+    far = np.log(toy_scenes.render(1).depth)
+    want = (far.max() - far) / np.ptp(far) * 255
+    assert np.abs(held.array("depth")[1] - want).max() <= 1
+
+
 def test_a_repaired_picture_is_taken_up(tree, tmp_path, command):
     path, out = first(tree), tmp_path / "out"
     whole = path.read_bytes()

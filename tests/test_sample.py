@@ -397,9 +397,42 @@ def test_a_given_map_is_written_as_it_was_given(tmp_path):
         fit = sample.fit_of(mode, 64, 16)
         read = sample.read_input(request, fit, mode == "full", {"seg": PLAIN}, Shown(uncovered="colour"))
         assert read.pixels["seg"][:, 0, 0].max() > -1 and (read.whole["seg"][:, :, :32] == -1).all()
-    for shown in ({"depth_over": "banana"}, {"depth_over": ["crop"]}, {"x": 1}, 3):
+    for shown in ({"depth_over": "banana"}, {"depth_over": ["crop"]}, {"x": 1}, 3,
+                  {"depth_norm": "log"}, {"depth_target": None}):
         with pytest.raises(InputError, match="c.pt: says shown = "):
             shown_of({"shown": shown}, "c.pt")
+
+
+def test_a_model_of_log_depth_is_shown_and_speaks_it(command, monkeypatch, tmp_path):
+    """Given 1 to 4 metres it is shown minus their logarithms, and gives them back in [0, 1]; files of
+    disparity are refused before anything is written.
+    """
+    checkpoint = load_checkpoint(CKPT)
+    checkpoint["config"]["meta"]["shown"] = {"depth_target": "log", "depth_norm": "quantile"}
+    torch.save(checkpoint, tmp_path / "log.pt")
+    depth = np.tile(np.linspace(1, 4, 64, dtype=np.float32), (64, 1))
+    np.save(tmp_path / "d.npy", depth)
+    shown, read_input = [], sample.read_input
+
+    def watched(*args, **options):
+        shown.append(read_input(*args, **options))
+        return shown[-1]
+
+    monkeypatch.setattr(sample, "read_input", watched)
+    flags = ("--task", "condition", "--given", "depth", "--image", tmp_path / "d.npy", *ONE_STEP,
+             "--ckpt", tmp_path / "log.pt", "--out", tmp_path / "o")
+    with pytest.raises(InputError, match="d.npy: depth is learned as its logarithm"):
+        command("sample", *flags)
+    assert not (tmp_path / "o").exists()
+    said = command("sample", *flags, "--depth-space", "depth")
+    assert "the model speaks log" in said and "(depth_target log)" in said
+    near = 1 - np.log(depth) / np.log(4)
+    assert np.allclose(np.load(tmp_path / "o/depth/d.npy"), near, atol=1e-5)
+    low, high = np.quantile(near, (0.02, 0.98))
+    assert np.allclose(shown[0].pixels["depth"][0], ((near - low) / (high - low) * 2 - 1).clip(-1, 1),
+                       atol=1e-5)
+    meta = json.loads((tmp_path / "o/meta.json").read_text())
+    assert meta["depth_target"] == "log" and meta["outputs"]["depth"].startswith("minus log depth")
 
 
 def test_panels_show_all_maps_of_each_sample(command, tmp_path):
