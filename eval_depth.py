@@ -25,11 +25,11 @@ import samplers
 from distributed import (barrier, check, check_apart, check_folder, check_replaced, command_parser, reading,
                          run, setup, whole_file, write_json)
 from evaluation import (Ceiling, Checkpoint, Files, Pairs, ScanNet, Toy, Tree, compared, dense,
-                        depth_space_of, evaluate, guess, panels_of, sampled)
+                        evaluate, guess, panels_of)
 from locks import only_writer
 from metrics import SEGMENTATION, UNKNOWN, Rules, metrics_of, print_table, results
 from modalities import MODALITIES, PLAIN, PLAINLY, VOID, draw_grid, shown_of, write_facts
-from trees import facts_of, read_palette
+from trees import facts_of, read_palette, sampled
 from vae import encoder_of
 from weights import load_model, newest_checkpoint
 
@@ -217,8 +217,6 @@ def truth_of(args, meta, alignment):
         return Tree(args.data, meta, facts)
     if facts.said == PLAIN.said:
         made = sampled(args.gt)
-        check(depth_space_of(made) != "log", f"--gt {args.gt}: holds a model's log depth, which is no truth; "
-              "give files of depth or disparity")
         facts = facts._replace(depth_space="disparity" if made else "depth",
                                said="by its meta.json" if made else facts.said)
     return Pairs(args.pred, args.gt, args.modality, alignment, facts)

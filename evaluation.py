@@ -6,7 +6,6 @@ one modality; evaluate() brings them together and knows nothing else of them.
 """
 import functools
 import hashlib
-import json
 import os
 import random
 import time
@@ -24,7 +23,7 @@ from distributed import InputError, barrier, check, gather, place, reading, shar
 from metrics import Rules, metric_class, metrics_of, results
 from modalities import (MODALITIES, PLAIN, PLAINLY, check_turned, draw_grid, draw_samples, draw_sheet,
                         is_array, nearest_colour, shown_of, spoken, turned_of)
-from trees import facts_of, find_pictures, flat_name, folders_of, pictures_by_stem, stem_of
+from trees import facts_of, find_pictures, flat_name, folders_of, pictures_by_stem, sampled, stem_of
 from vae import encoder_of, latents
 from weights import classes_of
 
@@ -59,20 +58,6 @@ def matched(sides):
 def dense():
     """The modalities that are predicted."""
     return [m for m in MODALITIES if m != "rgb"]
-
-
-def sampled(folder):
-    """The meta.json of a folder that sample.py made; {} of any other."""
-    try:
-        meta = json.loads((folder / "meta.json").read_text())
-        return meta if "checkpoint_sha256" in meta else {}
-    except (OSError, ValueError, TypeError):
-        return {}
-
-
-def depth_space_of(made):
-    """In what sample.py, of this meta.json, wrote depth: "disparity", or "log"."""
-    return "log" if made.get("depth_target") == "log" else "disparity"
 
 
 def available(given):
@@ -293,7 +278,7 @@ class Pairs(Files):
         facts = facts_of(pred)
         space = None if facts.said == PLAIN.said else facts.depth_space
         if space is None and sampled(pred):
-            space = depth_space_of(sampled(pred))
+            space = "disparity"
         check(not files or space in (None, self.alignment), f"--pred {pred}: holds {space} ({facts.said}); "
               f"add --alignment {space}")
         for path in files if space is None else ():

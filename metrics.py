@@ -257,9 +257,11 @@ class Depth(Metric):
     def read(kind, raster):
         """-> metres, float64 (H, W), NaN where unknown; of disparity without a unit its inverse.
 
-        Raises InputError for depth without a unit.
+        Raises InputError for depth without a unit, and for a model's log depth, which is no truth.
         """
         values, facts = raster.values, raster.facts
+        check(facts.depth_space != "log", f"{raster.path}: holds a model's log depth ({facts.said}), which "
+              "is no truth; give files of depth or disparity")
         known = np.ones(values.shape, bool) if raster.known is None else raster.known
         if facts.depth_space == "disparity":
             disparity = Scalar.array(kind, raster).astype(np.float64)  # of levels in [0, 1]

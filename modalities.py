@@ -33,7 +33,7 @@ def as_it_is(image, nearest=False):
 
 class Facts(NamedTuple):
     """What the files of a data set hold, where that can be read in two ways."""
-    depth_space: str = "disparity"  # or "depth"
+    depth_space: str = "disparity"  # or "depth", or "log", minus log depth, of a model's samples alone
     depth_unit: float = None        # metres of a level of integer depth; None: a millimetre, of 16 bits
     depth_void: float = None        # value of unknown depth or disparity, beside what cannot be one
     seg_mode: str = None            # "semantic" or "instance"; None: nobody says
@@ -355,10 +355,12 @@ def spoken(depth, target):
 
 
 def check_target(place, facts, target):
-    """Raise InputError where files of disparity, whose shift nobody knows, would be needed as log depth."""
-    check(target != "log" or facts.depth_space == "depth", f"{place}: depth is learned as its logarithm, "
-          f"and that of {facts.depth_space} ({facts.said}) is not known up to scale and shift; if the files "
-          "hold depth, say so by --depth-space depth or in tree.json")
+    """Raise InputError where files of depth do not hold, nor can be turned to, what is learned: disparity and
+    log depth, known up to scale and shift alone, cannot be turned to each other.
+    """
+    check(facts.depth_space in ("depth", target), f"{place}: depth is learned as {target}, the files hold "
+          f"{facts.depth_space} ({facts.said}), which cannot be turned to it; if they hold depth, say so by "
+          "--depth-space depth or in tree.json")
 
 
 class Kind:
@@ -583,8 +585,8 @@ def span_of(values, norm):
 
 
 class Disparity(Scalar):
-    """Relative disparity, near is bright: files of any scale, which hold it or, of facts.depth_space "depth",
-    depth; the network's, or minus log depth, is stretched to the range of the known pixels.
+    """Relative disparity or minus log depth, near is bright: files of any scale, which hold it or, of
+    facts.depth_space "depth", depth; the network's is stretched to the range of the known pixels.
     """
 
     def meant(self, shown):
@@ -611,9 +613,9 @@ class Disparity(Scalar):
 
     def spoken(self, raster, fit, target):
         """A Raster through a fit -> what is learned, float32 (h, w), not yet scaled."""
-        if target == "disparity":
-            return self.array(raster, fit)
         check_target(raster.path, raster.facts, target)
+        if target == "disparity" or raster.facts.depth_space == "log":
+            return self.array(raster, fit)
         least = max(raster.fitted(as_it_is).min(), np.finfo(np.float32).tiny)  # bicubic goes below it
         return spoken(np.maximum(raster.fitted(fit).astype(np.float32), least), target)
 

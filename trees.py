@@ -202,23 +202,41 @@ def beside(files, modalities):
 # ------------------------------------------------------------------------------------------------
 # What files hold.
 
-def tree_of(location):
-    """The tree.json of the tree that a file or folder lies in, or None."""
+def roots_of(location):
+    """The folders that may be the root of the tree that a file or folder lies in."""
     roots = []
     for path in (pathlib.Path(os.path.abspath(location)), pathlib.Path(os.path.realpath(location))):
         roots += [path] if path.is_dir() else []
         roots += [inner.parent for inner in (path, *path.parents) if inner.name in (*MODALITIES, *ALIASES)]
-    return next((root / "tree.json" for root in roots if (root / "tree.json").is_file()), None)
+    return roots
+
+
+def tree_of(location):
+    """The tree.json of the tree that a file or folder lies in, or None."""
+    return next((root / "tree.json" for root in roots_of(location) if (root / "tree.json").is_file()), None)
+
+
+def sampled(folder):
+    """The meta.json of a folder that sample.py made; {} of any other."""
+    try:
+        meta = json.loads((folder / "meta.json").read_text())
+        return meta if "checkpoint_sha256" in meta else {}
+    except (OSError, ValueError, TypeError):
+        return {}
 
 
 def facts_of(location, depth_space=None, palette=None):
-    """What the files at a location hold: Facts of its tree.json; what flags say goes before it.
+    """What the files at a location hold: Facts of its tree.json, of a model's log depth those of the samples'
+    meta.json; what flags say goes before it.
 
     palette: uint8 (K, 3). Raises InputError for a tree.json that cannot be read.
     """
     path, facts = tree_of(location), Facts()
     if path is not None:
         facts = read_facts(path)
+    for root in roots_of(location) if path is None else ():
+        if sampled(root).get("depth_target") == "log":
+            facts = Facts(depth_space="log", said=f"by {root / 'meta.json'}")
     if depth_space is not None:
         facts = facts._replace(depth_space=depth_space, said="by --depth-space")
     return facts if palette is None else facts._replace(palette=palette)

@@ -543,7 +543,7 @@ def test_predictions_in_log_are_said_so(command, tmp_path):
         command("eval_depth", *flags)
     command("eval_depth", *flags, "--alignment", "log")
     assert json.loads((tmp_path / "j.json").read_text())["abs_rel"] < 1e-6
-    with pytest.raises(InputError, match="--gt .*: holds a model's log depth, which is no truth"):
+    with pytest.raises(InputError, match="a.npy: holds a model's log depth .*is no truth"):
         command("eval_depth", "--pred", tmp_path / "gt", "--gt", tmp_path / "pred", "--modality", "depth",
                 "--out", tmp_path / "p")
 

@@ -126,7 +126,7 @@ def test_log_depth_is_near_bright_and_of_files_of_depth_alone(tmp_path):
         np.save(tmp_path / "d.npy", np.array([[1, 2, 4, 0]], dtype))
         found = row.pixels(row.open(tmp_path / "d.npy", depth), shown=log)
         assert found == pytest.approx(np.tile([1, 0, -1, -1], (3, 1, 1)), abs=1e-6)
-    with pytest.raises(InputError, match="d.npy: depth is learned as its logarithm, .*--depth-space depth"):
+    with pytest.raises(InputError, match="d.npy: depth is learned as log, .*--depth-space depth"):
         row.pixels(row.open(tmp_path / "d.npy"), shown=log)
     edge = np.full((40, 40), 2, np.uint8)
     edge[:, 20:] = 128

@@ -257,7 +257,7 @@ def test_depth_is_learned_in_log_and_between_quantiles(tmp_path, command):
         (tmp_path / "t" / m).mkdir(parents=True)
         Image.fromarray(array).save(tmp_path / "t" / m / "a.png")
     flags = ("--data", tmp_path / "t", "--vae", "none", "--size", 48, "--no-dino", "--out")
-    with pytest.raises(InputError, match="t: depth is learned as its logarithm, .*by default"):
+    with pytest.raises(InputError, match="t: depth is learned as log, .*by default"):
         command("prep_latents", *flags, tmp_path / "no", "--depth-target", "log")
     assert not (tmp_path / "no").exists()
     command("prep_latents", *flags, tmp_path / "log", "--depth-space", "depth", "--depth-target", "log",

@@ -421,7 +421,7 @@ def test_a_model_of_log_depth_is_shown_and_speaks_it(command, monkeypatch, tmp_p
     monkeypatch.setattr(sample, "read_input", watched)
     flags = ("--task", "condition", "--given", "depth", "--image", tmp_path / "d.npy", *ONE_STEP,
              "--ckpt", tmp_path / "log.pt", "--out", tmp_path / "o")
-    with pytest.raises(InputError, match="d.npy: depth is learned as its logarithm"):
+    with pytest.raises(InputError, match="d.npy: depth is learned as log"):
         command("sample", *flags)
     assert not (tmp_path / "o").exists()
     said = command("sample", *flags, "--depth-space", "depth")
@@ -433,6 +433,11 @@ def test_a_model_of_log_depth_is_shown_and_speaks_it(command, monkeypatch, tmp_p
                        atol=1e-5)
     meta = json.loads((tmp_path / "o/meta.json").read_text())
     assert meta["depth_target"] == "log" and meta["outputs"]["depth"].startswith("minus log depth")
+    again = ("--task", "condition", "--given", "depth", "--image", tmp_path / "o/depth", *ONE_STEP)
+    command("sample", *again, "--ckpt", tmp_path / "log.pt", "--out", tmp_path / "again")  # what it spoke
+    assert np.allclose(shown[-1].pixels["depth"], shown[0].pixels["depth"], atol=1e-5)
+    with pytest.raises(InputError, match="depth is learned as disparity, the files hold log .*o/meta.json"):
+        command("sample", *again, "--out", tmp_path / "p")
 
 
 def test_panels_show_all_maps_of_each_sample(command, tmp_path):
