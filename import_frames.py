@@ -137,9 +137,8 @@ def find_frames(root, row, scene=None):
     there is none, and where a given scene would unite several.
     """
     check(root.is_dir(), f"--root {root}: no such folder")
-    paths = sorted(path for path, why in walk(root) if why is None)
-    patterns = {m: [re.compile(text) for text in texts] for m, texts in row.files.items()}
-    found = {m: _matching(paths, root, texts) for m, texts in patterns.items()}
+    paths = {path.relative_to(root).as_posix(): path for path, why in walk(root) if why is None}
+    found = {m: _matching(paths, patterns) for m, patterns in row.files.items()}
     found = {m: files for m, files in found.items() if files}
     missing = " and no ".join(m for m in row.files if m not in found)
     check("rgb" in found and len(found) > 1, f"--root {root}: has no {missing} of this format among its "
@@ -166,12 +165,12 @@ def _in_order(key):
     return [natural(part) for part in key]
 
 
-def _matching(paths, root, patterns):
-    """{(scene, view, name): path} of the paths that fit one of the patterns; the first one goes before."""
+def _matching(paths, patterns):
+    """{(scene, view, name): path} of {name below the root: path} that fit a pattern, the first one before."""
     found = {}
-    for pattern in patterns:
-        for path in paths:
-            fit = pattern.fullmatch(path.relative_to(root).as_posix())
+    for pattern in map(re.compile, patterns):
+        for below, path in paths.items():
+            fit = pattern.fullmatch(below)
             if fit:
                 named = fit.groupdict()
                 found.setdefault((named["scene"] or "", named.get("view") or "", named["name"]), path)
@@ -588,9 +587,16 @@ def _save_rgb(place, rasters):
 # ------------------------------------------------------------------------------------------------
 
 def told_of(recipe, frames, classes):
-    """What tree.json says of the files that will be written."""
-    row, first, told = recipe.row, frames[0], {}
-    told["classes"] = None if classes else "none"
+    """What tree.json will say of the files; classes: whether scenes are. Raises InputError where it says
+    otherwise now.
+    """
+    row, first, path = recipe.row, frames[0], recipe.out / "tree.json"
+    held = read_facts(path) if path.is_file() else None
+    if held is not None:
+        none = held.classes == "none"
+        check(none != classes, f"{path}: its folders are {'no ' if none else ''}classes; use another folder, "
+              f"or {'leave away' if none else 'add'} --scene-is-class")
+    told = {} if classes else {"classes": "none"}
     if "depth" in first.files:
         told.update(depth_space=row.depth_space, depth_void=0)
         if row.depth_space == "depth" and not is_array(first.files["depth"]) and not row.along_ray:
@@ -599,11 +605,11 @@ def told_of(recipe, frames, classes):
         told.update(seg_mode="semantic", void=row.void)
         if row.palette is not None:
             told["palette"] = [list(colour) for colour in row.palette]
-    return {**told, **_told_focal(recipe, frames)}
+    return {**told, **_told_focal(recipe, frames, held or Facts())}
 
 
-def _told_focal(recipe, frames):
-    """The focal length that tree.json will say, {} for none: what it says already where that agrees.
+def _told_focal(recipe, frames, held):
+    """The focal length that tree.json will say, {} for none: that of the held Facts where they agree.
 
     Raises InputError where scenes do not agree.
     """
@@ -618,8 +624,6 @@ def _told_focal(recipe, frames):
     width = recipe.row.width
     if recipe.focal is not None:
         width = read_depth(frames[0].files["depth"], recipe.row.depth_space).size[0]
-    path = recipe.out / "tree.json"
-    held = read_facts(path) if path.is_file() else Facts()
     if held.focal and held.focal_width and abs(held.focal / held.focal_width / focals[first] - 1) <= AGREE:
         return {"focal": held.focal, "focal_width": held.focal_width}
     return {"focal": round(focals[first] * width, 4), "focal_width": width}

@@ -364,7 +364,7 @@ def test_other_scenes_add_to_a_tree_and_others_of_a_name_are_refused(mine, done,
     done(*mine, "--scene", "two", "--frames", "1:2")
     assert len(list((tmp_path / "tree/rgb/two").iterdir())) == 2
     refused(done, "tree.json: says focal = 20.*another folder", *mine, "--focal", 30, "--scene", "three")
-    refused(done, "tree.json: says classes = none", *mine, "--scene-is-class", "--scene", "three")
+    refused(done, "tree.json: its folders are no classes", *mine, "--scene-is-class", "--scene", "three")
     save(tmp_path / "mine/color/0.png", photo(99))
     refused(done, "one/0.png: is there, and of another picture", *mine, "--scene", "one")
     with only_writer(tmp_path / "tree"):
@@ -376,6 +376,8 @@ def test_scenes_can_be_classes(mine, done, command, tmp_path):
     command("prep_latents", "--data", tmp_path / "tree", "--out", tmp_path / "cache", "--vae", "none",
             "--no-dino", "--size", 12)
     assert json.loads((tmp_path / "cache/meta.json").read_text())["class_names"] == ["mine"]
+    assert "classes" not in json.loads((tmp_path / "tree/tree.json").read_text())
+    refused(done, "tree.json: its folders are classes", *mine, "--scene", "three")
 
 
 def test_what_does_not_fit_is_named(mine, done, tmp_path):
