@@ -25,7 +25,7 @@ import samplers
 from distributed import (barrier, check, check_apart, check_folder, check_replaced, command_parser, reading,
                          run, setup, whole_file, write_json)
 from evaluation import (Ceiling, Checkpoint, Files, Pairs, ScanNet, Toy, Tree, compared, dense,
-                        evaluate, guess, panels_of)
+                        evaluate, guess, mean_of, panels_of, repeated)
 from locks import only_writer
 from metrics import SEGMENTATION, UNKNOWN, Rules, metrics_of, print_table, results
 from modalities import MODALITIES, PLAIN, PLAINLY, VOID, draw_grid, shown_of, write_facts
@@ -179,6 +179,8 @@ def arguments():
          help="depths that are scored")
     flag("--depth-space", choices=SPACES, help="what true depth files hold; default: what their tree.json "
          "says, else disparity of --data, depth of --gt")
+    flag("--mean-of", type=Path, metavar="TREE", help="--data: also what the mean of these frames scores, "
+         "those of training, and the remaining gap")
     flag("--axes", choices=("ours", "marigold"), default="ours",
          help="of the true normals; marigold: +x right")
     flag("--seg-mode", choices=list(SEGMENTATION), help="default: the checkpoint's; semantic for --pred")
@@ -199,6 +201,7 @@ def arguments():
     scenes = args.toy is None or 1 <= args.toy <= 10 ** 6
     check(scenes and args.ensemble >= 1 and 0 <= low < high, f"--ensemble {args.ensemble} --toy {args.toy} "
           f"--depth-range {low} {high}: counts from 1 to a million, 0 <= MIN < MAX")
+    check(args.data or not args.mean_of, "--mean-of belongs to --data")
     check(args.scannet or not (args.list or args.num), "--list and --num belong to --scannet")
     check_replaced(args.json, b"{")
     check_apart([args.json, args.scannet and args.out / "frames.txt"],
@@ -293,6 +296,11 @@ def main():
         predictors = {"value": source.predict}
     if args.toy:
         predictors["mean_map"] = functools.partial(guess, shown=shown)
+    if args.mean_of:
+        others = Tree(args.mean_of, loaded.meta, facts_of(args.mean_of, args.depth_space))
+        others.modalities = [m for m in asked if m in others.modalities]
+        maps = mean_of(others, predictors["ceiling"], source.palette)
+        predictors["mean_map"] = functools.partial(repeated, maps=maps)
     with only_writer(args.out):
         if rank == 0:
             check_report(args.out)
@@ -325,7 +333,7 @@ def report(args, source, predict, scored, recipe):
     check(result, f"none of the {total} frames has a valid truth in {', '.join(asked)} "
           f"(depth between {args.depth_range[0]} and {args.depth_range[1]}; unknown pixels are not scored)")
     result |= found
-    if args.toy:
+    if "mean_map" in found:
         ceiling, guessed = found["ceiling"], found["mean_map"]
         headlines = [metric.headline for metric in metrics.values()]
         result["gap"] = {key: (result[key] - ceiling[key]) / (guessed[key] - ceiling[key])

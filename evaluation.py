@@ -22,7 +22,7 @@ import toy_scenes
 from distributed import InputError, barrier, check, gather, place, reading, share, whole_file
 from metrics import Rules, metric_class, metrics_of, results
 from modalities import (MODALITIES, PLAIN, PLAINLY, check_turned, draw_grid, draw_samples, draw_sheet,
-                        is_array, nearest_colour, shown_of, spoken, turned_of)
+                        is_array, nearest_colour, shown_of, spoken, turned_of, unit)
 from trees import facts_of, find_pictures, flat_name, folders_of, pictures_by_stem, sampled, stem_of
 from vae import encoder_of, latents
 from weights import classes_of
@@ -398,9 +398,36 @@ def mean_map(count=2000, shown=PLAINLY):
             "seg": toy_scenes.PALETTE[votes.argmax(-1)]}
 
 
+def mean_of(source, ceiling, palette):
+    """What guessing scores: of all frames of a Source, as the Ceiling shows them to its model, the mean
+    depth, the mean normal and the most frequent colour of the palette uint8 (K, 3); without one no segments.
+    """
+    sums = {}
+    for i in range(len(source.names)):
+        for m, truth in source.frame(i).truth.items():
+            array = MODALITIES[m].from_pixels(ceiling.pixels(m, truth))
+            if m == "seg" and palette is None:
+                continue
+            if m == "seg":
+                array = np.eye(len(palette))[nearest_colour(array, palette)]
+            sums[m] = sums.get(m, 0) + array
+    means = {m: (total / len(source.names)).astype(np.float32) for m, total in sums.items()}
+    if "normal" in means:
+        means["normal"] = unit(means["normal"])
+    if "seg" in means:
+        means["seg"] = palette[means["seg"].argmax(-1)]
+    return means
+
+
+def repeated(frames, maps):
+    """The predictor of the same maps for every frame."""
+    return [{m: MODALITIES[m].resize(map_, frame.truth[m].shape[:2])
+             for m, map_ in maps.items() if m in frame.truth} for frame in frames]
+
+
 def guess(frames, shown=PLAINLY):
-    """The predictor of the mean map."""
-    return [mean_map(shown=shown)] * len(frames)
+    """The predictor of the toy world's mean map."""
+    return repeated(frames, mean_map(shown=shown))
 
 
 # ------------------------------------------------------------------------------------------------

@@ -309,8 +309,9 @@ def recipes_alone():
 
 def recipes_together():
     rows = [[name, str(len(runs)), *last_scores(runs)] for name, runs in searched("long").items()]
-    rows += [[f"{name}, ended at 16,800", str(len(runs)), *last_scores(runs)]
-             for name, runs in searched("short").items()]
+    for name, runs in searched("short-").items():
+        name = f"{name.removeprefix('short-')}, decayed and ended at 16,800 samples, on a CPU"
+        rows.append([name, str(len(runs)), *last_scores(runs)])
     return table(scored_head("48,000 samples", "seeds"), rows)
 
 
