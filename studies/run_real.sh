@@ -1,43 +1,74 @@
 #!/bin/sh
-# Real frames: two rooms with depth and normals, driving scenes with labels, and all in one model.
-#     REAL=DIR sh studies/run_real.sh        # DIR holds kitchen, livingroom, camvid and taesd
-# Each run is scored as soon as it is trained; finished ones are not repeated, several copies of this script
-# share them out. The figures land in results/real/.
+# Real frames: two rooms with depth and normals, driving scenes with labels, each in a model of its own and
+# all three in one.
+#     REAL=DIR sh studies/run_real.sh        # DIR has kitchen, livingroom, camvid and taesd
+# Finished runs are not repeated; several copies of this script share them out. Scores land in results/real/.
 set -e
 cd "$(dirname "$0")/.."
-DATA=${DATA:-data/real} RUNS=${RUNS:-runs/real} OUT=${OUT:-results/real} STEPS=${STEPS:-2000}
-SEEDS=${SEEDS:-0 1 2}
-COMMON="--recipe better --model T/2 --batch-size 16 --precision fp32 ${COMPILE---compile} --repa-weight 0 \
-    --lr 1e-3 --decay-from $((STEPS * 3 / 5)) --decay-to $STEPS --ckpt-every 100000 --preview-every 100000"
-SCORE="--sampler euler --steps 2 --batch-size 16"
+DATA=${DATA:-data/real} RUNS=${RUNS:-runs/real} OUT=${OUT:-results/real}
+SEEDS=${SEEDS:-0}
 mkdir -p "$DATA" "$RUNS" "$OUT"
 
-rooms() {  # tree, frames of the kitchen, of the living room, every
-    python import_frames.py --format generic --color "$REAL/kitchen/color" --depth "$REAL/kitchen/depth" \
-        --depth-unit 0.001 --focal 156.3 --scene kitchen --frames "$2" --every "$4" --out "$DATA/$1"
-    python import_frames.py --format generic --color "$REAL/livingroom/color" \
-        --depth "$REAL/livingroom/depth" --depth-unit 0.001 --focal 140.3 --scene livingroom \
-        --frames "$3" --every "$4" --out "$DATA/$1"
+room() {  # name, focal length, frames of training, of the test
+    held="--format generic --color $REAL/$1/color --depth $REAL/$1/depth --depth-unit 0.001 --focal $2"
+    python import_frames.py $held --scene "$1" --frames "$3" --out "$DATA/$1-train"
+    python import_frames.py $held --scene "$1" --frames "$4" --every 4 --out "$DATA/$1-test"
 }
 
-prepare() {  # cache, tree, flags
+encode() {  # cache, tree, flags
     cache=$1 tree=$2
     shift 2
-    [ -f "$DATA/$cache/finished" ] || python prep_latents.py --data "$DATA/$tree" --vae "$REAL/taesd" \
-        --size 128 --no-dino --no-class --out "$DATA/$cache" "$@"
-    touch "$DATA/$cache/finished"
+    python prep_latents.py --data "$DATA/$tree" --vae "$REAL/taesd" --size 128 --no-dino \
+        --out "$DATA/$cache" "$@"
 }
 
 (
     flock 9
-    rooms rooms-train 0:799 0:169 1
-    rooms rooms-test 800:999 170:210 4
-    for split in train val test; do
+    [ ! -f "$DATA/ready" ] || exit 0
+    room kitchen 156.3 0:799 800:999
+    room livingroom 140.3 0:169 170:210
+    for split in train test; do
         python import_frames.py --format camvid --root "$REAL/camvid/$split" --scene "$split" \
             --out "$DATA/camvid-$split"
     done
-    prepare rooms rooms-train
-    prepare rooms-log rooms-train --depth-target log
-    prepare rooms-quantile rooms-train --depth-norm quantile
-    prepare camvid camvid-train
+    for set in kitchen livingroom camvid; do
+        encode "c-$set" "$set-train"
+    done
+    python studies/erase.py --data "$DATA/livingroom-train" --columns 0:64 --out "$DATA/erased-train"
+    python studies/erase.py --data "$DATA/livingroom-test" --columns 64:171 --out "$DATA/erased-test"
+    encode c-erased erased-train
+    encode c-kitchen-log kitchen-train --depth-target log
+    encode c-kitchen-quantile kitchen-train --depth-norm quantile
+    touch "$DATA/ready"
 ) 9> "$DATA/lock"
+
+row() {  # script, name, seed, steps, sets to score on, flags
+    script=$1 name=$2_$3 seed=$3 steps=$4 sets=$5
+    shift 5
+    [ ! -f "$OUT/$name.json" ] || return 0
+    (
+        flock -n 9 || exit 0
+        python "$script" --run "$RUNS/$name" --seed "$seed" --steps "$steps" --model T/2 --batch-size 16 \
+            --precision fp32 ${COMPILE---compile} --lr 1e-3 --decay-from $((steps * 3 / 5)) \
+            --decay-to "$steps" --ckpt-every 100000 --preview-every 100000 "$@"
+        python studies/measure_real.py --data "$DATA" --sets $sets --ckpt "$RUNS/$name" \
+            --json "$OUT/$name.json"
+    ) 9> "$RUNS/$name.lock"
+}
+
+ROOMS="$DATA/c-kitchen $DATA/c-livingroom" CAMVID=$DATA/c-camvid KITCHEN=$DATA/c-kitchen
+BETTER="--recipe better --repa-weight 0 --mix photo --equal-weights"
+PAIR="--pair rgb seg --optimiser muon"
+for seed in $SEEDS; do
+    row train.py rooms $seed 2000 "kitchen livingroom" $BETTER --data $ROOMS
+    row train.py camvid $seed 1500 camvid $BETTER --data "$CAMVID"
+    row train.py all $seed 3500 "kitchen livingroom camvid" $BETTER --data $ROOMS "$CAMVID" \
+        --weights 0.471 0.1 0.429
+    row mt_diffusion.py mt-camvid $seed 1200 camvid $PAIR --data "$CAMVID"
+    row mt_diffusion.py mt-single $seed 1200 camvid $PAIR --x-weight 0 --agg none --hidden 0 --data "$CAMVID"
+    row train.py kitchen $seed 700 kitchen $BETTER --data "$KITCHEN"
+    row train.py kitchen-log $seed 700 kitchen $BETTER --data "$KITCHEN-log"
+    row train.py kitchen-quantile $seed 700 kitchen $BETTER --data "$KITCHEN-quantile"
+    row train.py living $seed 500 "livingroom erased" $BETTER --data "$DATA/c-livingroom"
+    row train.py erased $seed 500 "livingroom erased" $BETTER --data "$DATA/c-erased"
+done

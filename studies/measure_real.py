@@ -1,0 +1,64 @@
+"""Score a run of studies/run_real.sh on held-out frames: RGB given, beside the autoencoder and the mean map
+of the training frames.
+
+    python studies/measure_real.py --data data/real --sets kitchen livingroom --ckpt runs/real/rooms_0 \\
+        --json results/real/rooms_0.json
+
+MMGen by two Euler steps; MT-Diffusion by Algorithm 1 in 50. "frames" is the mean over all frames of the sets.
+"""
+import json
+import pathlib
+import tempfile
+
+from record import call, write_json
+
+import eval_depth
+import mt_sample
+from distributed import command_parser, run
+from weights import load_checkpoint
+
+KEPT = ("abs_rel", "delta1", "normal_mean", "normal_median", "pixel_accuracy", "class_accuracy", "miou")
+
+
+def kept(scores):
+    return {key: scores[key] for key in KEPT if key in scores}
+
+
+def score(args, name, method, folder):
+    """What eval_depth.py or mt_sample.py says of one set."""
+    out = folder / f"{name}.json"
+    flags = ["--data", args.data / f"{name}-test", "--ckpt", args.ckpt, "--batch-size", 16, "--json", out]
+    if method == "mmgen":
+        call(eval_depth, *flags, "--mean-of", args.data / f"{name}-train", "--sampler", "euler", "--steps", 2,
+             "--out", folder / "evaluation")
+    else:
+        call(mt_sample, "--task", "evaluate", *flags, "--steps", 50)
+    found = json.loads(out.read_text())
+    beside = {part: kept(found[part]) for part in ("ceiling", "mean_map", "gap") if part in found}
+    return {**kept(found), **beside, "recipe": found["recipe"]}
+
+
+def main():
+    parser = command_parser(__doc__)
+    parser.add_argument("--data", type=pathlib.Path, required=True)
+    parser.add_argument("--sets", nargs="+", required=True, metavar="SET", help="of DATA/SET-test and -train")
+    parser.add_argument("--ckpt", type=pathlib.Path, required=True)
+    parser.add_argument("--json", type=pathlib.Path, required=True)
+    args = parser.parse_args()
+    file = args.ckpt / "latest.pt" if args.ckpt.is_dir() else args.ckpt
+    flags = load_checkpoint(file)["config"]["train"]
+    with tempfile.TemporaryDirectory() as folder:
+        found = {name: score(args, name, flags["method"], pathlib.Path(folder)) for name in args.sets}
+    counts = {name: row["recipe"]["count"] for name, row in found.items()}
+    first = next(iter(found.values()))
+    together = {key: sum(counts[name] * row[key] for name, row in found.items()) / sum(counts.values())
+                for key in kept(first) if all(key in row for row in found.values())}
+    log = (args.ckpt / "log.jsonl").read_text().splitlines() if args.ckpt.is_dir() else []
+    rate = [json.loads(line)["img_per_s"] for line in log if "img_per_s" in line]
+    write_json(args.json, {**found, "frames": together, "train": flags,
+                           "img_per_s_beside_others": sum(rate) / len(rate) if rate else None})
+    print(json.dumps({**{name: kept(row) for name, row in found.items()}, "frames": together}, indent=1))
+
+
+if __name__ == "__main__":
+    run(main)
