@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from safetensors import safe_open
 
 from distributed import InputError, autocast, bare, check, reading, say, sha256, utf8_path
-from taesd import TAESD
 
 SD_CONFIG = dict(channels=(128, 256, 512, 512), layers=2, groups=32, latent_channels=4, scale=0.18215)
 TOY_CONFIG = dict(channels=(32, 64, 64), layers=1, groups=8, latent_channels=4, scale=1.0)
@@ -258,13 +257,12 @@ def timm_model(name, file, remedy, **options):
 
 
 # ------------------------------------------------------------------------------------------------
-# Encoders. An encoder has name, sha256, factor (pixels a latent), channels, scale, and its space: one of the
-# same may stand in for another.
+# Encoders. An encoder has name, sha256, factor (pixels a latent), channels and scale.
 
 class Pixels:
     """No autoencoder: the latents are the pixels."""
 
-    name, sha256, factor, channels, scale, space = "none", None, 1, 3, 1.0, "pixels"
+    name, sha256, factor, channels, scale = "none", None, 1, 3, 1.0
 
     def store(self, pixels):
         """Pixels (N, 3, H, W) in [-1, 1] -> uint8 like it, numpy."""
@@ -293,8 +291,6 @@ class KL:
         self.vae = load_vae(name).to(device)
         self.sha256 = sha256(self.vae.path)
         self.factor, self.channels, self.scale = self.vae.factor, self.vae.latent_channels, self.vae.scale
-        as_released = {**self.vae.config, "channels": tuple(self.vae.config["channels"])} == SD_CONFIG
-        self.space = "sd" if as_released else self.sha256
 
     @torch.inference_mode()
     def store(self, pixels):
@@ -324,30 +320,17 @@ class KL:
 
 
 def load_encoder(name, device):
-    """The encoder "toy", "sd-mse", "sd-ema", "taesd", "none", of a file, or of a folder with TAESD's two.
-
-    Raises InputError as load_vae and TAESD do.
-    """
-    if name == "none":
-        return Pixels()
-    tiny = name == "taesd" or pathlib.Path(name).is_dir()
-    return TAESD(name, device) if tiny else KL(name, device)
+    """The encoder "toy", "sd-mse", "sd-ema", "none" or of a file. InputError as of load_vae."""
+    return Pixels() if name == "none" else KL(name, device)
 
 
 def encoder_of(meta, device, name=None):
     """The encoder of a cache or checkpoint, from its meta.json's name or from `name`.
 
-    Its scale is that of the cache's latents. One of Stable Diffusion's latents may be named in the place of
-    another, which is said. Raises InputError where the file behind the name is another autoencoder, or meta
-    does not tell its file and it has another scale.
+    Its scale is that of the cache's latents. Raises InputError where the file behind the name is another
+    autoencoder, or meta does not tell its file and it has another scale.
     """
     encoder = load_encoder(name or meta["vae"], device)
-    space = meta.get("space", "sd" if meta["vae"] in RELEASED else None)
-    other = encoder.scale != meta["scale"] or meta["vae_sha256"] not in (None, encoder.sha256)
-    if name and other and encoder.space == space == "sd":
-        say(f"--vae {name}: in the place of {meta['vae']}, with which the model was trained; both have the "
-            "latents of Stable Diffusion")
-        return encoder
     same = meta["vae_sha256"] in (None, encoder.sha256)  # None: released weights do not say
     check((encoder.name == "none") == (meta["vae"] == "none") and same,
           f"--vae {name or meta['vae']}: not the VAE of the training cache, which is {meta['vae']} "
