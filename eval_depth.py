@@ -273,7 +273,7 @@ def main():
         size = loaded.meta["resolution"]
         drawn = Checkpoint(loaded.model, size, encoder, sampling, fresh, args.seed, args.ensemble)
         predictors = {"value": drawn, "ceiling": Ceiling(encoder, size, fresh)}
-        recipe |= dict(ensemble=args.ensemble, **samplers.recipe(loaded, sampling, args.seed))
+        recipe |= dict(ensemble=args.ensemble, **samplers.recipe(loaded, sampling, args.seed, encoder))
     else:
         predictors = {"value": source.predict}
     if args.toy:
