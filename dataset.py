@@ -161,7 +161,7 @@ def check_same(folder, meta, labels=None):
     """Raise InputError unless the folder's cache has this meta.json, naming the first key that differs, and
     these labels (n,), where they are known beforehand.
     """
-    old = {"shown": {}, **read_meta(folder)}  # older ones do not say it
+    old = {"shown": {}, "space": meta.get("space"), **read_meta(folder)}  # older ones do not say them
     for key, value in {"shown": {}, **meta}.items():
         remedy = "use another --out"
         if key == "shown":

@@ -291,7 +291,7 @@ def main():
         drawn = Checkpoint(loaded.model, size, encoder, sampling, fresh, args.seed, args.ensemble)
         predictors = {"value": drawn, "ceiling": Ceiling(encoder, size, fresh, shown)}
         recipe |= dict(depth_target=shown.depth_target, ensemble=args.ensemble,
-                       **samplers.recipe(loaded, sampling, args.seed))
+                       **samplers.recipe(loaded, sampling, args.seed, encoder))
     else:
         predictors = {"value": source.predict}
     if args.toy:

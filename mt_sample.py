@@ -35,7 +35,7 @@ from modalities import MODALITIES, as_it_is, check_turned, enlarge, read_array, 
 from mt_model import Chain, Translations, draw_images
 from produce import SHOWN, finish, folders_read, produce, write_grid, write_npz
 from trees import facts_of, find_files, flat_name, picture_folder, recorded, stem_of
-from vae import encoder_of
+from vae import encoder_of, signature_of
 from weights import load_model, newest_checkpoint
 
 PRESETS = {"paper": f"--steps {mt_model.T}"}  # what --preset stands for: every step of the chain
@@ -244,7 +244,7 @@ def score(args, loaded, encoder, chain, rank):
     print_table(scored["value"], result)
     if args.json:
         recipe = dict(**source.recipe, count=len(source.names),
-                      **recipe_of(loaded, args.seed, chain.steps, **chain._asdict()))
+                      **recipe_of(loaded, encoder, args.seed, chain.steps, **chain._asdict()))
         write_json(args.json, {**result, "recipe": recipe})
 
 
@@ -403,7 +403,7 @@ def main():
     if args.task == "classify":
         evaluations, walk = 1, dict(precision=chain.precision)
     recipe = None if rank > 0 else dict(
-        task=args.task, **recipe_of(loaded, args.seed, evaluations, **walk), **extras_of(args),
+        task=args.task, **recipe_of(loaded, encoder, args.seed, evaluations, **walk), **extras_of(args),
         fit=args.fit, truncate=args.truncate, outputs=list(outputs.folders), endings=outputs.endings,
         depth_target=shown.depth_target, reading=recorded(facts), palette=meta["palette"])
     single = args.fit == "full" and args.task != "generate"  # pictures of different shapes do not stack
@@ -435,11 +435,11 @@ def truth_beside(model, encoder, meta, facts, shown):
     return truth
 
 
-def recipe_of(loaded, seed, evaluations, **walk):
+def recipe_of(loaded, encoder, seed, evaluations, **walk):
     """What drew samples; walk: the fields of the Chain that matter."""
     return dict(checkpoint=loaded.path.name, checkpoint_sha256=loaded.sha256, method=loaded.train["method"],
-                step=loaded.step, weights="ema", evaluations=evaluations, seed=seed, vae=loaded.meta["vae"],
-                vae_sha256=loaded.meta["vae_sha256"], **walk)
+                step=loaded.step, weights="ema", evaluations=evaluations, seed=seed,
+                **signature_of(encoder, loaded.meta), **walk)
 
 
 def extras_of(args):

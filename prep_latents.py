@@ -261,9 +261,10 @@ class Pipeline(NamedTuple):
         side = source.size // encoder.factor
         names = hashlib.sha256(os.fsencode("\n".join(source.names))).hexdigest()
         return dict(format=dataset.FORMAT, modalities=list(source.modalities), vae=encoder.name,
-                    vae_sha256=encoder.sha256, scale=encoder.scale, latent_channels=encoder.channels,
-                    latent_size=[side, side], resolution=source.size, count=len(source.names),
-                    num_classes=len(source.facts["class_names"]), batch_size=batch_size,
+                    vae_sha256=encoder.sha256, scale=encoder.scale, space=encoder.space,
+                    latent_channels=encoder.channels, latent_size=[side, side], resolution=source.size,
+                    count=len(source.names), num_classes=len(source.facts["class_names"]),
+                    batch_size=batch_size,
                     grid=[side // 2, side // 2], teacher=self.teacher and self.teacher.id,
                     feature=self.feature and self.feature.id,
                     feature_size=self.feature and self.feature.size, names_sha256=names, **source.facts)
@@ -417,8 +418,8 @@ def arguments():
     add("--no-class", action="store_true", help="no classes, whatever the folders: all is of the null "
         "class; the default where DATA/tree.json says so")
     add("--size", type=int, help="pixels, square; 256, toy 64")
-    add("--vae", help="sd-mse (default for --data), sd-ema, toy (default for --toy), a file, "
-        "or none for pixels")
+    add("--vae", help="sd-mse (default for --data), sd-ema, taesd, toy (default for --toy), a file, "
+        "TAESD's folder, or none for pixels")
     add("--dino", type=pathlib.Path, metavar="FILE", help="local DINOv2-B/14 weights instead of the hub's")
     add("--no-dino", action="store_true", help="no alignment targets: training runs without REPA")
     add("--feature", metavar="NAME", help="also a vector of each image, of a timm model such as "

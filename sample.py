@@ -415,7 +415,7 @@ def main():
     asked = {"mesh": args.mesh and [".ply", ".png"], "panels": args.panels and [".png"]}
     outputs.extras = {folder: endings for folder, endings in asked.items() if endings}
     recipe = None if rank > 0 else dict(
-        task=args.task, given=given, **samplers.recipe(loaded, sampling, args.seed), fit=args.fit,
+        task=args.task, given=given, **samplers.recipe(loaded, sampling, args.seed, encoder), fit=args.fit,
         truncate=args.truncate, outputs={m: MODALITIES[m].meant(shown) for m in wanted},
         endings=outputs.endings, depth_target=shown.depth_target, reading=recorded(facts),
         palette=meta["palette"])

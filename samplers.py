@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from distributed import autocast, check
+from vae import signature_of
 
 GIVEN_TIME = 0.995  # a condition is held this close to clean (noise level 0.005)
 
@@ -186,12 +187,12 @@ def decode(encoder, x, wanted=None, precision="fp32"):
     return encoder.decode(z.flatten(0, 1), precision).unflatten(0, z.shape[:2])
 
 
-def recipe(loaded, sampling, seed):
+def recipe(loaded, sampling, seed, encoder):
     """What drew samples: the part of a recipe that all sampling commands share."""
     return dict(checkpoint=loaded.path.name, checkpoint_sha256=loaded.sha256,
                 method=loaded.train.get("method", "mmgen"), step=loaded.step, weights="ema",
-                evaluations=sampling.evaluations(), seed=seed, vae=loaded.meta["vae"],
-                vae_sha256=loaded.meta["vae_sha256"], **sampling._asdict())
+                evaluations=sampling.evaluations(), seed=seed,
+                **signature_of(encoder, loaded.meta), **sampling._asdict())
 
 
 # ------------------------------------------------------------------------------------------------
@@ -208,7 +209,9 @@ FAST = {  # --fast, by quality against evaluations on the toy world
 def checkpoint_flags(parser):
     """The flags of every command that samples a checkpoint, of any method."""
     parser.add_argument("--ckpt", type=pathlib.Path, help="default: the newest run, else the bundled demo")
-    parser.add_argument("--vae", help="where the VAE of the training cache lies, if not where it was")
+    parser.add_argument("--vae", help="where the VAE of the training cache lies, if not where it was; of "
+                        "Stable Diffusion's latents any that speaks them: sd-mse, sd-ema, taesd, a file, or "
+                        "TAESD's folder")
     parser.add_argument("--steps", type=int, default=250)
     parser.add_argument("--cfg", type=float, default=1.0, help="guidance scale, 1 = none")
     parser.add_argument("--seed", type=int, default=0)

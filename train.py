@@ -246,6 +246,7 @@ def begin(args, config, objective, device, defaults):
     optimiser = OPTIMISERS[args.optimiser](parameters, backbone.blocks, args.beta2, args.precision)
     if file:
         older = {"model": objective.options, "train": {**defaults, "method": "mmgen"}, "meta": {"shown": {}}}
+        older["meta"]["space"] = config["meta"].get("space")  # vae_sha256 says as much
         checkpoint = runs.checkpoint_of(file, config, older, objective.shaping)
         first, ages = runs.restore(checkpoint, model, ema, optimiser)
     runs.agree(args.run, first, device)

@@ -1,10 +1,11 @@
 """Encoders: pixels -> what a cache stores -> latents -> pixels.
 
-The Stable Diffusion autoencoder (KL-f8) in plain torch, the toy one in a small configuration, and Pixels,
-which leaves pixels as they are. Module names are those of the released files (stabilityai/sd-vae-ft-mse,
--ema), which load with strict=True. Latents are scaled to about unit variance everywhere but inside of
-AutoencoderKL.
+The Stable Diffusion autoencoder (KL-f8) in plain torch, the toy one in a small configuration, TAESD, a tiny
+one of Stable Diffusion's latents, and Pixels, which leaves pixels as they are. Module names are those of the
+released files (stabilityai/sd-vae-ft-mse, -ema; madebyollin/taesd), which load with strict=True. Latents are
+scaled to about unit variance everywhere but inside of AutoencoderKL.
 """
+import hashlib
 import json
 import pathlib
 
@@ -18,6 +19,9 @@ from distributed import InputError, autocast, bare, check, reading, say, sha256,
 SD_CONFIG = dict(channels=(128, 256, 512, 512), layers=2, groups=32, latent_channels=4, scale=0.18215)
 TOY_CONFIG = dict(channels=(32, 64, 64), layers=1, groups=8, latent_channels=4, scale=1.0)
 RELEASED = {"sd-mse": "stabilityai/sd-vae-ft-mse", "sd-ema": "stabilityai/sd-vae-ft-ema"}
+TAESD = {"taesd": "madebyollin/taesd"}
+TAESD_FILES = ("taesd_encoder.safetensors", "taesd_decoder.safetensors")
+SD_SPACE = "sd"  # Stable Diffusion's latents times its scale, which its autoencoders and TAESD share
 BUNDLED = pathlib.Path(__file__).parent / "demo" / "vae.safetensors"
 
 
@@ -167,6 +171,68 @@ class AutoencoderKL(nn.Module):
 
 
 # ------------------------------------------------------------------------------------------------
+# TAESD. The numbers of its layers are the names of the released weights.
+
+TAESD_WIDTH, TAESD_CHANNELS, TAESD_STAGES = 64, 4, 3
+
+
+def _tiny_conv(inner=TAESD_WIDTH, outer=TAESD_WIDTH, **options):
+    return nn.Conv2d(inner, outer, 3, padding=1, **options)
+
+
+class TinyClamp(nn.Module):
+    def forward(self, z):
+        return 3 * torch.tanh(z / 3)
+
+
+class TinyBlock(nn.Module):
+    def __init__(self):
+        super().__init__()
+        first, second, third = (_tiny_conv() for _ in range(3))
+        self.conv = nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), third)
+
+    def forward(self, x):                # (N, 64, H, W)
+        return F.relu(self.conv(x) + x)  # (N, 64, H, W)
+
+
+class TinyDecoder(nn.Sequential):
+    def forward(self, z):                                   # (N, C, H, W)
+        *layers, last = self
+        for layer in layers:
+            z = layer(z)
+        with torch.autocast(z.device.type, enabled=False):  # pixels in fp32, as of Decoder
+            return last(z.float())                          # (N, 3, 8H, 8W)
+
+
+class TinyAutoencoder(nn.Module):
+    """TAESD (github.com/madebyollin/taesd): deterministic, between pixels and scaled SD latents."""
+
+    scale, latent_channels, factor = 1.0, TAESD_CHANNELS, 2 ** TAESD_STAGES
+
+    def __init__(self):
+        super().__init__()
+        layers = [_tiny_conv(inner=3), TinyBlock()]
+        for _ in range(TAESD_STAGES):
+            layers += [_tiny_conv(stride=2, bias=False), *(TinyBlock() for _ in range(3))]
+        self.encoder = nn.Sequential(*layers, _tiny_conv(outer=TAESD_CHANNELS))
+        layers = [TinyClamp(), _tiny_conv(inner=TAESD_CHANNELS), nn.ReLU()]
+        for _ in range(TAESD_STAGES):
+            layers += [*(TinyBlock() for _ in range(3)), nn.Upsample(scale_factor=2), _tiny_conv(bias=False)]
+        self.decoder = TinyDecoder(*layers, TinyBlock(), _tiny_conv(outer=3))
+
+    def encode(self, x):
+        """Pixels (N, 3, 8H, 8W) in [-1, 1] -> mean, logvar, each (N, C, H, W), scaled; logvar is the floor of
+        AutoencoderKL's.
+        """
+        mean = self.encoder((x + 1) / 2)
+        return mean, torch.full_like(mean, -30)
+
+    def decode(self, z):
+        """Scaled latents (N, C, H, W) -> pixels (N, 3, 8H, 8W), about [-1, 1]."""
+        return self.decoder(z) * 2 - 1
+
+
+# ------------------------------------------------------------------------------------------------
 # Files.
 
 def find_vae(name):
@@ -175,11 +241,18 @@ def find_vae(name):
         return BUNDLED
     if name not in RELEASED:
         return pathlib.Path(name)
-    import huggingface_hub
     file = "diffusion_pytorch_model.safetensors"
     remedy = f"download {file} of {RELEASED[name]} elsewhere and pass --vae FILE, or use --vae toy"
+    return _of_hub(name, RELEASED[name], file, remedy)
+
+
+def _of_hub(name, repository, file, remedy):
+    """A file of a repository: the hub's cache's, else downloaded -> Path. Raises InputError with the remedy
+    where it cannot be had.
+    """
+    import huggingface_hub
     with reading(f"--vae {name}", remedy):
-        return pathlib.Path(huggingface_hub.hf_hub_download(RELEASED[name], file))
+        return pathlib.Path(huggingface_hub.hf_hub_download(repository, file))
 
 
 def _modern(state):
@@ -243,6 +316,48 @@ def load_vae(name_or_path):
     return vae.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
 
+def find_taesd(name):
+    """TAESD's two files, encoder and decoder: those of a folder, of "taesd" the hub's (else downloaded).
+
+    Raises InputError where one is missing.
+    """
+    both = " and ".join(TAESD_FILES)
+    if name in TAESD:
+        remedy = f"download {both} of {TAESD[name]} elsewhere and pass --vae FOLDER, or use --vae toy"
+        return [_of_hub(name, TAESD[name], file, remedy) for file in TAESD_FILES]
+    paths = [pathlib.Path(name, file) for file in TAESD_FILES]
+    for path in paths:
+        check(path.is_file(), f"--vae {name}: has no {path.name}; a folder must hold TAESD's {both}, any "
+              "other autoencoder is a .safetensors file")
+    return paths
+
+
+def _shapes(network):
+    return {key: list(value.shape) for key, value in network.state_dict().items()}
+
+
+def load_taesd(name):
+    """A TinyAutoencoder in eval mode from "taesd" or a folder with its two files.
+
+    Raises InputError where a file is missing, unreadable, of another shape, or under the other's name.
+    """
+    paths, tiny = find_taesd(name), TinyAutoencoder()
+    halves = {"encoder": tiny.encoder, "decoder": tiny.decoder}
+    for path, (half, other) in zip(paths, (("encoder", "decoder"), ("decoder", "encoder"))):
+        wanted, again = _shapes(halves[half]), f"download {path.name} of {TAESD['taesd']} again"
+        with reading(f"--vae {path}", again), utf8_path(path) as readable, safe_open(readable, "pt") as file:
+            found = {key: file.get_slice(key).get_shape() for key in file.keys()}  # before anything is read
+            check(found != _shapes(halves[other]), f"--vae {path}: is TAESD's {other}, expected its {half}; "
+                  "exchange the two files' names")
+            for key in dict.fromkeys((*wanted, *found)):
+                theirs, ours = found.get(key, "none"), wanted.get(key, "none")
+                check(theirs == ours, f"--vae {path}: shape of {key[:80]} is {theirs}, expected {ours}; not "
+                      f"TAESD's {half}, {again}")
+            halves[half].load_state_dict({key: file.get_tensor(key).float() for key in wanted})
+    tiny.paths = paths
+    return tiny.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+
+
 def timm_model(name, file, remedy, **options):
     """A timm model without its classifier in eval mode, its weights from a local file or, of None, the hub.
 
@@ -257,12 +372,13 @@ def timm_model(name, file, remedy, **options):
 
 
 # ------------------------------------------------------------------------------------------------
-# Encoders. An encoder has name, sha256, factor (pixels a latent), channels and scale.
+# Encoders. An encoder has name, sha256, factor (pixels a latent), channels, scale, and space: encoders of
+# equal space speak the same scaled latents.
 
 class Pixels:
     """No autoencoder: the latents are the pixels."""
 
-    name, sha256, factor, channels, scale = "none", None, 1, 3, 1.0
+    name, sha256, factor, channels, scale, space = "none", None, 1, 3, 1.0, "none"
 
     def store(self, pixels):
         """Pixels (N, 3, H, W) in [-1, 1] -> uint8 like it, numpy."""
@@ -291,6 +407,8 @@ class KL:
         self.vae = load_vae(name).to(device)
         self.sha256 = sha256(self.vae.path)
         self.factor, self.channels, self.scale = self.vae.factor, self.vae.latent_channels, self.vae.scale
+        usual = {**SD_CONFIG, "channels": list(SD_CONFIG["channels"])}
+        self.space = SD_SPACE if self.vae.config == usual else self.sha256
 
     @torch.inference_mode()
     def store(self, pixels):
@@ -319,18 +437,69 @@ class KL:
         return self.vae.decode(self.vae.encode(pixels.to(self.device))[0]).clamp(-1, 1)
 
 
+class Tiny(KL):
+    """TAESD on a device. It has no posterior: what KL takes for its mean is all there is."""
+
+    space = SD_SPACE
+
+    def __init__(self, name, device):
+        self.name, self.device = str(name), device
+        self.vae = load_taesd(name).to(device)
+        self.sha256 = hashlib.sha256("".join(map(sha256, self.vae.paths)).encode()).hexdigest()
+        self.factor, self.channels, self.scale = self.vae.factor, self.vae.latent_channels, self.vae.scale
+
+    def encode(self, pixels, noise=None):
+        """Pixels (N, 3, 8H, 8W) -> scaled latents (N, C, H, W); noise is not drawn from."""
+        return super().encode(pixels)
+
+
 def load_encoder(name, device):
-    """The encoder "toy", "sd-mse", "sd-ema", "none" or of a file. InputError as of load_vae."""
-    return Pixels() if name == "none" else KL(name, device)
+    """The encoder "toy", "sd-mse", "sd-ema", "taesd", "none", of a file, or of TAESD's folder.
+
+    InputError as of load_vae and load_taesd.
+    """
+    if name == "none":
+        return Pixels()
+    tiny = name in TAESD or pathlib.Path(name).is_dir()
+    return Tiny(name, device) if tiny else KL(name, device)
+
+
+def space_of(meta):
+    """The space of a cache's or checkpoint's latents, by its meta.json: as of an encoder."""
+    of_sd = meta["vae"] in (*RELEASED, *TAESD)  # older ones do not say their space
+    return meta.get("space", SD_SPACE if of_sd else meta["vae_sha256"])
+
+
+def is_of(encoder, meta):
+    """Whether an encoder is the autoencoder of a cache or checkpoint, as far as its meta.json tells."""
+    if meta["vae_sha256"] is None:  # pixels; released weights do not say
+        return (encoder.name == "none") == (meta["vae"] == "none") and encoder.scale == meta["scale"]
+    return encoder.sha256 == meta["vae_sha256"]
+
+
+def signature_of(encoder, meta):
+    """What a recipe says of the encoder that encoder_of gave: {vae, vae_sha256}.
+
+    The training cache's, wherever its file lies now; of one that stands in its own.
+    """
+    if is_of(encoder, meta):
+        return dict(vae=meta["vae"], vae_sha256=meta["vae_sha256"])
+    return dict(vae=encoder.name, vae_sha256=encoder.sha256)
 
 
 def encoder_of(meta, device, name=None):
     """The encoder of a cache or checkpoint, from its meta.json's name or from `name`.
 
-    Its scale is that of the cache's latents. Raises InputError where the file behind the name is another
-    autoencoder, or meta does not tell its file and it has another scale.
+    Its scale is that of the cache's latents. A `name` of another autoencoder of Stable Diffusion's space
+    stands in, with a scale of its own: good for sampling, where nothing is kept that both would write.
+    Raises InputError where the file behind the name is any other autoencoder, or meta does not tell its file
+    and it has another scale.
     """
     encoder = load_encoder(name or meta["vae"], device)
+    if name and encoder.space == space_of(meta) == SD_SPACE and not is_of(encoder, meta):
+        say(f"decoded by {encoder.name} in the place of {meta['vae']}, the training cache's: both speak "
+            "Stable Diffusion's latents, their pixels differ")
+        return encoder
     same = meta["vae_sha256"] in (None, encoder.sha256)  # None: released weights do not say
     check((encoder.name == "none") == (meta["vae"] == "none") and same,
           f"--vae {name or meta['vae']}: not the VAE of the training cache, which is {meta['vae']} "

@@ -184,8 +184,8 @@ class Measure:
     def recipe(self, args):
         """What was measured, and how."""
         reader = str(args.reader) if args.reader else None
-        return dict(**samplers.recipe(self.loaded, self.sampling, self.seed), reader=reader,
-                    guidance=args.guidance, held_out=args.num, generated=args.generate,
+        return dict(**samplers.recipe(self.loaded, self.sampling, self.seed, self.encoder),
+                    reader=reader, guidance=args.guidance, held_out=args.num, generated=args.generate,
                     torch=torch.__version__, device=self.device.type)
 
 
