@@ -380,6 +380,33 @@ def recipes_figure(path, size=(300, 220), across=3):
 
 
 # ------------------------------------------------------------------------------------------------
+# Real frames.
+
+REAL = {"abs_rel": ("AbsRel", ".3f"), "normal_mean": ("normals", ".1f"),
+        "pixel_accuracy": ("pixel accuracy", ".3f"), "class_accuracy": ("class accuracy", ".3f"),
+        "miou": ("mIoU", ".3f")}  # scores: (name, form)
+
+
+def real_frames():
+    """results/real/<run>_<seed>.json: studies/measure_real.py."""
+    rows, beside = [], {}
+    for path in sorted((RESULTS / "real").glob("*.json")):
+        found = json.loads(path.read_text())
+        steps = f"{found['train']['steps']:,}"
+        for name, row in found.items():
+            if not isinstance(row, dict) or "recipe" not in row:
+                continue
+            cells = [number(row.get(key), form) for key, (_, form) in REAL.items()]
+            rows.append([path.stem, steps, name, *cells])
+            for part in ("mean_map", "ceiling"):
+                if part in row:
+                    beside[part, name] = [number(row[part].get(key), form) for key, (_, form) in REAL.items()]
+    names = {"mean_map": "the training frames' mean map", "ceiling": "the autoencoder"}
+    rows += [[names[part], "", name, *cells] for (part, name), cells in sorted(beside.items())[::-1]]
+    return table(["run", "steps", "held-out frames of", *(name for name, _ in REAL.values())], rows)
+
+
+# ------------------------------------------------------------------------------------------------
 # Speed.
 
 def speed_gpu():
@@ -594,8 +621,8 @@ def mt_overhead():
 
 TABLES = {make.__name__: make for make in (
     demo_understand, demo_generate, ten_minutes, few_steps, canny, ablations, study, recipes_alone,
-    recipes_together, recipes_reach, recipes_scales, recipes_cost, speed_gpu, sampling_gpu, speed, data_speed,
-    speed_parts, loss_curves, fusion, released, evaluators, robustness, mt_translation, mt_restoration,
+    recipes_together, recipes_reach, recipes_scales, recipes_cost, real_frames, speed_gpu, sampling_gpu,
+    speed, data_speed, speed_parts, loss_curves, fusion, released, evaluators, robustness, mt_translation, mt_restoration,
     mt_heads_of_x, mt_overhead)}
 
 
