@@ -622,8 +622,8 @@ def mt_overhead():
 TABLES = {make.__name__: make for make in (
     demo_understand, demo_generate, ten_minutes, few_steps, canny, ablations, study, recipes_alone,
     recipes_together, recipes_reach, recipes_scales, recipes_cost, real_frames, speed_gpu, sampling_gpu,
-    speed, data_speed, speed_parts, loss_curves, fusion, released, evaluators, robustness, mt_translation, mt_restoration,
-    mt_heads_of_x, mt_overhead)}
+    speed, data_speed, speed_parts, loss_curves, fusion, released, evaluators, robustness, mt_translation,
+    mt_restoration, mt_heads_of_x, mt_overhead)}
 
 
 def page():
