@@ -160,6 +160,7 @@ def test_an_older_run_goes_on_with_the_defaults_of_what_it_does_not_say(cache, t
     without(half, "train", "method", "mix", "precision", "equal_weights", "lr")
     without(half, "train", "blocks", "projector", "middle_weight")
     without(half, "model", "fusion", "task_embedding", "blocks", "projector_kind", "middle_heads")
+    without(half, "meta", "space")
     checkpoint = torch.load((half / "latest.pt").resolve(), weights_only=True)
     assert "shown" not in checkpoint["config"]["meta"]  # which means {}
     moved = half.parent / "again"
