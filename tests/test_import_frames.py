@@ -11,7 +11,7 @@ from PIL import Image
 import import_frames
 import toy_scenes
 from distributed import InputError
-from import_frames import normals_of
+from cameras import normals_of
 from locks import only_writer
 from modalities import MODALITIES
 from trees import facts_of, read_facts
