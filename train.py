@@ -32,7 +32,7 @@ from model import FUSIONS, PROJECTORS, SIZES, MMDiT, build_model, training_flops
 from optimisers import OPTIMISERS, schedule, set_rates, update, update_ema
 from samplers import Sampling, sample_latents
 from vae import latents
-from weights import ages_of, fit, load_checkpoint, renamed
+from weights import ages_of, blocks_of, fit, load_checkpoint, renamed
 
 RECIPES = {  # what --recipe stands for
     "paper": "",
@@ -114,7 +114,7 @@ class MMGen:
         parser.add_argument("--times", default="uniform", choices=list(TIMES), help="how t is drawn")
         parser.add_argument("--recipe", choices=list(RECIPES), help="a row of RECIPES, before your own flags")
         parser.add_argument("--no-task-embedding", action="store_true")
-        parser.add_argument("--blocks", default="sit", choices=list(BLOCKS), help="the transformer's")
+        parser.add_argument("--blocks", choices=list(BLOCKS), help="default: the run's, --init's, sit")
         parser.add_argument("--projector", default="mlp", choices=list(PROJECTORS), help="REPA's")
         parser.add_argument("--middle-weight", type=float, default=0.0, help="of internal guidance's heads")
         parser.add_argument("--rename", nargs="+", default=(), metavar="THEIRS=OURS",
@@ -132,11 +132,12 @@ class MMGen:
         check((args.repa_until or 0) >= 0, f"--repa-until {args.repa_until}: a step, at least 0")
         self.unaligned = args.repa_weight > 0 and "dino" not in cache.stems
         repa_weight = 0.0 if self.unaligned else args.repa_weight
-        self.settings = {"repa_weight": repa_weight}
+        blocks = args.blocks or blocks_of(runs.latest(args.run) or args.init)
+        self.settings = {"repa_weight": repa_weight, "blocks": blocks}
         self.model = self.backbone = build_model(
             args.model, self.modalities, self.meta["num_classes"], self.meta["latent_channels"],
             self.meta["latent_size"], fusion=args.fusion, task_embedding=not args.no_task_embedding,
-            projector=repa_weight > 0, blocks=args.blocks, projector_kind=args.projector,
+            projector=repa_weight > 0, blocks=blocks, projector_kind=args.projector,
             middle_heads=args.middle_weight > 0)
         self.conditions, self.predicts = self.modalities, self.modalities[1:]
         self.middle = args.middle_weight > 0

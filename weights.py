@@ -165,6 +165,13 @@ def _lost(checkpoint):
     return None if isinstance(checkpoint.get("step"), int) else "step"
 
 
+def blocks_of(path):
+    """Which of layers.BLOCKS a checkpoint has; of None the released ones. Raises InputError as
+    load_checkpoint does.
+    """
+    return load_checkpoint(path)["config"]["model"].get("blocks", "sit") if path else "sit"
+
+
 class Loaded:
     """A model for sampling, and of its checkpoint: meta, the cache's meta.json; step; train, the flags."""
 

@@ -196,6 +196,22 @@ def test_a_run_with_all_of_it_resumes_to_the_same_bits(cache, tmp_path, command)
     assert (kept["optimiser"], kept["recipe"]) == ("muon", None)
 
 
+def test_blocks_are_those_of_the_file_that_a_run_begins_with(cache, tmp_path, command):
+    """Else half of --init's weights would be left out; a resume takes its own."""
+    flags = ("--data", cache, "--model", SMALL, "--batch-size", 4, "--preview-every", 1000,
+             "--repa-weight", 0)
+    command("train", *flags, "--run", tmp_path / "a", "--steps", 1, "--blocks", "modern")
+    command("train", *flags, "--run", tmp_path / "b", "--steps", 1, "--init", tmp_path / "a")
+    command("train", *flags, "--run", tmp_path / "b", "--steps", 2)
+    for name in "ab":
+        config = load_checkpoint(tmp_path / name)["config"]
+        assert config["model"]["blocks"] == config["train"]["blocks"] == "modern"
+    assert load_checkpoint(tmp_path / "b")["step"] == 2
+    command("train", *flags, "--run", tmp_path / "c", "--steps", 1, "--init", tmp_path / "a",
+            "--blocks", "sit")
+    assert load_checkpoint(tmp_path / "c")["config"]["model"]["blocks"] == "sit"
+
+
 def test_without_repas_weight_the_projector_stays(cache, tmp_path, command):
     """From --repa-until on; its loss is still told."""
     command("train", "--data", cache, "--run", tmp_path, "--model", SMALL, "--batch-size", 4, "--steps", 2,
