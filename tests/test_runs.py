@@ -131,7 +131,7 @@ def test_what_is_not_the_runs_own_may_change(cache, trained, half, tmp_path, com
     assert events[0] == (str(half / "tensorboard"), 4) and ("lr", 1e-4, 4) in events
     assert ("miou", log_of(half)[-1]["miou"], 6) in events
     kept = load_checkpoint(half)["config"]["train"]
-    assert kept["micro_batch"] == 8 and kept["checkpointing"] and kept["data"] == str(tmp_path / "moved")
+    assert kept["micro_batch"] == 8 and kept["checkpointing"] and kept["data"] == [str(tmp_path / "moved")]
 
 
 @pytest.mark.parametrize("change, message", [
@@ -366,13 +366,13 @@ def test_the_line_of_an_error_does_not_depend_on_the_launcher(rank, monkeypatch,
 def test_a_non_finite_gradient_changes_nothing_and_ten_stop_the_run(cache, tmp_path, command, monkeypatch):
     true_error, calls = train.velocity_error, []
 
-    def poisoned(v, target, supervised):
+    def poisoned(v, *truth):
         calls.append(1)
-        error = true_error(v, target, supervised)
+        error = true_error(v, *truth)
         return error * float("nan") if len(calls) == 2 else error
 
-    def always(v, target, supervised):
-        return true_error(v, target, supervised) * float("nan")
+    def always(v, *truth):
+        return true_error(v, *truth) * float("nan")
 
     flags = ("--data", cache, "--model", SMALL, "--batch-size", 4, "--preview-every", 1000,
              "--repa-weight", 0)
