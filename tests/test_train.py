@@ -258,11 +258,15 @@ def scores_of(run):
 def test_two_processes_train_as_one(cache, tmp_path, command):
     """Both of Muon's and AdamW's weights."""
     flags = ("--data", cache, "--model", SMALL, "--steps", 10, "--batch-size", 8, "--micro-batch", 4,
-             "--precision", "fp32", "--preview-every", 1000, "--optimiser", "muon")
+             "--precision", "fp32", "--preview-every", 1000, "--eval-every", 10, "--eval-toy", 2,
+             "--optimiser", "muon")
     command("train", *flags, "--run", tmp_path / "1")
     result = shell("train.py", *flags, "--run", tmp_path / "2", processes=2, torchrun=True)
     assert result.returncode == 0, result.stderr
     assert gap(tmp_path / "1", tmp_path / "2") < 1e-6
+    one, two = scores_of(tmp_path / "1")[0], scores_of(tmp_path / "2")[0]
+    assert {"normal_mean", "miou", "class"} <= one.keys() == two.keys()
+    assert all(one[key] == pytest.approx(two[key], rel=1e-3) for key in one.keys() - {"eval_s"})
 
 
 def test_a_run_scores_itself_and_trains_to_the_same_bits(cache, trained, tmp_path, command, monkeypatch):
