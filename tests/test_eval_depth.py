@@ -21,7 +21,7 @@ from metrics import (Normal, Rules, Semantic, align, angles, boundary, depth_sco
 from modalities import MODALITIES, Shown, segments, write_facts
 from trees import facts_of
 from vae import Pixels
-from weights import load_checkpoint
+from weights import DEMO, load_checkpoint
 
 RNG = np.random.default_rng(0)
 DEPTH = RNG.uniform(0.5, 8, (40, 50))
@@ -584,3 +584,23 @@ def test_another_scripts_predictor():
     perfect, flat = (results(scored[name]) for name in ("value", "flat"))
     assert perfect["normal_mean"] < 1e-3 and perfect["miou"] == 1
     assert flat["normal_mean"] > 20 and "miou" not in flat
+
+
+def test_the_mean_of_other_frames_is_scored_beside(command, tmp_path):
+    """Of one frame it is that frame; a gap of 1 is what guessing scores."""
+    command("toy_scenes", "--num", 1, "--out", tmp_path / "one")
+    command("toy_scenes", "--num", 3, "--out", tmp_path / "three")
+    flags = ("--ckpt", DEMO / "mmgen.pt", "--sampler", "euler", "--steps", 1, "--mean-of", tmp_path / "one",
+             "--json", tmp_path / "found.json", "--out", tmp_path / "out")
+    found = {}
+    for name in ("one", "three"):
+        command("eval_depth", "--data", tmp_path / name, *flags)
+        found[name] = json.loads((tmp_path / "found.json").read_text())
+    itself, others = (found[name]["mean_map"] for name in ("one", "three"))
+    assert itself["abs_rel"] < 1e-3 and itself["normal_mean"] < 0.5 and itself["miou"] > 0.999
+    assert others["abs_rel"] > 0.05 and others["normal_mean"] > 5 and others["miou"] < 0.7
+    ceiling, value = found["three"]["ceiling"]["miou"], found["three"]["miou"]
+    gap = (value - ceiling) / (others["miou"] - ceiling)
+    assert found["three"]["gap"]["miou"] == pytest.approx(gap)
+    with pytest.raises(InputError, match="--mean-of belongs to --data"):
+        command("eval_depth", "--toy", 1, *flags)
