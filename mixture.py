@@ -63,18 +63,19 @@ class Mixture:
             before = self._before.setdefault(seed, [np.zeros(len(self.caches), np.int64)])
             while len(before) <= block:
                 before.append(before[-1] + self._choices(seed, len(before) - 1)[1])
-            return before[block].copy()
+            return before[block]
 
     def order(self, seed, start, count):
         """Rows of the samples start .. start + count: (count, 2)."""
-        rows = []
-        for block in range(start // BLOCK, (start + count - 1) // BLOCK + 1):
-            chosen, at = self._choices(seed, block)[0], self._counts(seed, block)
-            for place, i in enumerate(chosen):
-                if start <= block * BLOCK + place < start + count:
-                    rows.append((i, self.caches[i].order(seed, at[i], 1)[0]))
-                at[i] += 1
-        return np.array(rows)
+        first, last = start // BLOCK, (start + count - 1) // BLOCK
+        chosen = np.concatenate([self._choices(seed, block)[0] for block in range(first, last + 1)])
+        skipped, chosen = np.split(chosen[:start - first * BLOCK + count], [start - first * BLOCK])
+        begin = self._counts(seed, first) + np.bincount(skipped, minlength=len(self.caches))
+        rows = np.stack([chosen, np.zeros_like(chosen)], 1)
+        for i, cache in enumerate(self.caches):
+            mine = chosen == i
+            rows[mine, 1] = cache.order(seed, begin[i], mine.sum())
+        return rows
 
     def gather(self, rows, stems, pin=False):
         """Rows (n, 2) -> {stem: CPU tensor}; zeros of what a cache has not, all known where it says

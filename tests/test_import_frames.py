@@ -14,19 +14,12 @@ from distributed import InputError
 from cameras import normals_of
 from locks import only_writer
 from modalities import MODALITIES
+from studies.run_docs import save
 from trees import facts_of, read_facts
 
 ABOVE = pathlib.Path(__file__).resolve().parents
 REAL = next((folder / "shared/real" for folder in ABOVE[2:] if (folder / "shared/real").is_dir()), None)
 H, W = 12, 16
-
-
-def save(path, array):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".npy":
-        np.save(path, array)
-    else:
-        Image.fromarray(array).save(path)
 
 
 def photo(i, height=H, width=W):
