@@ -371,6 +371,7 @@ class Kind:
     """
 
     nearest = False  # resized without new values
+    mirror = 1, 1, 1  # what its channels are multiplied by in a mirrored picture
     floats = False   # an array of floats is worth keeping beside the picture
 
     def __init__(self, loss_weight, meaning, derive=None):
@@ -419,6 +420,10 @@ class Kind:
         check(np.abs(pixels).max() <= 1.01, f"{raster.path}: becomes pixels from {pixels.min():.3g} to "
               f"{pixels.max():.3g}, they must lie in [-1, 1]; {self.meaning}")
         return pixels
+
+    def mirrored(self, pixels):
+        """The network's pixels (3, H, W) of the mirrored picture."""
+        return pixels[..., ::-1] * np.float32(self.mirror)[:, None, None]
 
     def shown_pixels(self, raster, fit, known, shown):
         """A Raster through a fit, where known (h, w) there, None for all -> pixels as a network is shown."""
@@ -647,6 +652,7 @@ def encoded(vectors):
 class Vector(Kind):
     """Unit vectors: float32 (H, W, 3) in [-1, 1], zero where unknown; in pictures xyz * 0.5 + 0.5."""
 
+    mirror = -1, 1, 1
     floats = True
 
     def of_array(self, path, array, facts):

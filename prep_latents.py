@@ -124,13 +124,18 @@ class PictureSource:
 
     def load(self, i):
         """Raises InputError for a broken file, and for maps of another aspect than their RGB's."""
+        mirrored, sample = divmod(i, len(self.listing.names))
         try:
-            return *self._load(i), None
+            pixels, known = self._load(self.listing.names[sample])
         except InputError as error:
-            raise InputError(f"{self.listing.where(i)}{error}") from error
+            raise InputError(f"{self.listing.where(sample)}{error}") from error
+        if mirrored:
+            pixels = {m: MODALITIES[m].mirrored(x) for m, x in pixels.items()}
+            known = {m: there[:, ::-1] for m, there in known.items()}
+        return pixels, known, None
 
-    def _load(self, i):
-        rasters = {m: MODALITIES[m].open(files[self.names[i]], self.held) for m, files in self.files.items()}
+    def _load(self, name):
+        rasters = {m: MODALITIES[m].open(files[name], self.held) for m, files in self.files.items()}
         aspects = {m: raster.size[0] / raster.size[1] for m, raster in rasters.items()}
         for m, raster in rasters.items():
             check(abs(aspects[m] / aspects["rgb"] - 1) <= 0.02, f"{raster.path}: aspect {aspects[m]:.3f}, "
@@ -150,6 +155,12 @@ class PictureSource:
 
     def _fit(self, image, nearest):
         return centre_crop(image, self.size, nearest)
+
+
+def add_mirrored(source):
+    """--flip: after all rows of a PictureSource, each once more, mirrored."""
+    source.names = [*source.names, *(f"{name} (mirrored)" for name in source.names)]
+    source.labels = np.tile(source.labels, 2)
 
 
 def drop_classes(source):
@@ -417,6 +428,7 @@ def arguments():
         help="default: all that are there")
     add("--no-class", action="store_true", help="no classes, whatever the folders: all is of the null "
         "class; the default where DATA/tree.json says so")
+    add("--flip", action="store_true", help="each picture twice, the second mirrored: for small data sets")
     add("--size", type=int, help="pixels, square; 256, toy 64")
     add("--vae", help="sd-mse (default for --data), sd-ema, taesd, toy (default for --toy), a file, "
         "TAESD's folder, or none for pixels")
@@ -462,7 +474,8 @@ def main():
           "--toy, which brings its own alignment targets")
     check(not args.feature or toy == (args.feature == ToyFeature.id), f"--feature {args.feature}: the toy "
           "world brings toy-teacher, and it alone; pictures need the name of a timm model")
-    check(not toy or not (args.depth_over or args.uncovered), "--depth-over and --uncovered belong to --data")
+    check(not toy or not (args.depth_over or args.uncovered or args.flip),
+          "--depth-over, --uncovered and --flip belong to --data")
     given = {name: getattr(args, name) for name in WAYS}
     ways = {name: way for name, way in given.items() if way}
     rank, world, device = setup()
@@ -478,6 +491,8 @@ def main():
         source = PictureSource(listing, size, facts, shown)
         check_apart([args.out / "meta.json"], [args.data])
         check_folder(args.out, listing.folders())
+        if args.flip:
+            add_mirrored(source)
     bare = not toy and listing.lines is None and facts.classes == "none"  # an index names its own
     if args.no_class or bare:
         drop_classes(source)

@@ -279,6 +279,26 @@ def test_depth_is_learned_in_log_and_between_quantiles(tmp_path, command):
         command("prep_latents", *flags, tmp_path / "plain", "--depth-norm", "quantile")
 
 
+def test_mirrored_rows(tree, tmp_path, command):
+    path = first(tree, "normal")
+    normal = np.array(Image.open(path))
+    normal[:8, :24] = 0  # unknown, at the left alone
+    Image.fromarray(normal).save(path)
+    command("prep_latents", "--data", tree, "--vae", "none", "--size", 64, "--no-dino", "--flip",
+            "--out", tmp_path / "cache")
+    cache = Cache(tmp_path / "cache")
+    for m in ("rgb", "depth", "normal", "seg"):
+        whole, mirrored = np.split(cache.array(m), 2)                          # (4, 3, 64, 64) each
+        signs = np.float16([-1, 1, 1] if m == "normal" else [1, 1, 1])
+        assert np.array_equal(whole[..., ::-1] * signs[:, None, None], mirrored), m
+    whole, mirrored = np.split(np.unpackbits(cache.array("normal_known"), axis=1).reshape(-1, 64, 64), 2)
+    assert not whole.all() and np.array_equal(whole[..., ::-1], mirrored)
+    assert np.array_equal(*np.split(cache.array("labels"), 2))
+    assert (tmp_path / "cache/names.txt").read_text().splitlines()[4].endswith(" (mirrored)")
+    with pytest.raises(InputError, match="--flip belong to --data"):
+        command("prep_latents", "--toy", 2, "--flip", "--out", tmp_path / "toy")
+
+
 def test_the_toy_world_knows_its_log_depth(cache, tmp_path, command):
     flags = ("--toy", 2, "--vae", "none", "--no-dino", "--out", tmp_path / "log", "--depth-target", "log")
     command("prep_latents", *flags)
