@@ -14,6 +14,7 @@ import hashlib
 import os
 import pathlib
 import time
+import zlib
 from typing import NamedTuple
 
 import numpy as np
@@ -104,6 +105,26 @@ def palette_of(files, facts):
     return label_colour(np.arange(count))
 
 
+class View(NamedTuple):
+    """A square of a picture of any size, perhaps mirrored."""
+    side: float = 1.0    # of the picture's shorter one
+    across: float = 0.5  # where it lies, 0 at the left, 1 at the right
+    down: float = 0.5
+    mirrored: bool = False
+
+    @classmethod
+    def of(cls, name, number):
+        """A random one, the same for a name and number at any time."""
+        draw = np.random.default_rng([number, zlib.crc32(os.fsencode(name))]).random(4)
+        return cls(0.7 + 0.3 * draw[0], draw[1], draw[2], draw[3] < 0.5)
+
+    def part(self, image):
+        """A PIL image -> the square of it, not mirrored."""
+        side = round(self.side * min(image.size))
+        left, top = round(self.across * (image.width - side)), round(self.down * (image.height - side))
+        return image.crop((left, top, left + side, top + side))
+
+
 class PictureSource:
     """The files of a Listing; facts: what they hold; shown: how the network is shown them."""
 
@@ -124,17 +145,23 @@ class PictureSource:
 
     def load(self, i):
         """Raises InputError for a broken file, and for maps of another aspect than their RGB's."""
-        mirrored, sample = divmod(i, len(self.listing.names))
+        number, sample = divmod(i, len(self.listing.names))
+        name = self.listing.names[sample]
+        view = View.of(name, number) if number else None
         try:
-            pixels, known = self._load(self.listing.names[sample])
+            pixels, known = self._load(name, view)
         except InputError as error:
-            raise InputError(f"{self.listing.where(sample)}{error}") from error
-        if mirrored:
+            said = f"view {number} of " if number else ""
+            raise InputError(f"{self.listing.where(sample)}{said}{error}") from error
+        if view and view.mirrored:
             pixels = {m: MODALITIES[m].mirrored(x) for m, x in pixels.items()}
             known = {m: there[:, ::-1] for m, there in known.items()}
         return pixels, known, None
 
-    def _load(self, name):
+    def _load(self, name, view):
+        def fit(image, nearest):
+            return centre_crop(view.part(image) if view else image, self.size, nearest)
+
         rasters = {m: MODALITIES[m].open(files[name], self.held) for m, files in self.files.items()}
         aspects = {m: raster.size[0] / raster.size[1] for m, raster in rasters.items()}
         for m, raster in rasters.items():
@@ -145,22 +172,20 @@ class PictureSource:
         for m in self.modalities:
             row = MODALITIES[m]
             if m in rasters:
-                pixels[m] = row.pixels(rasters[m], self._fit, self.shown)
-                there = rasters[m].known_at(self._fit)
+                pixels[m] = row.pixels(rasters[m], fit, self.shown)
+                there = rasters[m].known_at(fit)
                 known |= {} if there is None else {m: there}
             else:
-                rgb = MODALITIES["rgb"].array(rasters["rgb"], self._fit)
+                rgb = MODALITIES["rgb"].array(rasters["rgb"], fit)
                 pixels[m] = row.to_pixels(row.derive(rgb))
         return pixels, known
 
-    def _fit(self, image, nearest):
-        return centre_crop(image, self.size, nearest)
 
-
-def add_mirrored(source):
-    """--flip: after all rows of a PictureSource, each once more, mirrored."""
-    source.names = [*source.names, *(f"{name} (mirrored)" for name in source.names)]
-    source.labels = np.tile(source.labels, 2)
+def add_views(source, views):
+    """--views: after all rows of a PictureSource, a View of each, then the next of each."""
+    more = [f"{name} (view {number})" for number in range(1, views) for name in source.names]
+    source.names = [*source.names, *more]
+    source.labels = np.tile(source.labels, views)
 
 
 def drop_classes(source):
@@ -428,7 +453,8 @@ def arguments():
         help="default: all that are there")
     add("--no-class", action="store_true", help="no classes, whatever the folders: all is of the null "
         "class; the default where DATA/tree.json says so")
-    add("--flip", action="store_true", help="each picture twice, the second mirrored: for small data sets")
+    add("--views", type=int, default=1, metavar="K", help="each picture K times, from the second on a "
+        "random part of it (a square of 0.7 to 1 of its shorter side), half of them mirrored: for small sets")
     add("--size", type=int, help="pixels, square; 256, toy 64")
     add("--vae", help="sd-mse (default for --data), sd-ema, taesd, toy (default for --toy), a file, "
         "TAESD's folder, or none for pixels")
@@ -474,8 +500,9 @@ def main():
           "--toy, which brings its own alignment targets")
     check(not args.feature or toy == (args.feature == ToyFeature.id), f"--feature {args.feature}: the toy "
           "world brings toy-teacher, and it alone; pictures need the name of a timm model")
-    check(not toy or not (args.depth_over or args.uncovered or args.flip),
-          "--depth-over, --uncovered and --flip belong to --data")
+    check(not toy or not (args.depth_over or args.uncovered or args.views > 1),
+          "--depth-over, --uncovered and --views belong to --data")
+    check(1 <= args.views <= 1000, f"--views {args.views}: 1 to 1000")
     given = {name: getattr(args, name) for name in WAYS}
     ways = {name: way for name, way in given.items() if way}
     rank, world, device = setup()
@@ -491,8 +518,7 @@ def main():
         source = PictureSource(listing, size, facts, shown)
         check_apart([args.out / "meta.json"], [args.data])
         check_folder(args.out, listing.folders())
-        if args.flip:
-            add_mirrored(source)
+        add_views(source, args.views)
     bare = not toy and listing.lines is None and facts.classes == "none"  # an index names its own
     if args.no_class or bare:
         drop_classes(source)

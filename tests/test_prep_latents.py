@@ -18,7 +18,8 @@ import toy_scenes
 from conftest import ROOT, shell
 from dataset import Cache, to_unit
 from distributed import InputError
-from modalities import MODALITIES, Facts, canny, shown_of
+from modalities import MODALITIES, Facts, canny, centre_crop, shown_of
+from prep_latents import View
 from trees import facts_of
 from vae import load_vae
 from weights import DEMO, load_model
@@ -279,25 +280,34 @@ def test_depth_is_learned_in_log_and_between_quantiles(tmp_path, command):
         command("prep_latents", *flags, tmp_path / "plain", "--depth-norm", "quantile")
 
 
-def test_mirrored_rows(tree, tmp_path, command):
+def test_views_of_pictures(tree, tmp_path, command, monkeypatch):
     path = first(tree, "normal")
     normal = np.array(Image.open(path))
     normal[:8, :24] = 0  # unknown, at the left alone
     Image.fromarray(normal).save(path)
-    command("prep_latents", "--data", tree, "--vae", "none", "--size", 64, "--no-dino", "--flip",
-            "--out", tmp_path / "cache")
-    cache = Cache(tmp_path / "cache")
+    views = {"whole": View(), "mirrored": View(mirrored=True), "part": View(0.75, 1.0, 0.25)}
+    for name, view in views.items():
+        monkeypatch.setattr(View, "of", lambda *_, view=view: view)
+        command("prep_latents", "--data", tree, "--vae", "none", "--size", 64, "--no-dino", "--views", 2,
+                "--out", tmp_path / name)
+
+    def rows(name, m):
+        return np.split(Cache(tmp_path / name).array(m), 2)                    # (4, ...) each
+
     for m in ("rgb", "depth", "normal", "seg"):
-        whole, mirrored = np.split(cache.array(m), 2)                          # (4, 3, 64, 64) each
+        whole, again = rows("whole", m)                                        # (4, 3, 64, 64) each
+        assert np.array_equal(whole, again)
         if m == "normal":
             whole = np.concatenate([255 - whole[:, :1], whole[:, 1:]], 1)  # -x
-        assert np.array_equal(whole[..., ::-1], mirrored), m
-    whole, mirrored = np.split(np.unpackbits(cache.array("normal_known"), axis=1).reshape(-1, 64, 64), 2)
+        assert np.array_equal(whole[..., ::-1], rows("mirrored", m)[1]), m
+    image = Image.open(first(tree)).crop((16, 4, 64, 52))
+    assert np.array_equal(rows("part", "rgb")[1][0], np.moveaxis(np.array(centre_crop(image, 64)), 2, 0))
+    whole, mirrored = (np.unpackbits(x, axis=1).reshape(4, 64, 64) for x in rows("mirrored", "normal_known"))
     assert not whole.all() and np.array_equal(whole[..., ::-1], mirrored)
-    assert np.array_equal(*np.split(cache.array("labels"), 2))
-    assert (tmp_path / "cache/names.txt").read_text().splitlines()[4].endswith(" (mirrored)")
-    with pytest.raises(InputError, match="--flip belong to --data"):
-        command("prep_latents", "--toy", 2, "--flip", "--out", tmp_path / "toy")
+    assert np.array_equal(*rows("part", "labels"))
+    assert (tmp_path / "part/names.txt").read_text().splitlines()[4].endswith(" (view 1)")
+    with pytest.raises(InputError, match="--views belong to --data"):
+        command("prep_latents", "--toy", 2, "--views", 2, "--out", tmp_path / "toy")
 
 
 def test_the_toy_world_knows_its_log_depth(cache, tmp_path, command):
