@@ -1,18 +1,23 @@
 """Fixtures: a tiny toy cache and a short run, made once; and a way to call a command as its user does."""
 import importlib
 import json
+import multiprocessing
 import os
 import pathlib
 import socket
 import subprocess
 import sys
+import tempfile
 
 import pytest
 import torch
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from small import SMALL  # noqa: E402
+from small import SMALL, forked  # noqa: E402
+
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["small", "vae", "dataset", "weights", "evaluation", "torch.distributed"])
 TRAIN = ("--model", SMALL, "--steps", "6", "--batch-size", "8", "--ckpt-every", "3", "--log-every", "2",
          "--preview-every", "1000", "--repa-weight", "0")
 
@@ -74,10 +79,10 @@ def shell(*argv, processes=1, torchrun=False, timeout=150, threads=None):
     Of several processes, started as torchrun would, the worst one's.
     """
     argv = list(map(str, argv))
+    if processes > 1 and not torchrun:
+        return _processes(argv, processes, timeout)
     argv = ["tests/small.py", *argv] if SMALL in argv else argv
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads or 2 // processes)}
-    if processes > 1 and not torchrun:
-        return _processes(argv, processes, timeout, environment)
     python = [sys.executable]
     if torchrun:
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "--"]
@@ -86,25 +91,30 @@ def shell(*argv, processes=1, torchrun=False, timeout=150, threads=None):
                           env=environment)
 
 
-def _processes(argv, world, timeout, environment):
-    """The command in `world` processes that find each other -> the worst one's CompletedProcess."""
+def _processes(argv, world, timeout):
+    """The command in `world` processes that find each other -> the worst one's CompletedProcess. They are
+    forks of one that has imported what is slow to import.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    environment = {**environment, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-                   "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1",
+              "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
     started = []
-    for rank in map(str, range(world)):
-        started.append(subprocess.Popen(
-            [sys.executable, *argv], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            env={**environment, "RANK": rank, "LOCAL_RANK": rank}))
-    try:
-        done = [(*process.communicate(timeout=timeout), process.returncode) for process in started]
-    finally:
-        for process in started:
+    with tempfile.TemporaryDirectory() as folder:
+        for rank in map(str, range(world)):
+            files = [f"{folder}/{name}{rank}" for name in ("out", "err")]
+            environment = {**shared, "RANK": rank, "LOCAL_RANK": rank}
+            process = FORKS.Process(target=forked, args=(str(ROOT), argv, environment, *files))
+            process.start()
+            started.append((process, files))
+        done = []
+        for process, files in started:
+            process.join(timeout)
             process.kill()
-    out, err, code = max(done, key=lambda result: result[2] != 0)
-    return subprocess.CompletedProcess(argv, code, out, err)
+            process.join()
+            done.append((process.exitcode, *(pathlib.Path(file).read_text() for file in files)))
+    return subprocess.CompletedProcess(argv, *max(done, key=lambda result: result[0] != 0))
 
 
 def gap(a, b, parts=("model", "ema")):
