@@ -71,8 +71,8 @@ def main():
     parser.add_argument("--data", type=pathlib.Path, required=True)
     parser.add_argument("--sets", nargs="+", required=True, metavar="SET", help="of DATA/SET-test and -train")
     parser.add_argument("--ckpt", type=pathlib.Path, required=True)
-    parser.add_argument("--reader", type=pathlib.Path, metavar="RUN", help="another seed's: reads what is drawn "
-                        "from depth alone")
+    parser.add_argument("--reader", type=pathlib.Path, metavar="RUN", help="another seed's: reads what is "
+                        "drawn from depth alone")
     parser.add_argument("--json", type=pathlib.Path, required=True)
     args = parser.parse_args()
     file = args.ckpt / "latest.pt" if args.ckpt.is_dir() else args.ckpt
