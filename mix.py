@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 import torch
 
+from distributed import check
+
 
 class Role(NamedTuple):
     given: str = "none"        # "none", "random" (one), "subset" (one to all but one) or a modality's name
@@ -25,7 +27,8 @@ RGB_ONLY = Role(supervise="rgb")  # the others are noised and go in, without a l
 JOINT, JOINT_FULL = Role(drop=0.5), Role()
 DECOUPLED, DECOUPLED_FULL = Role("random", drop=0.5), Role("random")
 INDEPENDENT = Role(drop=0.5, independent=True)
-FROM_RGB = Role("rgb", clean=1.0)
+FROM_RGB, FROM_DEPTH = Role("rgb", clean=1.0), Role("depth", clean=1.0)
+FROM_NORMAL, FROM_SEG = Role("normal", clean=1.0), Role("seg", clean=1.0)
 PHOTO = Role("rgb", no_class=0.9)  # a picture whose class nobody tells
 
 TASK_MIX = {  # four roles each; a run knows its mix by name: change no row in use
@@ -37,9 +40,22 @@ TASK_MIX = {  # four roles each; a run knows its mix by name: change no row in u
     "rgb2x": (FROM_RGB,) * 4,                                            # released: RGB to the rest
     "rgb": (JOINT_FULL,) * 4,                                            # SiT's and REPA's: of RGB alone
     "subset": (RGB_ONLY, JOINT_FULL, DECOUPLED_FULL, Role("subset")),    # ours: several given at once
+    "depth2x": (FROM_DEPTH,) * 4, "normal2x": (FROM_NORMAL,) * 4, "seg2x": (FROM_SEG,) * 4,  # likewise
     "photo": (JOINT_FULL, PHOTO, PHOTO, Role("random", no_class=0.5)),   # ours: for pictures without a class
 }
 TASK_MIX["joint"] = TASK_MIX["mmgen"]                                    # released for Hypersim: the same
+
+
+def check_mix(mix, model, cached):
+    """Raise InputError where a mix cannot be made of the modalities that a model and its cache have."""
+    has, roles = set(model) & set(cached), TASK_MIX[mix]
+    named = {role.given for role in roles} - {"none", "random", "subset"}
+    check(mix != "rgb" or has == {"rgb"}, "--mix rgb: is of RGB alone; add --modalities rgb")
+    wants = 2 if all(role.given in named for role in roles) else 1
+    check({"rgb", *named} <= has and len(has) >= wants,
+          f"--mix {mix}: gives {', '.join(sorted(named)) or 'none by name'}, the cache has "
+          f"{', '.join(cached)} and the model {', '.join(model)}; rgb must be there, and where all rows are "
+          "given the same, another one")
 
 
 # ------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from evaluation import Checkpoint, Watch
 from dataset import cells_in
 from layers import BLOCKS
 from locks import only_writer
-from mix import ROLES, TASK_MIX, TIMES, Draws, draw
+from mix import ROLES, TASK_MIX, TIMES, Draws, check_mix, draw
 from modalities import MODALITIES
 from mixture import open_caches
 from model import FUSIONS, PROJECTORS, SIZES, MMDiT, build_model, training_flops
@@ -123,7 +123,7 @@ class MMGen:
     def __init__(self, args, cache, device):
         self.args, self.cache, self.meta, self.device = args, cache, cache.meta, device
         self.modalities = [m for m in MODALITIES if m in (args.modalities or cache.modalities)]
-        self._check_mix(args.mix)
+        check_mix(args.mix, self.modalities, cache.modalities)
         known = [float(m in cache.modalities) for m in self.modalities]  # where all rows are alike
         self.known = torch.tensor(known, device=device).expand(args.batch_size, -1)
         for name in ("repa_weight", "middle_weight"):
@@ -149,15 +149,6 @@ class MMGen:
         last = [repa_weight, args.middle_weight][:1 + self.middle]
         self.weights = torch.tensor([*weights, *last], device=device)
         self.counted = torch.tensor([args.batch_size, 1][:1 + self.middle], device=device)
-
-    def _check_mix(self, mix):
-        has = set(self.modalities) & set(self.cache.modalities)
-        named = {role.given for role in TASK_MIX[mix]} - {"none", "random", "subset"}
-        check(mix != "rgb" or has == {"rgb"}, "--mix rgb: is of RGB alone; add --modalities rgb")
-        check({"rgb", *named} <= has and (mix != "rgb2x" or len(has) > 1),
-              f"--mix {mix}: gives {', '.join(sorted(named)) or 'none by name'}, the cache has "
-              f"{', '.join(self.cache.modalities)} and the model {', '.join(self.modalities)}; "
-              "rgb must be there, and for rgb2x another one")
 
     def weights_at(self, step):
         weights = self.weights.clone()

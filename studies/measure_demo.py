@@ -9,7 +9,8 @@ back?
 --sampler and --steps are those of understanding, --create those of generation. Remaining gap = (value -
 ceiling) / (mean map - ceiling), with the ceiling that eval_depth.py measured and the mean map scored against
 the same maps; a generated disparity of 1 and 0 is taken for NEAR and FAR. The latent Frechet distance is that
-of the autoencoder's mean latents, pooled to 4x4 places, to 2,048 held-out scenes; it is not FID.
+of the autoencoder's mean latents, pooled to 4x4 places, to --scenes held-out scenes; it is not FID. Of a
+model that lacks modalities, what it has is measured; --tasks says which.
 """
 import functools
 import json
@@ -75,7 +76,7 @@ class Measure:
 
     def __init__(self, args, device):
         self.sampling, self.device = samplers.from_flags(args), device
-        self.seed, self.batch_size = args.seed, args.batch_size
+        self.seed, self.batch_size, self.scenes = args.seed, args.batch_size, args.scenes
         self.loaded = self.reader = self.open(args.ckpt or DEMO / "mmgen.pt", args.compile)
         if args.reader:
             self.reader = self.open(args.reader, args.compile)
@@ -113,12 +114,16 @@ class Measure:
             sampling = sampling._replace(middle_scale=1.0)
         return self.draw(sampling, [loaded.model.num_classes] * len(rgb), {"rgb": rgb}, loaded)
 
-    def maps(self, pixels, modality):
-        at = self.loaded.model.modalities.index(modality)
+    @property
+    def modalities(self):
+        return self.loaded.model.modalities
+
+    def maps(self, pixels, modality, loaded=None):
+        at = (loaded or self.loaded).model.modalities.index(modality)
         return [MODALITIES[modality].from_pixels(sample[at].numpy()) for sample in pixels]
 
-    def segments(self, pixels):
-        return [nearest_colour(image, PALETTE) for image in self.maps(pixels, "seg")]
+    def segments(self, pixels, loaded=None):
+        return [nearest_colour(image, PALETTE) for image in self.maps(pixels, "seg", loaded)]
 
     def agreement(self, predicted, truth):
         """Scores of predicted maps {modality: maps} against true ones, of KEYS, the mean map's against the
@@ -144,8 +149,8 @@ class Measure:
 
     @functools.cached_property
     def reference(self):
-        """Moments of 2,048 held-out scenes."""
-        return self.moments(scene_pixels("rgb", held_out(10_000, 2048)))
+        """Moments of held-out scenes."""
+        return self.moments(scene_pixels("rgb", held_out(10_000, self.scenes)))
 
     def distance(self, rgb):
         return frechet(*self.moments(rgb), *self.reference)
@@ -155,30 +160,39 @@ class Measure:
         distance.
         """
         labels = [i % self.classes for i in range(count)]
+        asked = [label // HUES for label in labels]
         generated = self.draw(sampling, labels)
         again = self.understand(generated[:, 0])
-        own, seen = self.segments(generated), self.segments(again)
-        rgb = self.maps(generated, "rgb")
+        seen = self.segments(again, self.reader)
+        found = {"class_from_rgb_alone": share([main_object(s) == a for s, a in zip(seen, asked)])}
+        own = seen
+        if "seg" in self.modalities:
+            own = self.segments(generated)
+            found["class_in_segmentation"] = share([main_object(s) == a for s, a in zip(own, asked)])
         hues = [hue_of(image, segments == FIRST + max(main_object(segments), 0))
-                for image, segments in zip(rgb, own)]
-        read, made = ({m: self.maps(pixels, m) for m in KEYS} for pixels in (again, generated))
-        made["depth"] = [1 / (1 / FAR + (1 / NEAR - 1 / FAR) * d.clip(0, 1)) for d in made["depth"]]
+                for image, segments in zip(self.maps(generated, "rgb"), own)]
+        found["hue_in_rgb"] = share([hue == label % HUES for hue, label in zip(hues, labels)])
+        both = [m for m in KEYS if m in self.modalities]
+        made = {m: self.maps(generated, m) for m in both}
+        if "depth" in made:
+            made["depth"] = [1 / (1 / FAR + (1 / NEAR - 1 / FAR) * d.clip(0, 1)) for d in made["depth"]]
+        if made:
+            read = {m: self.maps(again, m, self.reader) for m in both}
+            found["rgb_understood_against_generated"] = self.agreement(read, made)
         real = scene_pixels("rgb", held_out(20_000, count))
-        asked = [label // HUES for label in labels]
-        return {"class_in_segmentation": share([main_object(s) == a for s, a in zip(own, asked)]),
-                "class_from_rgb_alone": share([main_object(s) == a for s, a in zip(seen, asked)]),
-                "hue_in_rgb": share([hue == label % HUES for hue, label in zip(hues, labels)]),
-                "rgb_understood_against_generated": self.agreement(read, made),
-                "latent_fd": self.distance(generated[:, 0]),
+        return {**found, "latent_fd": self.distance(generated[:, 0]),
                 "latent_fd_of_as_many_scenes": self.distance(real)}
 
     def recovery(self, sampling, scenes, modalities=tuple(KEYS)):
-        """RGB generated from each given map, understood again, against that map."""
+        """RGB generated from each given map that the model has, understood again, against that map; its
+        Frechet distance.
+        """
         out, labels = {}, [self.classes] * len(scenes)
-        for m in modalities:
+        for m in [m for m in modalities if m in self.modalities]:
             conditioned = self.draw(sampling, labels, {m: scene_pixels(m, scenes)})
-            read = self.maps(self.understand(conditioned[:, 0]), m)
+            read = self.maps(self.understand(conditioned[:, 0]), m, self.reader)
             out[m] = self.agreement({m: read}, {m: [truth_of(m, scene) for scene in scenes]})
+            out[m]["latent_fd"] = self.distance(conditioned[:, 0])
         return out
 
     def recipe(self, args):
@@ -186,7 +200,7 @@ class Measure:
         reader = str(args.reader) if args.reader else None
         return dict(**samplers.recipe(self.loaded, self.sampling, self.seed, self.encoder),
                     reader=reader, guidance=args.guidance, held_out=args.num, generated=args.generate,
-                    torch=torch.__version__, device=self.device.type)
+                    scenes=args.scenes, torch=torch.__version__, device=self.device.type)
 
 
 def arguments(doc):
@@ -195,6 +209,9 @@ def arguments(doc):
     add = parser.add_argument
     add("--num", type=int, default=256, help="held-out scenes for conditioned generation")
     add("--generate", type=int, default=200, help="category samples")
+    add("--scenes", type=int, default=4096, help="held-out scenes of the Frechet distance")
+    add("--tasks", nargs="+", choices=("generation", "given"), default=("generation", "given"),
+        help="what is measured")
     add("--create", nargs=2, default=("euler", "50"), metavar=("SAMPLER", "STEPS"))
     add("--guidance", type=float, default=2.0, help="of category generation")
     add("--understood", type=pathlib.Path, required=True,
@@ -211,8 +228,11 @@ def main():
     measure = Measure(args, device)
     sampler, steps = args.create
     creating = measure.sampling._replace(sampler=sampler, steps=int(steps), cfg=1.0)
-    result = {**measure.generation(creating._replace(cfg=args.guidance), args.generate),
-              "given_map_recovered": measure.recovery(creating, held_out(0, args.num))}
+    result = {}
+    if "generation" in args.tasks:
+        result = measure.generation(creating._replace(cfg=args.guidance), args.generate)
+    if "given" in args.tasks:
+        result["given_map_recovered"] = measure.recovery(creating, held_out(0, args.num))
     report(result, {**measure.recipe(args), "create": list(args.create)}, args.json)
 
 

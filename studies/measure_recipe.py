@@ -22,6 +22,7 @@ from evaluation import seen_class
 from weights import DEMO, load_model
 
 SCALES = 1.2, 1.4, 2.0
+SCENES = 2048  # of the Frechet distance
 
 
 def score(measure, scenes, count):
@@ -38,7 +39,7 @@ def score(measure, scenes, count):
     found["class"] = float(np.mean(hits))
     given = {"depth": scene_pixels("depth", scenes)}
     made = measure.draw(sampling(steps=4), [measure.classes] * len(scenes), given, wanted=at[:1])
-    read = measure.maps(measure.understand(made[:, 0]), "depth")
+    read = measure.maps(measure.understand(made[:, 0]), "depth", measure.reader)
     found["given_depth"] = scores({"depth": read}, {"depth": truth["depth"]})["abs_rel"]
     return found
 
@@ -52,7 +53,7 @@ def main():
     samplers.add_flags(parser)
     parser.set_defaults(sampler="euler", steps=2, batch_size=64)
     args = parser.parse_args()
-    args.reader, args.understood = DEMO / "mmgen.pt", None
+    args.reader, args.understood, args.scenes = DEMO / "mmgen.pt", None, SCENES
     _, _, device = setup()
     files = sorted((args.run / "ckpt").glob("*.pt"))
     args.ckpt = files[0]
@@ -70,7 +71,7 @@ def main():
     log = [json.loads(line) for line in (args.run / "log.jsonl").read_text().splitlines()]
     rates = [entry["img_per_s"] for entry in log if "img_per_s" in entry]
     recipe = dict(flags=measure.loaded.train, img_per_s_beside_others=float(np.median(rates)),
-                  held_out=args.num, generated=args.generate, scenes=2048, seed=args.seed,
+                  held_out=args.num, generated=args.generate, scenes=SCENES, seed=args.seed,
                   precision=args.precision, reader_sha256=measure.reader.sha256, torch=torch.__version__,
                   device=torch.cuda.get_device_name() if device.type == "cuda" else "cpu")
     write_json(args.json, {"evaluations": evaluations, "middle_scales": scales, "recipe": recipe})

@@ -1,55 +1,68 @@
 #!/bin/sh
-# The miniature study: every row with three seeds at equal steps, measured as soon as it is trained.
+# The papers in miniature: every row at equal steps, measured as soon as it is trained.
 #     python prep_latents.py --toy 6000 --batch-size 64 --out data/study && sh studies/run_study.sh
 # Finished runs are not repeated; several copies of this script share the runs out. The figures land in
 # results/study/.
 set -e
 cd "$(dirname "$0")/.."
-DATA=${DATA:-data/study} RUNS=${RUNS:-runs/study} OUT=${OUT:-results/study} STEPS=${STEPS:-2500}
-TOY=${TOY:-128} GIVEN=${GIVEN:-64} GENERATE=${GENERATE:-192} SEEDS=${SEEDS:-0 1 2}
+DATA=${DATA:-data/study} RUNS=${RUNS:-runs/study} OUT=${OUT:-results/study} STEPS=${STEPS:-1500}
+TOY=${TOY:-256} GIVEN=${GIVEN:-256} GENERATE=${GENERATE:-1024} SEEDS=${SEEDS:-0 1 2}
 # REPA doubles the cost of T/2: a row of its own.
-COMMON="--data $DATA --model T/2 --batch-size 16 --lr 5e-4 ${COMPILE---compile} --repa-weight 0"
-UNDERSTAND="--sampler euler --steps 2 --batch-size 64 --precision bf16"
+COMMON="--data $DATA --model T/2 --batch-size 16 --recipe better --lr 1e-3 --precision fp32 --repa-weight 0
+    ${COMPILE---compile} --ckpt-every 100000 --preview-every 100000"
+FEW="--sampler euler --steps 2 --batch-size 64"
 mkdir -p "$RUNS" "$OUT"
 
-measure() {  # name, flags: RGB given; then, where all four are generated, category samples and each given
-    run=$RUNS/$1
-    python eval_depth.py --toy "$TOY" --ckpt "$run" $UNDERSTAND --out "$run/evaluation" \
-        --json "$run/understand.json" $2
-    [ -n "$2" ] || python studies/measure_demo.py --ckpt "$run" $UNDERSTAND --create euler 25 --guidance 1 \
-        --reader demo/mmgen.pt --num "$GIVEN" --generate "$GENERATE" \
-        --understood "$run/understand.json" --json "$run/generate.json"
-    for part in generate understand; do  # the last one says that the run is done
-        [ ! -f "$run/$part.json" ] || mv "$run/$part.json" "$OUT/$1_$part.json"
-    done
+understand() {  # run, flags: RGB given, no class
+    python eval_depth.py --toy "$TOY" --ckpt "$1" $FEW --out "$1/evaluation" --json "$1/understand.json" $2
 }
 
-row() {  # name, seed, steps, modality (of single tasks) or "", flags
-    name=$1_$2 seed=$2 steps=$3 modality=$4
+draw() {  # run, tasks: category samples without guidance, as in the paper's Table 4; RGB of a given map
+    python studies/measure_demo.py --ckpt "$1" $FEW --create ab2 7 --guidance 1 --tasks $2 \
+        --reader demo/mmgen.pt --num "$GIVEN" --generate "$GENERATE" \
+        --understood results/demo_understand.json --json "$1/generate.json"
+}
+
+row() {  # name, seed, steps, what is measured ("all", or a function and its argument), flags
+    name=$1_$2 seed=$2 steps=$3 what=$4
     shift 4
-    [ ! -f "$OUT/${name}_understand.json" ] || return 0
+    for found in "$OUT/${name}"_*.json; do
+        [ ! -f "$found" ] || return 0
+    done
     (
         flock -n 9 || exit 0
-        python train.py $COMMON --run "$RUNS/$name" --seed "$seed" --steps "$steps" "$@"
-        measure "$name" "${modality:+--modality $modality}"
+        run=$RUNS/$name
+        python train.py $COMMON --run "$run" --seed "$seed" --steps "$steps" --decay-from $((steps * 3 / 5)) \
+            --decay-to "$steps" "$@"
+        if [ "$what" = all ]; then
+            understand "$run" ""
+            draw "$run" "generation given"
+        else
+            ${what%% *} "$run" "${what#* }"
+        fi
+        for part in generate understand; do
+            [ ! -f "$run/$part.json" ] || mv "$run/$part.json" "$OUT/${name}_$part.json"
+        done
     ) 9> "$RUNS/$name.lock"
 }
 
-for seed in $SEEDS; do  # the paper's Table 4; one model for all against one for each at equal compute
-    row mmgen $seed $STEPS ""
-    row gen-only $seed $STEPS "" --mix gen-only
-    row no-aug $seed $STEPS "" --mix no-aug
-    row no-task-embedding $seed $STEPS "" --no-task-embedding
-    row all-from-rgb $seed $STEPS "depth normal seg" --mix rgb2x
+for seed in $SEEDS; do  # Table 4; then tables 1 to 3: one for all against one each, of equal steps together
+    row mmgen $seed $STEPS all
+    row gen-only $seed $STEPS all --mix gen-only
+    row no-aug $seed $STEPS all --mix no-aug
+    row no-task-embedding $seed $STEPS all --no-task-embedding
+    row rgb-only $seed $STEPS "draw generation" --modalities rgb --mix rgb
     for m in depth normal seg; do
-        row rgb-to-$m $seed $((STEPS / 3)) $m --modalities rgb $m --mix rgb2x
+        row $m-to-rgb $seed $((STEPS / 3)) "draw given" --modalities rgb $m --mix ${m}2x
+    done
+    row all-from-rgb $seed $STEPS "understand --modality depth normal seg" --mix rgb2x
+    for m in depth normal seg; do
+        row rgb-to-$m $seed $((STEPS / 3)) "understand --modality $m" --modalities rgb $m --mix rgb2x
     done
 done
-for seed in $SEEDS; do
-    row no-drop $seed $STEPS "" --mix no-drop
-    row independent-t $seed $STEPS "" --mix independent-t
-    row equal-weights $seed $STEPS "" --equal-weights
-    row fusion-mlp $seed $STEPS "" --fusion mlp
-    row with-repa $seed $STEPS "" --repa-weight 0.5
-    row fusion-sequence $seed $STEPS "" --fusion sequence
-done
+row no-drop 0 $STEPS all --mix no-drop
+row independent-t 0 $STEPS all --mix independent-t
+row equal-weights 0 $STEPS all --equal-weights
+row fusion-mlp 0 $STEPS all --fusion mlp
+row with-repa 0 $STEPS all --repa-weight 0.5
+row fusion-sequence 0 $STEPS all --fusion sequence
