@@ -8,6 +8,7 @@ what stands between them becomes the same table.
 import json
 import re
 import sys
+from typing import NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont
 from record import ROOT
@@ -165,15 +166,15 @@ STUDIED = {  # column: the run's JSON and the keys of its value there, its form,
     "AbsRel": ("understand abs_rel", ".3f", False),
     "normals (degrees)": ("understand normal_mean", ".1f", False),
     "mIoU": ("understand miou", ".3f", True),
-    "class": ("generate class_in_segmentation", ".2f", True),
+    "class": ("generate class_from_rgb_alone", ".2f", True),
     "latent FD": ("generate latent_fd", ".2f", False),
     "joint: AbsRel": ("generate rgb_understood_against_generated abs_rel", ".3f", False),
-    "joint: mIoU": ("generate rgb_understood_against_generated miou", ".3f", True),
     "depth given: AbsRel": ("generate given_map_recovered depth abs_rel", ".3f", False),
     "normals given": ("generate given_map_recovered normal normal_mean", ".1f", False),
     "seg. given: mIoU": ("generate given_map_recovered seg miou", ".3f", True),
+    "depth given: latent FD": ("generate given_map_recovered depth latent_fd", ".2f", False),
 }
-SINGLE = "rgb-to-$m"  # a row of run_study.sh that stands for three runs
+SINGLES = {"rgb-to-$m": "one task each", "$m-to-rgb": "one condition each"}  # rows that stand for three runs
 
 
 def studied():
@@ -185,7 +186,8 @@ def studied():
     found = {}
     for path in sorted((RESULTS / "study").glob("*.json")):
         name, _, part = path.stem.split("_")
-        row = found.setdefault(SINGLE if name.startswith("rgb-to-") else name, {c: [] for c in STUDIED})
+        name = re.sub("(?<=-to-)(depth|normal|seg)|(depth|normal|seg)(?=-to-)", "$m", name)
+        row = found.setdefault(name, {c: [] for c in STUDIED})
         run = json.loads(path.read_text())
         for column, (keys, _, _) in STUDIED.items():
             file, *keys = keys.split()
@@ -194,7 +196,7 @@ def studied():
                 value = value.get(key, {})
             if value != {}:
                 row[column].append(value)
-    return {name.replace(SINGLE, "one task each"): found[name] for name in order if name in found}
+    return {SINGLES.get(name, name): found[name] for name in order if name in found}
 
 
 def spread(values, form):
@@ -217,6 +219,66 @@ def study():
     ceiling = understanding(known["ceiling"])
     rows.append(["the autoencoder; real scenes", "", *ceiling, "", f"{real:.2f}", *blank])
     return table(["", "seeds", *STUDIED], rows)
+
+
+class Claim(NamedTuple):
+    """What a paper says, as two rows of run_study.sh of which the first is ahead in columns of STUDIED."""
+    said: str
+    ahead: str
+    behind: str
+    columns: tuple
+    equal: bool = False  # all that is said is that it is not behind
+
+    def verdict(self, by):
+        """by: so many spreads it is ahead."""
+        if by <= -1:
+            return "does not"
+        return "holds" if by >= 1 or self.equal else "cannot be told"
+
+
+MAPS_SEEN = "AbsRel", "normals (degrees)", "mIoU"
+MAPS_GIVEN = "depth given: AbsRel", "normals given", "seg. given: mIoU"
+CLAIMS = [
+    Claim("Table 4: the full model generates better than generation alone", "mmgen", "gen-only",
+          ("latent FD",)),
+    Claim("Table 4: than without augmentation", "mmgen", "no-aug", ("latent FD",)),
+    Claim("Table 4: than without the task embedding", "mmgen", "no-task-embedding", ("latent FD",)),
+    Claim("Table 4's order: generation alone before no augmentation", "gen-only", "no-aug", ("latent FD",)),
+    Claim("Sec. 3.3: conditioned rows make it understand", "mmgen", "gen-only", MAPS_SEEN),
+    Claim("Sec. 3.3: and obey", "mmgen", "gen-only", MAPS_GIVEN),
+    Claim("Table 1: RGB drawn with its maps is no worse than RGB alone", "mmgen", "rgb-only",
+          ("latent FD", "class"), True),
+    Claim("Table 2: one model obeys maps as well as one for each", "mmgen", "one condition each",
+          (*MAPS_GIVEN, "depth given: latent FD"), True),
+    Claim("Table 3: one model for all maps sees as well as one for each", "all-from-rgb", "one task each",
+          MAPS_SEEN, True),
+    Claim("supplement 1.5: one time for all rather than one each", "mmgen", "independent-t",
+          ("latent FD", *MAPS_SEEN)),
+    Claim("Sec. 3.3: REPA helps", "with-repa", "mmgen", ("latent FD", *MAPS_SEEN)),
+]
+
+
+def ahead_by(claim, column, rows):
+    """By how many spreads the first row of a claim is ahead: the difference of the means over the larger
+    half of a range; of rows of one seed the other row's.
+    """
+    first, second = rows[claim.ahead][column], rows[claim.behind][column]
+    gap = sum(second) / len(second) - sum(first) / len(first)
+    gap = -gap if STUDIED[column][2] else gap
+    return gap / max((max(values) - min(values)) / 2 for values in (first, second))
+
+
+def claims():
+    """What the paper claims, what the study sees."""
+    rows, lines = studied(), []
+    for claim in CLAIMS:
+        if not {claim.ahead, claim.behind} <= rows.keys():
+            continue
+        for i, column in enumerate(claim.columns):
+            by = ahead_by(claim, column, rows)
+            values = [spread(rows[name][column], STUDIED[column][1]) for name in (claim.ahead, claim.behind)]
+            lines.append(["" if i else claim.said, column, *values, f"{by:+.1f}", claim.verdict(by)])
+    return table(["claim", "in", "first", "second", "ahead by so many spreads", "verdict"], lines)
 
 
 class Panel:
@@ -620,7 +682,8 @@ def mt_overhead():
 # ------------------------------------------------------------------------------------------------
 
 TABLES = {make.__name__: make for make in (
-    demo_understand, demo_generate, ten_minutes, few_steps, canny, ablations, study, recipes_alone,
+    demo_understand, demo_generate, ten_minutes, few_steps, canny, ablations, study, claims,
+    recipes_alone,
     recipes_together, recipes_reach, recipes_scales, recipes_cost, real_frames, speed_gpu, sampling_gpu,
     speed, data_speed, speed_parts, loss_curves, fusion, released, evaluators, robustness, mt_translation,
     mt_restoration, mt_heads_of_x, mt_overhead)}
