@@ -11,11 +11,11 @@ import pathlib
 import numpy as np
 from PIL import Image, ImageDraw
 from scipy import sparse
-from scipy.ndimage import label
+from scipy.ndimage import binary_erosion, label
 from scipy.sparse.linalg import cg
 
 from distributed import check, check_apart, command_parser, run, whole_file
-from modalities import MODALITIES, check_turned, read_mask
+from modalities import MODALITIES, check_turned, fill_unknown, read_mask
 
 MADE = "comment by mesh.py"  # a line of the header: the PNG beside such a PLY shows it
 
@@ -80,9 +80,18 @@ def _differences(mask, front):
         yield sparse.csr_matrix((values, places), (count, count))
 
 
+def settled(normal, mask, border):
+    """Normals (H, W, 3) of a mask (H, W), those within `border` pixels of its edge taken from the nearest
+    further inside: at a silhouette an estimated normal is mixed with what lies behind. All are as they were
+    where nothing is further inside.
+    """
+    inside = binary_erosion(mask, iterations=border) if border else mask
+    return fill_unknown(normal, inside) if inside.any() else normal
+
+
 def surface(depth, focal=None):
     """Depth (H, W), NaN outside -> vertices (V, 3) with +x right, +y up, -z forward, and faces (F, 3), seen
-    counter-clockwise.
+    counter-clockwise: two of a quad of neighbours, one where a corner is missing.
     """
     H, W = depth.shape
     mask = np.isfinite(depth)
@@ -95,9 +104,13 @@ def surface(depth, focal=None):
         vertices = np.stack([x * z, y * z, -z * focal * W / 2], 1) / f
     index = np.full(depth.shape, -1)
     index[mask] = np.arange(mask.sum())
-    quads = np.stack([index[:-1, :-1], index[:-1, 1:], index[1:, :-1], index[1:, 1:]], -1)
-    a, b, c, d = quads[(quads >= 0).all(-1)].T  # corners of each quad that is whole
-    return vertices, np.concatenate([np.stack([a, c, d], 1), np.stack([a, d, b], 1)])
+    quads = np.stack([index[:-1, :-1], index[1:, :-1], index[1:, 1:], index[:-1, 1:]], -1).reshape(-1, 4)
+    corners = (quads >= 0).sum(1)
+    a, b, c, d = quads[corners == 4].T  # around
+    three = quads[corners == 3]
+    gap = three.argmin(1)[:, None]
+    return vertices, np.concatenate([np.stack([a, b, c], 1), np.stack([a, c, d], 1),
+                                     np.take_along_axis(three, (gap + [1, 2, 3]) % 4, 1)])
 
 
 def write_ply(path, vertices, faces, colours):
@@ -175,11 +188,11 @@ def views_of(path):
     return path.with_name(f"{path.name}.png")
 
 
-def write_mesh(path, normal, mask, rgb, focal=None):
-    """Integrate the masked normals and write the surface in the colours of rgb (H, W, 3), and beside it a
-    picture of it from three sides -> number of vertices and faces.
+def write_mesh(path, normal, mask, rgb, focal=None, border=2):
+    """Integrate the masked normals, settled at the border, and write the surface in the colours of rgb
+    (H, W, 3), and beside it a picture of it from three sides -> number of vertices and faces.
     """
-    depth = integrate(normal, mask, focal)
+    depth = integrate(settled(normal, mask, border), mask, focal)
     vertices, faces = surface(depth, focal)
     colours = rgb[np.isfinite(depth)]
     write_ply(path, vertices, faces, colours)
@@ -199,6 +212,8 @@ def main():
     add("--rgb", type=pathlib.Path, required=True)
     add("--mask", type=pathlib.Path, help="white is the object; default: where normals are not zero")
     add("--focal", type=float, help="in half-widths of the picture; default: orthographic")
+    add("--border", type=int, default=2, metavar="PIXELS", help="at the object's edge normals are taken from "
+        "further inside; 0 for exact ones")
     add("--out", type=pathlib.Path, required=True)
     args = parser.parse_args()
     check(args.out.name, f"--out {args.out}: is no name of a file to write")
@@ -214,13 +229,14 @@ def main():
     known = np.ones(normal.shape[:2], bool) if raster.known is None else raster.known
     check(args.focal is None or args.focal > 0,
           f"--focal {args.focal}: must be positive, in half-widths of the picture")
+    check(args.border >= 0, f"--border {args.border}: pixels, at least 0")
     photo = MODALITIES["rgb"].open(args.rgb)
     masked = read_mask(args.mask) if args.mask else raster._replace(values=known)
     check_turned([photo, raster, masked])
     rgb, mask = photo.values, masked.values
     check(normal.shape == rgb.shape and mask.shape == rgb.shape[:2], f"{args.normal}: normals "
           f"{normal.shape}, picture {rgb.shape}, mask {mask.shape}; they must be of one size")
-    vertices, faces = write_mesh(args.out, normal, mask & known, rgb, args.focal)
+    vertices, faces = write_mesh(args.out, normal, mask & known, rgb, args.focal, args.border)
     print(f"{args.out}: {vertices} vertices, {faces} faces")
 
 

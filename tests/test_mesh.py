@@ -2,6 +2,7 @@
 import numpy as np
 import pytest
 from PIL import Image
+from scipy import ndimage
 
 import mesh
 import toy_scenes
@@ -73,6 +74,31 @@ def test_the_ply_is_what_its_header_says(tmp_path):
     facing = np.cross(b - a, c - a)
     centre = points["xyz"].mean(0) - [0, 0, 1]
     assert ((facing * (a - centre)).sum(-1) > 0).mean() > 0.99  # seen counter-clockwise from outside
+
+
+def test_normals_at_a_silhouette_come_from_inside():
+    """Mixed with what lies behind, they would pull the border to a point."""
+    normal, mask, truth, size = sphere(None)
+    rim = mask & ~ndimage.binary_erosion(mask, iterations=2)
+    mixed = np.where(rim[..., None], [1.0, 0.0, 0.02], normal)
+    spiked, even = (mesh.integrate(x, mask) for x in (mixed, mesh.settled(mixed, mask, 2)))
+    errors = [np.nanstd(depth - truth) / size for depth in (spiked, even)]
+    assert errors[1] < 0.02 < errors[0] / 2
+    assert np.array_equal(mesh.settled(normal, mask, 0)[mask], normal[mask])
+    thin = np.zeros_like(mask)
+    thin[5] = True
+    assert mesh.settled(normal, thin, 2) is normal
+
+
+def test_a_missing_corner_leaves_one_face():
+    depth = np.ones((2, 2))
+    assert len(mesh.surface(depth)[1]) == 2
+    for corner in np.ndindex(2, 2):
+        depth[:] = 1
+        depth[corner] = np.nan
+        vertices, faces = mesh.surface(depth)
+        a, b, c = vertices[faces[0]]
+        assert len(faces) == 1 and np.cross(b - a, c - a)[2] > 0  # towards the viewer
 
 
 def test_which_segment(tmp_path):
