@@ -541,6 +541,7 @@ def main():
                       ".safetensors or torch's")
     what.add_argument("--export-official", type=pathlib.Path, metavar="FILE",
                       help="write the EMA as MMGen's own code loads it")
+    parser.add_argument("--no-middle-heads", action="store_true", help="without the heads of internal guidance")
     args = parser.parse_args()
     path = args.export or args.export_official
     check_apart([path], [args.ckpt, locate(args.ckpt)])
@@ -551,7 +552,11 @@ def main():
     checkpoint = load_checkpoint(args.ckpt)
     if args.export:
         ema = {key: value.to(torch.bfloat16) for key, value in without_projector(checkpoint["ema"]).items()}
-        out = dict(ema=ema, step=checkpoint["step"], config=checkpoint["config"], format=FORMAT)
+        config = checkpoint["config"]
+        if args.no_middle_heads:
+            ema = {key: value for key, value in ema.items() if not key.startswith("middle_heads.")}
+            config = {**config, "model": {**config["model"], "middle_heads": False}}
+        out = dict(ema=ema, step=checkpoint["step"], config=config, format=FORMAT)
         out |= {"ages": checkpoint["ages"]} if checkpoint.get("ages") else {}
     else:
         out = to_official(checkpoint, args.ckpt)

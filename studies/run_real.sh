@@ -31,9 +31,11 @@ encode() {  # cache, tree, flags
         python import_frames.py --format camvid --root "$REAL/camvid/$split" --scene "$split" \
             --out "$DATA/camvid-$split"
     done
-    for set in kitchen livingroom camvid; do
-        encode "c-$set" "$set-train"
-    done
+    encode c-kitchen kitchen-train --views 4  # so few frames are learned by heart
+    encode c-livingroom livingroom-train --views 8
+    encode c-camvid camvid-train --views 8
+    encode c-kitchen-once kitchen-train
+    encode c-livingroom-once livingroom-train
     python studies/erase.py --data "$DATA/livingroom-train" --columns 0:64 --out "$DATA/erased-train"
     python studies/erase.py --data "$DATA/livingroom-test" --columns 64:171 --out "$DATA/erased-test"
     encode c-erased erased-train
@@ -66,9 +68,16 @@ for seed in $SEEDS; do
         --weights 0.471 0.1 0.429
     row mt_diffusion.py mt-camvid $seed 1200 camvid $PAIR --data "$CAMVID"
     row mt_diffusion.py mt-single $seed 1200 camvid $PAIR --x-weight 0 --agg none --hidden 0 --data "$CAMVID"
-    row train.py kitchen $seed 700 kitchen $BETTER --data "$KITCHEN"
+    row train.py rooms-once $seed 2000 "kitchen livingroom" $BETTER --data $KITCHEN-once $DATA/c-livingroom-once
+    row train.py kitchen $seed 700 kitchen $BETTER --data "$KITCHEN-once"
     row train.py kitchen-log $seed 700 kitchen $BETTER --data "$KITCHEN-log"
     row train.py kitchen-quantile $seed 700 kitchen $BETTER --data "$KITCHEN-quantile"
-    row train.py living $seed 500 "livingroom erased" $BETTER --data "$DATA/c-livingroom"
+    row train.py living $seed 500 "livingroom erased" $BETTER --data "$DATA/c-livingroom-once"
     row train.py erased $seed 500 "livingroom erased" $BETTER --data "$DATA/c-erased"
+done
+for seed in $SEEDS; do  # pictures drawn from depth, read by the next seed
+    reader=$RUNS/rooms_$((seed + 1))
+    [ -e "$reader/latest.pt" ] && [ ! -f "$OUT/drawn_$seed.json" ] || continue
+    python studies/measure_real.py --data "$DATA" --sets kitchen livingroom --ckpt "$RUNS/rooms_$seed" \
+        --reader "$reader" --json "$OUT/drawn_$seed.json"
 done

@@ -397,6 +397,15 @@ def test_export_keeps_the_ema(tmp_path, command):
         assert torch.allclose(value, found[key], atol=1e-3, rtol=1e-2), key
 
 
+def test_export_without_middle_heads(tmp_path, command):
+    ours(tmp_path / "a.pt", middle_heads=True)
+    for name, flags in (("whole", ()), ("less", ("--no-middle-heads",))):
+        command("weights", "--ckpt", tmp_path / "a.pt", "--export", tmp_path / f"{name}.pt", *flags)
+    whole, less = (load_model(tmp_path / f"{name}.pt").model for name in ("whole", "less"))
+    assert whole.middle_heads is not None and less.middle_heads is None
+    assert same(whole, less)
+
+
 def test_export_as_safetensors(tmp_path, command):
     """The same tensors and settings as torch's file has, whatever the name; sampled, and exported again."""
     command("weights", "--ckpt", DEMO / "mmgen.pt", "--export", tmp_path / "a.safetensors")
