@@ -541,7 +541,8 @@ def main():
                       ".safetensors or torch's")
     what.add_argument("--export-official", type=pathlib.Path, metavar="FILE",
                       help="write the EMA as MMGen's own code loads it")
-    parser.add_argument("--no-middle-heads", action="store_true", help="without the heads of internal guidance")
+    parser.add_argument("--no-middle-heads", action="store_true",
+                        help="export without the heads of internal guidance")
     args = parser.parse_args()
     path = args.export or args.export_official
     check_apart([path], [args.ckpt, locate(args.ckpt)])
