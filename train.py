@@ -10,6 +10,7 @@ global batch and then sliced.
 import argparse
 import contextlib
 import copy
+import math
 import pathlib
 import sys
 
@@ -126,10 +127,7 @@ class MMGen:
         check_mix(args.mix, self.modalities, cache.modalities)
         known = [float(m in cache.modalities) for m in self.modalities]  # where all rows are alike
         self.known = torch.tensor(known, device=device).expand(args.batch_size, -1)
-        for name in ("repa_weight", "middle_weight"):
-            value = getattr(args, name)
-            check(0 <= value < 1e3, f"--{name.replace('_', '-')} {value}: from 0 to 1000")
-        check((args.repa_until or 0) >= 0, f"--repa-until {args.repa_until}: a step, at least 0")
+        check_ranges(args, repa_weight=(0, 1000), middle_weight=(0, 1000), repa_until=(0, math.inf))
         self.unaligned = args.repa_weight > 0 and "dino" not in cache.stems
         repa_weight = 0.0 if self.unaligned else args.repa_weight
         blocks = args.blocks or blocks_of(runs.latest(args.run) or args.init)
@@ -344,16 +342,12 @@ def add_flags(parser):
     parser.add_argument("--ema-from-init", action="store_true", help="what --init takes keeps its EMA's rate")
 
 
-def check_rates(args):
-    """InputError where the flags of the optimiser are of no use."""
-    for name in ("lr", "muon_lr"):
+def check_ranges(args, **ranges):
+    """Raise InputError for a flag outside of its range, (lowest, what is below)."""
+    for name, (low, high) in ranges.items():
         value = getattr(args, name)
-        check(0 < value < 1e3, f"--{name.replace('_', '-')} {value}: must be finite and above 0")
-    check(0 <= args.beta2 < 1, f"--beta2 {args.beta2}: from 0 to below 1")
-    check(args.warmup >= 0, f"--warmup {args.warmup}: steps, at least 0")
-    decay = args.decay_from, args.decay_to
-    check(decay == (None, None) or None not in decay and 0 <= decay[0] < decay[1],
-          f"--decay-from {decay[0]} --decay-to {decay[1]}: two steps, the second after the first")
+        check(value is None or low <= value < high, f"--{name.replace('_', '-')} {value}: must be at least "
+              f"{low:g} and below {high:g}")
 
 
 def command(objective, doc):
@@ -366,12 +360,12 @@ def command(objective, doc):
     check(asked == (args.eval_every > 0), "--eval-every N goes with --eval-toy K or --eval-data TREE")
     lost = [name for name in ("ema_from_init", "rename") if getattr(args, name, None)]
     check(args.init or not lost, f"--{' --'.join(lost).replace('_', '-')}: belongs to --init")
-    check((args.eval_toy or 1) >= 1, f"--eval-toy {args.eval_toy}: at least 1 scene")
-    for name in ("steps", "batch_size", "log_every", "ckpt_every", "preview_every"):
-        value = getattr(args, name)
-        check(value >= 1, f"--{name.replace('_', '-')} {value}: must be at least 1")
-    check(0 <= args.seed < 2 ** 63, f"--seed {args.seed}: must not be negative")
-    check_rates(args)
+    counts = ("steps", "batch_size", "log_every", "ckpt_every", "preview_every", "eval_toy")
+    check_ranges(args, **dict.fromkeys(counts, (1, math.inf)), seed=(0, 2 ** 63), warmup=(0, math.inf),
+                 lr=(1e-12, 1000), muon_lr=(1e-12, 1000), beta2=(0, 1))
+    decay = args.decay_from, args.decay_to
+    check(decay == (None, None) or None not in decay and 0 <= decay[0] < decay[1],
+          f"--decay-from {decay[0]} --decay-to {decay[1]}: two steps, the second after the first")
     place = setup()
     cache = open_caches(args.data, args.weights)
     torch.manual_seed(args.seed)  # the initial weights, the same on every process

@@ -225,10 +225,10 @@ def test_without_repas_weight_the_projector_stays(cache, tmp_path, command):
 
 
 @pytest.mark.parametrize("change, message", (
-    (("--muon-lr", "0"), "--muon-lr 0.0: must be finite and above 0"),
-    (("--beta2", "1"), "--beta2 1.0: from 0 to below 1"),
-    (("--warmup", "-1"), "--warmup -1: steps, at least 0"),
-    (("--repa-until", "-1"), "--repa-until -1: a step, at least 0"),
+    (("--muon-lr", "0"), "--muon-lr 0.0: must be at least 1e-12"),
+    (("--beta2", "1"), "--beta2 1.0: must be at least 0 and below 1"),
+    (("--warmup", "-1"), "--warmup -1: must be at least 0"),
+    (("--repa-until", "-1"), "--repa-until -1: must be at least 0"),
     (("--decay-from", "5"), "--decay-from 5 --decay-to None: two steps"),
     (("--decay-from", "5", "--decay-to", "5"), "--decay-from 5 --decay-to 5: two steps"),
 ))

@@ -360,11 +360,11 @@ def test_a_preview_is_drawn_where_the_autoencoder_is(cache, tmp_path, command, m
     (("--log-every", "0"), "at least 1"),
     (("--eval-every", "2"), "--eval-every N goes with --eval-toy K or --eval-data TREE"),
     (("--eval-toy", "2"), "--eval-every N goes with"),
-    (("--eval-every", "2", "--eval-toy", "-3"), "--eval-toy -3: at least 1 scene"),
+    (("--eval-every", "2", "--eval-toy", "-3"), "--eval-toy -3: must be at least 1"),
     (("--rename", "seg=canny"), "--rename: belongs to --init"),
-    (("--lr", "nan"), "finite"),
-    (("--repa-weight", "nan"), "from 0 to 1000"),
-    (("--middle-weight", "-1"), "--middle-weight -1.0: from 0 to 1000"),
+    (("--lr", "nan"), "below 1000"),
+    (("--repa-weight", "nan"), "at least 0 and below 1000"),
+    (("--middle-weight", "-1"), "--middle-weight -1.0: must be at least 0"),
     (("--data", "nowhere"), "prep_latents.py --toy"),
 ])
 def test_bad_arguments(change, message, cache, trained, command):
