@@ -31,11 +31,12 @@ encode() {  # cache, tree, flags
         python import_frames.py --format camvid --root "$REAL/camvid/$split" --scene "$split" \
             --out "$DATA/camvid-$split"
     done
-    encode c-kitchen kitchen-train --views 4  # so few frames are learned by heart
-    encode c-livingroom livingroom-train --views 8
+    encode c-kitchen kitchen-train --depth-norm quantile --views 4  # once, they are learned by heart
+    encode c-livingroom livingroom-train --depth-norm quantile --views 8
     encode c-camvid camvid-train --views 8
-    encode c-kitchen-once kitchen-train
-    encode c-livingroom-once livingroom-train
+    for set in kitchen livingroom camvid; do
+        encode "c-$set-once" "$set-train"
+    done
     python studies/erase.py --data "$DATA/livingroom-train" --columns 0:64 --out "$DATA/erased-train"
     python studies/erase.py --data "$DATA/livingroom-test" --columns 64:171 --out "$DATA/erased-test"
     encode c-erased erased-train
@@ -59,16 +60,26 @@ row() {  # script, name, seed, steps, sets to score on, flags
 }
 
 ROOMS="$DATA/c-kitchen $DATA/c-livingroom" CAMVID=$DATA/c-camvid KITCHEN=$DATA/c-kitchen
+ONCE="$DATA/c-kitchen-once $DATA/c-livingroom-once"
 BETTER="--recipe better --repa-weight 0 --mix photo --equal-weights"
 PAIR="--pair rgb seg --optimiser muon"
+SINGLE="$PAIR --x-weight 0 --agg none --hidden 0"
 for seed in $SEEDS; do
     row train.py rooms $seed 2000 "kitchen livingroom" $BETTER --data $ROOMS
     row train.py camvid $seed 1500 camvid $BETTER --data "$CAMVID"
     row train.py all $seed 3500 "kitchen livingroom camvid" $BETTER --data $ROOMS "$CAMVID" \
-        --weights 0.471 0.1 0.429
+        --weights 0.4 0.171 0.429
     row mt_diffusion.py mt-camvid $seed 1200 camvid $PAIR --data "$CAMVID"
-    row mt_diffusion.py mt-single $seed 1200 camvid $PAIR --x-weight 0 --agg none --hidden 0 --data "$CAMVID"
-    row train.py rooms-once $seed 2000 "kitchen livingroom" $BETTER --data $KITCHEN-once $DATA/c-livingroom-once
+    row mt_diffusion.py mt-single $seed 1200 camvid $SINGLE --data "$CAMVID"
+done
+for seed in 0; do  # what led there
+    row train.py camvid-long $seed 3000 camvid $BETTER --data "$CAMVID"
+    row train.py rooms-once $seed 2000 "kitchen livingroom" $BETTER --data $ONCE
+    row train.py camvid-once $seed 1500 camvid $BETTER --data "$CAMVID-once"
+    row train.py all-once $seed 3500 "kitchen livingroom camvid" $BETTER --data $ONCE "$CAMVID-once" \
+        --weights 0.471 0.1 0.429
+    row mt_diffusion.py mt-camvid-once $seed 1200 camvid $PAIR --data "$CAMVID-once"
+    row mt_diffusion.py mt-single-once $seed 1200 camvid $SINGLE --data "$CAMVID-once"
     row train.py kitchen $seed 700 kitchen $BETTER --data "$KITCHEN-once"
     row train.py kitchen-log $seed 700 kitchen $BETTER --data "$KITCHEN-log"
     row train.py kitchen-quantile $seed 700 kitchen $BETTER --data "$KITCHEN-quantile"
