@@ -37,6 +37,7 @@ from safetensors.torch import save_file
 
 import eval_depth
 import eval_fid
+import import_frames
 import mesh
 import mt_diffusion
 import mt_sample
@@ -598,7 +599,8 @@ def random_flags(dice, at, good):
         (toy_vae, ["--out", "v.safetensors", "--steps", "1", "--scenes", "4", "--batch-size", "1"]),
         (weights, ["--ckpt", demo, "--export", "e.pt"]),
         (mesh, ["--normal", normal, "--rgb", rgb, "--out", "m.ply"]),
-        (pseudo_label, ["--images", f"{scenes}/rgb", "--out", "o"])))
+        (pseudo_label, ["--images", f"{scenes}/rgb", "--out", "o"]),
+        (import_frames, ["--color", f"{scenes}/rgb", "--depth", f"{scenes}/depth", "--out", "o"])))
     return module, argv + flags(dice, module)
 
 
@@ -624,15 +626,89 @@ def strangers(dice, at, good):
     prep = ["--data", "t", "--vae", "none", "--size", "64", "--no-dino", "--out", "c"]
     given = dice.choice((["rgb"], ["depth"], ["depth", "normal"], ["seg"], ["rgb", "seg"]))
     skip, pair = dice.choice(([], ["--skip-broken"])), str(good.parent / "pair/latest.pt")
+    shown = dice.choice(([], ["--views", "3"], ["--depth-norm", "quantile"], ["--depth-target", "log"]))
     return dice.choice((
-        (prep_latents, [*prep, *space, *colours, *mode, *skip]),
-        (prep_latents, [*prep, *space, *colours, *mode]),
+        (prep_latents, [*prep, *space, *colours, *mode, *skip, *shown]),
+        (prep_latents, [*prep, *space, *colours, *mode, *shown]),
         (eval_depth, ["--data", "t", "--save-maps", *space, *colours, *mode, *QUICK]),
         (sample, ["--task", "condition", "--given", *given, "--image", "t", *space, *QUICK]),
         (sample, ["--task", "understand", "--image", dice.choice(("t", "t/rgb")), *QUICK]),
         (mt_sample, ["--task", "translate", "--image", "t", "--ckpt", pair, "--steps", "1"]),
         (pseudo_label, ["--images", "t/rgb", "--out", dice.choice("to"), *taught(at, "normal"), *skip]),
         (eval_fid, ["t/rgb", "t/rgb", "--metrics", dice.choice(("psnr", "latent-fd"))])))
+
+
+LAYOUTS = {  # how data sets with truth lie
+    "generic": {"rgb": "color/{}.png", "depth": "depth/{}.png", "seg": "label/{}.png"},
+    "scannet": {"rgb": "scene/color/{}.jpg", "depth": "scene/depth/{}.png"},
+    "7scenes": {"rgb": "seq/frame-{:06d}.color.png", "depth": "seq/frame-{:06d}.depth.png"},
+    "tum": {"rgb": "rgb/{}.000000.png", "depth": "depth/{}.010000.png"},
+    "nyu": {"rgb": "{}_rgb.png", "depth": "{}_depth.png"},
+    "hypersim": {"rgb": "images/scene_cam_00_final_preview/frame.{:04d}.tonemap.jpg",
+                 "depth": "images/scene_cam_00_geometry_hdf5/frame.{:04d}.depth_meters.npy",
+                 "normal": "images/scene_cam_00_geometry_hdf5/frame.{:04d}.normal_cam.npy"},
+    "camvid": {"rgb": "train/{}.png", "seg": "trainannot/{}.png"},
+    "cityscapes": {"rgb": "leftImg8bit/train/a/{}_leftImg8bit.png",
+                   "depth": "disparity/train/a/{}_disparity.png",
+                   "seg": "gtFine/train/a/{}_gtFine_labelIds.png"},
+}
+
+
+def frame_file(dice, path, modality, scene):
+    """A map of a scene as a data set has it; one in two damaged, cut, empty or of another type."""
+    held = {"rgb": scene.rgb, "depth": (scene.depth * 1000).astype(np.uint16),
+            "normal": scene.normal.astype(np.float32),
+            "seg": labels_of(toy_scenes.maps(scene)["seg"])}[modality]
+    kind = dice.randrange(12)
+    if kind == 0:
+        return (array if path.suffix == ".npy" else picture)(dice, path)
+    if kind == 1:
+        held = held[:dice.choice((1, 32))]
+    elif kind == 2:
+        held = np.zeros_like(held)
+    elif kind == 3:
+        held = held.astype(dice.choice((np.uint8, np.uint16, np.float32)))
+    elif kind == 4:
+        held = held[..., None].repeat(3, -1) if held.ndim == 2 else held[..., 0]
+    elif kind == 5:
+        held = np.full_like(held, 255)
+    keep(path, held)
+
+
+def frames(dice, at, good):
+    """A data set with truth, imported, and in half of the cases encoded."""
+    name = dice.choice(sorted(LAYOUTS))
+    for i in range(3):
+        scene = toy_scenes.render(toy_scenes.HELD_OUT + i)
+        for m, place in LAYOUTS[name].items():
+            if dice.random() < 0.95:
+                frame_file(dice, at / "d" / place.format(i), m, scene)
+    where = ["--root", "d"]
+    if name == "generic":
+        where = ["--color", "d/color", "--depth", "d/depth", *dice.choice(([], ["--label", "d/label"]))]
+    more = dice.choice(([], ["--frames", "0:1"], ["--every", "2"], ["--no-normals"], ["--scene", "s"],
+                        ["--focal", dice.choice(("70", *VALUES))], ["--scene-is-class"],
+                        ["--depth-unit", dice.choice(("0.001", *VALUES))]))
+    out = dice.choice(("o", "o", "o", "o", "d", "d/depth"))
+    imported = import_frames, ["--format", name, *where, *more, "--out", out]
+    encoded = prep_latents, ["--data", "o", "--vae", "none", "--size", "64", "--no-dino", "--out", "c",
+                             "--views", dice.choice("123"), *dice.choice(([], ["--depth-norm", "quantile"]))]
+    return imported if dice.random() < 0.5 else [imported, encoded]
+
+
+def mixtures(dice, at, good):
+    """Two caches in one run: the same, of other classes or modalities, or a damaged one."""
+    if dice.random() < 0.4:
+        cache(dice, at / "cache", good)
+    else:
+        shutil.copytree(good, at / "cache")
+        meta = json.loads((good / "meta.json").read_text())
+        other = dice.choice((meta, bent(dice, meta), {**meta, "class_names": meta["class_names"][::-1]},
+                             {**meta, "modalities": ["rgb", "depth"]}, {**meta, "resolution": 128}))
+        (at / "cache/meta.json").write_text(json.dumps(other))
+    weighted = dice.choice(([], ["--weights", "1", "3"], ["--weights", dice.choice(VALUES), "1"]))
+    module, pair = dice.choice(((train, []), (mt_diffusion, ["--pair", "rgb", "seg"])))
+    return module, [*pair, "--data", str(good), "cache", *weighted, *TINY]
 
 
 def comparisons(dice, at, good):
@@ -661,7 +737,7 @@ def meshes(dice, at, good):
     masks = labels_of(maps["seg"]) == 2, maps["seg"], photo(dice, maps["rgb"])[0]
     keep(at / "mask.png", dice.choice(masks))
     mask = dice.choice(([], ["--mask", "mask.png"]))
-    focal = dice.choice(([], ["--focal", dice.choice(("1.2", *VALUES))]))
+    focal = dice.choice(([], ["--focal", dice.choice(("1.2", *VALUES))], ["--border", dice.choice(VALUES)]))
     out = dice.choice(("m.ply", "rgb.ply", "normal.ply", "m", "m.png", "new/m.ply", "rgb.tiff", "."))
     return mesh, ["--normal", file, "--rgb", "rgb.tiff", *mask, *focal, "--out", out]
 
@@ -826,8 +902,9 @@ def once_more(dice, at, good):
 
 
 CASES = (images_to_sample, checkpoints_to_sample, checkpoints_to_train, caches, damaged_trees, predictions,
-         sets_of_pictures, autoencoders, teachers, random_flags, random_flags, strangers, strangers,
-         comparisons, meshes, outputs_that_are_inputs, files_that_are_inputs, foreign_outputs, once_more)
+         sets_of_pictures, autoencoders, teachers, random_flags, random_flags, strangers, strangers, frames,
+         frames, mixtures, comparisons, meshes, outputs_that_are_inputs, files_that_are_inputs,
+         foreign_outputs, once_more)
 
 
 # ------------------------------------------------------------------------------------------------
