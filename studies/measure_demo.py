@@ -69,6 +69,19 @@ def share(hits):
     return float(np.mean(hits))
 
 
+@torch.inference_mode()
+def latent_moments(encoder, rgb, device):
+    """Mean and covariance of the mean latents of pixels (n, 3, S, S), pooled to 4x4 places."""
+    sums = None
+    for part in rgb.split(64):
+        mean, _ = encoder.vae.encode(part.to(device))
+        x = F.adaptive_avg_pool2d(mean, 4).flatten(1).cpu()
+        if sums is None:
+            sums = torch.zeros(1 + x.shape[1], x.shape[1], dtype=torch.float64)
+        add_moments(sums, x)
+    return finish_moments(sums, len(rgb))
+
+
 class Measure:
     """What is measured of one checkpoint, which `sampling` lets understand. Pixels are (n, M, 3, S, S) in
     [-1, 1].
@@ -135,17 +148,8 @@ class Measure:
                for key, value in values.items()}
         return {**values, "mean_map": guess, "gap": gap}
 
-    @torch.inference_mode()
     def moments(self, rgb):
-        """Mean and covariance of the mean latents of pixels (n, 3, S, S), pooled to 4x4 places."""
-        sums = None
-        for part in rgb.split(64):
-            mean, _ = self.encoder.vae.encode(part.to(self.device))
-            x = F.adaptive_avg_pool2d(mean, 4).flatten(1).cpu()
-            if sums is None:
-                sums = torch.zeros(1 + x.shape[1], x.shape[1], dtype=torch.float64)
-            add_moments(sums, x)
-        return finish_moments(sums, len(rgb))
+        return latent_moments(self.encoder, rgb, self.device)
 
     @functools.cached_property
     def reference(self):

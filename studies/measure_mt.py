@@ -1,13 +1,14 @@
-"""Measure an MT-Diffusion checkpoint on held-out toy scenes: restoration, label or feature vector, as its
-setting is.
+"""Measure an MT-Diffusion checkpoint on held-out toy scenes, as its setting is.
 
-    python studies/measure_mt.py --ckpt runs/masked --num 128 --steps 50 --json results/mt_masked.json
+    python studies/measure_mt.py --ckpt runs/masked --num 128 --steps 50 --json masked.json
 
+rgb seg   what mt_sample.py --task evaluate says
 masked    PSNR inside of m random squares, pooled over the pixels of all scenes: restored, left grey, and by
           SDEdit
 label     top-1 and top-5 of the head
 feature   mean cosine of the head's vector to the true one, beside the training set's mean vector
-Translation is measured by mt_sample.py --task evaluate.
+--generate N: also the latent Frechet distance of N drawn images to --scenes scenes, as measure_demo.py has
+it; of labels the classes in turn, told, and drawn with the image.
 """
 import json
 import pathlib
@@ -16,13 +17,14 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from measure_demo import held_out, scene_pixels
+from eval_fid import frechet
+from measure_demo import held_out, latent_moments, scene_pixels
 from record import call, report
 
 import mt_model
 import mt_sample
 import toy_scenes
-from distributed import InputError, command_parser, run, setup
+from distributed import command_parser, run, setup
 from modalities import read_rgb, unit
 from trees import flat_name, stem_of
 from samplers import Noise
@@ -104,6 +106,29 @@ def features(args, loaded, device):
             "mean vector": float((truth @ mean).mean())}
 
 
+def translation(args, work):
+    """Scores of held-out scenes."""
+    call(mt_sample, "--task", "evaluate", "--toy", args.num, "--ckpt", args.ckpt, "--steps", args.steps,
+         "--seed", args.seed, "--batch-size", 64, "--json", work / "scores.json")
+    return json.loads((work / "scores.json").read_text())
+
+
+def generation(args, loaded, work, device):
+    """{how: latent Frechet distance} of drawn images."""
+    encoder = encoder_of(loaded.meta, device)
+    reference = latent_moments(encoder, scene_pixels("rgb", held_out(10_000, args.scenes)), device)
+    ways, found = {"latent_fd": []}, {}
+    if loaded.model.pair == "label":
+        ways["latent_fd_of_told_classes"] = ["--classes", "balanced"]
+    for name, flags in ways.items():
+        call(mt_sample, "--task", "generate", "--num", args.generate, "--ckpt", args.ckpt, "--steps",
+             args.steps, "--seed", args.seed, "--batch-size", 64, *flags, "--out", work / name)
+        images = [pixels_of(path) for path in sorted((work / name / "rgb").glob("*.png"))]
+        rgb = torch.from_numpy(np.stack(images)).float().permute(0, 3, 1, 2) / 127.5 - 1
+        found[name] = frechet(*latent_moments(encoder, rgb, device), *reference)
+    return found
+
+
 def main():
     parser = command_parser(__doc__)
     add = parser.add_argument
@@ -111,6 +136,8 @@ def main():
     add("--num", type=int, default=128)
     add("--steps", type=int, default=50)
     add("--sdedit", type=float, default=0.5)
+    add("--generate", type=int, default=0, metavar="N")
+    add("--scenes", type=int, default=4096, help="of the Frechet distance")
     add("--seed", type=int, default=0)
     add("--json", type=pathlib.Path)
     args = parser.parse_args()
@@ -129,10 +156,12 @@ def main():
         elif pair == "feature":
             result = features(args, loaded, device)
         else:
-            raise InputError(f"--ckpt {args.ckpt}: of --pair {pair}; translation is measured by "
-                             "mt_sample.py --task evaluate")
+            result = {} if pair == "masked-u" else translation(args, work)
+        if args.generate and pair != "feature":
+            result |= generation(args, loaded, work, device)
     recipe = dict(checkpoint_sha256=loaded.sha256, step=loaded.step, setting=pair, train=loaded.train,
-                  held_out=args.num, steps=args.steps, sdedit=args.sdedit, seed=args.seed,
+                  held_out=args.num, generated=args.generate, scenes=args.scenes,
+                  steps=args.steps, sdedit=args.sdedit, seed=args.seed,
                   torch=torch.__version__, device=device.type)
     report(result, recipe, args.json)
 
