@@ -43,6 +43,7 @@ SKIPPED = {  # text of a command: why it is not run
     "--nnodes": "two nodes",
     "import_frames.py": "data sets of others, whose forms its tests draw",
     "run_study.sh": "hours; its commands are run one by one",
+    "run_mt.sh": "hours",
     "ten_minutes.sh": "ten minutes; its commands are run one by one",
     "measure_steps.py": "an hour: settings of up to 250 evaluations",
     "XL/2": "a GPU",
