@@ -27,6 +27,14 @@ def kept(scores):
     return {key: scores[key] for key in KEPT if key in scores}
 
 
+def named(flags, *keys):
+    """Flags or a recipe, its paths without the folders that are this machine's."""
+    def name(value):
+        return [name(part) for part in value] if isinstance(value, list) else pathlib.PurePath(value).name
+
+    return {**flags, **{key: name(flags[key]) for key in keys if flags.get(key)}}
+
+
 def score(args, name, method, folder):
     """What eval_depth.py or mt_sample.py says of one set."""
     out = folder / f"{name}.json"
@@ -38,7 +46,7 @@ def score(args, name, method, folder):
         call(mt_sample, "--task", "evaluate", *flags, "--steps", 50)
     found = json.loads(out.read_text())
     beside = {part: kept(found[part]) for part in ("ceiling", "mean_map", "gap") if part in found}
-    return {**kept(found), **beside, "recipe": found["recipe"]}
+    return {**kept(found), **beside, "recipe": named(found["recipe"], "vae")}
 
 
 def read_again(args, name, folder):
@@ -63,7 +71,7 @@ def read_again(args, name, folder):
     found = json.loads((folder / "read.json").read_text())
     drawn = json.loads((folder / "made/meta.json").read_text())
     recipe = {key: drawn[key] for key in ("checkpoint_sha256", "sampler", "steps", "given_time", "seed")}
-    return {**kept(found), "reader": found["recipe"], "pictures": recipe}
+    return {**kept(found), "reader": named(found["recipe"], "vae"), "pictures": recipe}
 
 
 def main():
@@ -88,7 +96,7 @@ def main():
                 for key in kept(first) if all(key in row for row in found.values())}
     log = (args.ckpt / "log.jsonl").read_text().splitlines() if args.ckpt.is_dir() else []
     rate = [json.loads(line)["img_per_s"] for line in log if "img_per_s" in line]
-    write_json(args.json, {**found, "frames": together, "train": flags,
+    write_json(args.json, {**found, "frames": together, "train": named(flags, "data", "run"),
                            "img_per_s_beside_others": sum(rate) / len(rate) if rate else None})
     print(json.dumps({**{name: kept(row) for name, row in found.items()}, "frames": together}, indent=1))
 

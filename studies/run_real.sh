@@ -31,9 +31,11 @@ encode() {  # cache, tree, flags
         python import_frames.py --format camvid --root "$REAL/camvid/$split" --scene "$split" \
             --out "$DATA/camvid-$split"
     done
-    encode c-kitchen kitchen-train --depth-norm quantile --views 4  # once, they are learned by heart
-    encode c-livingroom livingroom-train --depth-norm quantile --views 8
+    encode c-kitchen kitchen-train --views 4  # once, they are learned by heart
+    encode c-livingroom livingroom-train --views 8
     encode c-camvid camvid-train --views 8
+    encode c-kitchen-views-quantile kitchen-train --views 4 --depth-norm quantile
+    encode c-livingroom-views-quantile livingroom-train --views 8 --depth-norm quantile
     for set in kitchen livingroom camvid; do
         encode "c-$set-once" "$set-train"
     done
@@ -73,7 +75,10 @@ for seed in $SEEDS; do
     row mt_diffusion.py mt-single $seed 1200 camvid $SINGLE --data "$CAMVID"
 done
 for seed in 0; do  # what led there
+    row train.py rooms-long $seed 4000 "kitchen livingroom" $BETTER --data $ROOMS
     row train.py camvid-long $seed 3000 camvid $BETTER --data "$CAMVID"
+    row train.py rooms-quantile $seed 2000 "kitchen livingroom" $BETTER \
+        --data "$KITCHEN-views-quantile" "$DATA/c-livingroom-views-quantile"
     row train.py rooms-once $seed 2000 "kitchen livingroom" $BETTER --data $ONCE
     row train.py camvid-once $seed 1500 camvid $BETTER --data "$CAMVID-once"
     row train.py all-once $seed 3500 "kitchen livingroom camvid" $BETTER --data $ONCE "$CAMVID-once" \
