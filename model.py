@@ -189,7 +189,8 @@ class MMDiT(nn.Module):
         if self.task_embedder is not None:
             rows = torch.cat([~given.any(1, keepdim=True), given], 1)               # (N, M+1)
             c = c + rows.to(c.dtype) @ self.task_embedder.weight.to(c.dtype)        # (N, D)
-        x = self.x_embedder(x, self.positions(h, w))                                # (N, T, D)
+        # compiled for AVX-512, a block reads transposed tokens wrongly in bf16 (torch 2.11 to 2.14)
+        x = self.x_embedder(x, self.positions(h, w)).contiguous()                   # (N, T, D)
         z = v_mid = None
         more = (c, *self.where(x, h, w))                                            # (N, D), (2, T, d/2)
         for i, block in enumerate(self.blocks, 1):
