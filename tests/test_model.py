@@ -7,7 +7,7 @@ import torch
 from conftest import ROOT
 
 from layers import BLOCKS, rotate, rotation_of
-from model import SIZES, build_model, sincos_positions
+from model import FUSIONS, SIZES, build_model, sincos_positions
 from small import SMALL
 
 
