@@ -449,15 +449,21 @@ REAL = {"abs_rel": ("AbsRel", ".3f"), "normal_mean": ("normals", ".1f"),
         "miou": ("mIoU", ".3f")}  # scores: (name, form)
 
 
+def sets_of(found):
+    """{set of frames: scores} of studies/measure_real.py's JSON."""
+    beside = "train", "frames", "img_per_s_beside_others"
+    return {name: row for name, row in found.items() if name not in beside}
+
+
 def real_frames():
     """results/real/<run>_<seed>.json: studies/measure_real.py."""
     rows, beside = [], {}
     for path in sorted((RESULTS / "real").glob("*.json")):
         found = json.loads(path.read_text())
         steps = f"{found['train']['steps']:,}"
-        for name, row in found.items():
-            if name in ("train", "frames", "img_per_s_beside_others"):
-                continue
+        if path.stem.startswith("drawn"):
+            continue
+        for name, row in sets_of(found).items():
             cells = [number(row.get(key), form) for key, (_, form) in REAL.items()]
             rows.append([path.stem, steps, name, *cells])
             for part in ("mean_map", "ceiling"):
@@ -466,6 +472,17 @@ def real_frames():
     names = {"mean_map": "the training frames' mean map", "ceiling": "the autoencoder"}
     rows += [[names[part], "", name, *cells] for (part, name), cells in sorted(beside.items())[::-1]]
     return table(["run", "steps", "held-out frames of", *(name for name, _ in REAL.values())], rows)
+
+
+def real_drawn():
+    """results/real/drawn_<seed>.json: studies/measure_real.py --reader."""
+    rows = []
+    for path in sorted((RESULTS / "real").glob("drawn_*.json")):
+        reader = json.loads((RESULTS / "real" / f"rooms_{int(path.stem[-1]) + 1}.json").read_text())
+        for name, row in sets_of(json.loads(path.read_text())).items():
+            values = row["drawn_from_depth"], reader[name], row["mean_map"]
+            rows.append([name, *(number(value["abs_rel"], ".3f") for value in values)])
+    return table(["AbsRel", "drawn from its depth", "the frames themselves", "mean map"], rows)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -683,10 +700,9 @@ def mt_overhead():
 
 TABLES = {make.__name__: make for make in (
     demo_understand, demo_generate, ten_minutes, few_steps, canny, ablations, study, claims,
-    recipes_alone,
-    recipes_together, recipes_reach, recipes_scales, recipes_cost, real_frames, speed_gpu, sampling_gpu,
-    speed, data_speed, speed_parts, loss_curves, fusion, released, evaluators, robustness, mt_translation,
-    mt_restoration, mt_heads_of_x, mt_overhead)}
+    recipes_alone, recipes_together, recipes_reach, recipes_scales, recipes_cost, real_frames, real_drawn,
+    speed_gpu, sampling_gpu, speed, data_speed, speed_parts, loss_curves, fusion, released, evaluators,
+    robustness, mt_translation, mt_restoration, mt_heads_of_x, mt_overhead)}
 
 
 def page():
