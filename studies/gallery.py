@@ -1,7 +1,7 @@
 """Draw the pictures of demo/ with the bundled weights, those of the pages about them.
 
     python studies/gallery.py                                       # all that need no run
-    python studies/gallery.py --real data/real runs/real/rooms_0    # studies/run_real.sh made both
+    python studies/gallery.py --real data/real runs/real/rooms-long_0    # studies/run_real.sh made both
 
 A picture that is not drawn stays as it is.
 """
