@@ -1,4 +1,5 @@
 """Fixtures: a tiny toy cache and a short run, made once; and a way to call a command as its user does."""
+import gc
 import importlib
 import json
 import multiprocessing
@@ -16,6 +17,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from small import SMALL, forked  # noqa: E402
 
+gc.set_threshold(100_000, 50, 50)  # what torch imports is walked through less often: 5 % of the time
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["small", "vae", "dataset", "weights", "evaluation", "torch.distributed"])
 TRAIN = ("--model", SMALL, "--steps", "6", "--batch-size", "8", "--ckpt-every", "3", "--log-every", "2",

@@ -280,7 +280,8 @@ def test_lpips_and_psnr_of_pairs(command, tmp_path):
     assert result["recipe"]["lpips"] == "v0.1 vgg" and len(result["recipe"]["heads_sha256"]) == 64
     torch.save({}, tmp_path / "heads.pth")
     with pytest.raises(InputError, match="lacks lin0.model.1.weight"):
-        command("eval_fid", tmp_path / "a.npz", tmp_path / "b.npz", *metrics, *weights)
+        eval_fid.Lpips(eval_fid.Files(vgg=weights[1], lpips_heads=weights[3]),
+                       eval_fid.Work(0, 1, torch.device("cpu"), 1))
 
 
 def test_pairs_that_do_not_pair(command, tmp_path):
