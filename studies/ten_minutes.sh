@@ -4,7 +4,7 @@
 set -e
 cd "$(dirname "$0")/.."
 OUT=${OUT:-results} RUN=${RUN:-runs/ten} DATA=${DATA:-data/ten}
-SCENES=${SCENES:-5000} STEPS=${STEPS:-2100} TOY=${TOY:-128}
+SCENES=${SCENES:-5000} STEPS=${STEPS:-1100} TOY=${TOY:-128}
 begin=$(date +%s)
 lap() {  # what is done
     seconds=$(($(date +%s) - begin))
@@ -13,8 +13,9 @@ lap() {  # what is done
 }
 python prep_latents.py --toy "$SCENES" --out "$DATA" --no-dino --batch-size 64
 lap encoded
-python train.py --data "$DATA" --run "$RUN" --mix photo --steps "$STEPS" --model T/2 --equal-weights \
-    --repa-weight 0 --lr 1e-3 --batch-size 32 ${COMPILE---compile}
+python train.py --data "$DATA" --run "$RUN" --mix photo --recipe better --steps "$STEPS" \
+    --decay-from $((STEPS * 3 / 5)) --decay-to "$STEPS" --model T/2 --equal-weights --repa-weight 0 --lr 1e-3 \
+    --batch-size 32 --precision fp32 ${COMPILE---compile}
 lap trained
 python eval_depth.py --toy "$TOY" --ckpt "$RUN" --sampler euler --steps 2 --batch-size 64 \
     --out "$RUN/evaluation" --json "$OUT/ten_minutes.json"
