@@ -229,7 +229,7 @@ def main():
     known = np.ones(normal.shape[:2], bool) if raster.known is None else raster.known
     check(args.focal is None or args.focal > 0,
           f"--focal {args.focal}: must be positive, in half-widths of the picture")
-    check(args.border >= 0, f"--border {args.border}: pixels, at least 0")
+    check(0 <= args.border <= 1000, f"--border {args.border}: pixels, from 0 to 1000")
     photo = MODALITIES["rgb"].open(args.rgb)
     masked = read_mask(args.mask) if args.mask else raster._replace(values=known)
     check_turned([photo, raster, masked])

@@ -38,9 +38,11 @@ TASK_MIX = {  # four roles each; a run knows its mix by name: change no row in u
     "no-drop": (RGB_ONLY, RGB_ONLY, JOINT_FULL, DECOUPLED_FULL),
     "independent-t": (RGB_ONLY, RGB_ONLY, JOINT, INDEPENDENT),           # supplement 1.5
     "rgb2x": (FROM_RGB,) * 4,                                            # released: RGB to the rest
+    "depth2x": (FROM_DEPTH,) * 4,                                        # ours: a map to the rest
+    "normal2x": (FROM_NORMAL,) * 4,
+    "seg2x": (FROM_SEG,) * 4,
     "rgb": (JOINT_FULL,) * 4,                                            # SiT's and REPA's: of RGB alone
     "subset": (RGB_ONLY, JOINT_FULL, DECOUPLED_FULL, Role("subset")),    # ours: several given at once
-    "depth2x": (FROM_DEPTH,) * 4, "normal2x": (FROM_NORMAL,) * 4, "seg2x": (FROM_SEG,) * 4,  # likewise
     "photo": (JOINT_FULL, PHOTO, PHOTO, Role("random", no_class=0.5)),   # ours: for pictures without a class
 }
 TASK_MIX["joint"] = TASK_MIX["mmgen"]                                    # released for Hypersim: the same

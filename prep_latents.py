@@ -172,9 +172,12 @@ class PictureSource:
         for m in self.modalities:
             row = MODALITIES[m]
             if m in rasters:
-                pixels[m] = row.pixels(rasters[m], fit, self.shown)
                 there = rasters[m].known_at(fit)
                 known |= {} if there is None else {m: there}
+                if view and there is not None and not there.any():  # known elsewhere in the picture
+                    pixels[m] = np.zeros((3, self.size, self.size), np.float32)
+                else:
+                    pixels[m] = row.pixels(rasters[m], fit, self.shown)
             else:
                 rgb = MODALITIES["rgb"].array(rasters["rgb"], fit)
                 pixels[m] = row.to_pixels(row.derive(rgb))

@@ -343,11 +343,12 @@ def add_flags(parser):
 
 
 def check_ranges(args, **ranges):
-    """Raise InputError for a flag outside of its range, (lowest, what is below)."""
+    """Raise InputError for a flag outside of its range: at least the first value, below the second."""
     for name, (low, high) in ranges.items():
         value = getattr(args, name)
-        check(value is None or low <= value < high, f"--{name.replace('_', '-')} {value}: must be at least "
-              f"{low:g} and below {high:g}")
+        limit = f" and below {high:g}" if high < math.inf else ""
+        check(value is None or low <= value < high,
+              f"--{name.replace('_', '-')} {value}: must be at least {low:g}{limit}")
 
 
 def command(objective, doc):

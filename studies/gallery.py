@@ -16,7 +16,7 @@ import prep_latents
 import sample
 import toy_scenes
 import train
-from distributed import command_parser, run
+from distributed import check, command_parser, run
 from weights import DEMO
 
 WEIGHTS = "--ckpt", DEMO / "mmgen.pt"
@@ -90,11 +90,13 @@ PICTURES = {make.__name__: make for make in (understand, generate, tasks, evalua
 
 def main():
     parser = command_parser(__doc__)
-    parser.add_argument("--only", nargs="+", choices=list(PICTURES), default=list(PICTURES))
+    parser.add_argument("--only", nargs="+", choices=list(PICTURES), help="default: all")
     parser.add_argument("--real", nargs=2, type=pathlib.Path, metavar=("DATA", "RUN"))
     parser.add_argument("--out", type=pathlib.Path, default=ROOT / "demo")
     args = parser.parse_args()
-    for name in [name for name in args.only if name != "real" or args.real]:
+    names = args.only or [name for name in PICTURES if name != "real" or args.real]
+    check(args.real or "real" not in names, "--only real: needs --real DATA RUN")
+    for name in names:
         with tempfile.TemporaryDirectory() as folder:
             picture = PICTURES[name](pathlib.Path(folder), args)
             picture = picture.convert("RGB")

@@ -17,14 +17,14 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from eval_fid import frechet
 from measure_demo import held_out, latent_moments, scene_pixels
-from record import call, report
+from record import call, named, report
 
 import mt_model
 import mt_sample
 import toy_scenes
 from distributed import command_parser, run, setup
+from eval_fid import frechet
 from modalities import read_rgb, unit
 from trees import flat_name, stem_of
 from samplers import Noise
@@ -159,7 +159,8 @@ def main():
             result = {} if pair == "masked-u" else translation(args, work)
         if args.generate and pair != "feature":
             result |= generation(args, loaded, work, device)
-    recipe = dict(checkpoint_sha256=loaded.sha256, step=loaded.step, setting=pair, train=loaded.train,
+    recipe = dict(checkpoint_sha256=loaded.sha256, step=loaded.step, setting=pair,
+                  train=named(loaded.train, "data", "run"),
                   held_out=args.num, generated=args.generate, scenes=args.scenes,
                   steps=args.steps, sdedit=args.sdedit, seed=args.seed,
                   torch=torch.__version__, device=device.type)

@@ -11,7 +11,7 @@ import pathlib
 import shutil
 import tempfile
 
-from record import call, write_json
+from record import call, named, write_json
 
 import eval_depth
 import mt_sample
@@ -20,6 +20,7 @@ from distributed import command_parser, run
 from trees import flat_name
 from weights import load_checkpoint
 
+MEANS = {"erased": "livingroom"}  # whose frames make a set's mean map, where its own never know the place
 KEPT = ("abs_rel", "delta1", "normal_mean", "normal_median", "pixel_accuracy", "class_accuracy", "miou")
 
 
@@ -27,20 +28,13 @@ def kept(scores):
     return {key: scores[key] for key in KEPT if key in scores}
 
 
-def named(flags, *keys):
-    """Flags or a recipe, its paths without the folders that are this machine's."""
-    def name(value):
-        return [name(part) for part in value] if isinstance(value, list) else pathlib.PurePath(value).name
-
-    return {**flags, **{key: name(flags[key]) for key in keys if flags.get(key)}}
-
-
 def score(args, name, method, folder):
     """What eval_depth.py or mt_sample.py says of one set."""
     out = folder / f"{name}.json"
     flags = ["--data", args.data / f"{name}-test", "--ckpt", args.ckpt, "--batch-size", 16, "--json", out]
     if method == "mmgen":
-        call(eval_depth, *flags, "--mean-of", args.data / f"{name}-train", "--sampler", "euler", "--steps", 2,
+        mean = args.data / f"{MEANS.get(name, name)}-train"
+        call(eval_depth, *flags, "--mean-of", mean, "--sampler", "euler", "--steps", 2,
              "--out", folder / "evaluation")
     else:
         call(mt_sample, "--task", "evaluate", *flags, "--steps", 50)

@@ -15,6 +15,14 @@ def call(module, *argv):
         module.main()
 
 
+def named(flags, *keys):
+    """Flags or a recipe, its paths without the folders that are this machine's."""
+    def name(value):
+        return [name(part) for part in value] if isinstance(value, list) else pathlib.PurePath(value).name
+
+    return {**flags, **{key: name(flags[key]) for key in keys if flags.get(key)}}
+
+
 def write_json(path, result):
     with whole_file(path) as file:
         file.write(json.dumps(result, indent=1).encode())

@@ -231,6 +231,8 @@ class Claim(NamedTuple):
 
     def verdict(self, by):
         """by: so many spreads it is ahead."""
+        if by is None:
+            return "of one seed"
         if by <= -1:
             return "does not"
         return "holds" if by >= 1 or self.equal else "cannot be told"
@@ -260,9 +262,11 @@ CLAIMS = [
 
 def ahead_by(claim, column, rows):
     """By how many spreads the first row of a claim is ahead: the difference of the means over the larger
-    half of a range; of rows of one seed the other row's.
+    half of a range; of a row of one seed the other row's. None where both have one seed, or one has none.
     """
     first, second = rows[claim.ahead][column], rows[claim.behind][column]
+    if not first or not second or len(first) == len(second) == 1:
+        return None
     gap = sum(second) / len(second) - sum(first) / len(first)
     gap = -gap if STUDIED[column][2] else gap
     return gap / max((max(values) - min(values)) / 2 for values in (first, second))
@@ -277,7 +281,7 @@ def claims():
         for i, column in enumerate(claim.columns):
             by = ahead_by(claim, column, rows)
             values = [spread(rows[name][column], STUDIED[column][1]) for name in (claim.ahead, claim.behind)]
-            lines.append(["" if i else claim.said, column, *values, f"{by:+.1f}", claim.verdict(by)])
+            lines.append(["" if i else claim.said, column, *values, number(by, "+.1f"), claim.verdict(by)])
     return table(["claim", "in", "first", "second", "ahead by so many spreads", "verdict"], lines)
 
 

@@ -283,7 +283,7 @@ def test_depth_is_learned_in_log_and_between_quantiles(tmp_path, command):
 def test_views_of_pictures(tree, tmp_path, command, monkeypatch):
     path = first(tree, "normal")
     normal = np.array(Image.open(path))
-    normal[:8, :24] = 0  # unknown, at the left alone
+    normal[:8, :24] = 0  # unknown, at the left
     Image.fromarray(normal).save(path)
     views = {"whole": View(), "mirrored": View(mirrored=True), "part": View(0.75, 1.0, 0.25)}
     for name, view in views.items():
@@ -308,6 +308,12 @@ def test_views_of_pictures(tree, tmp_path, command, monkeypatch):
     assert (tmp_path / "part/names.txt").read_text().splitlines()[4].endswith(" (view 1)")
     with pytest.raises(InputError, match="--views belong to --data"):
         command("prep_latents", "--toy", 2, "--views", 2, "--out", tmp_path / "toy")
+    normal[4:] = 0  # known above the part alone: such a view does not have it
+    Image.fromarray(normal).save(path)
+    command("prep_latents", "--data", tree, "--vae", "none", "--size", 64, "--no-dino", "--views", 2,
+            "--out", tmp_path / "above")
+    whole, part = rows("above", "normal_known")
+    assert whole[0].any() and not part[0].any() and part[1:].any(1).all()
 
 
 def test_the_toy_world_knows_its_log_depth(cache, tmp_path, command):
