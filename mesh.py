@@ -14,7 +14,7 @@ from scipy import sparse
 from scipy.ndimage import binary_erosion, label
 from scipy.sparse.linalg import cg
 
-from distributed import check, check_apart, command_parser, run, whole_file
+from distributed import check, check_apart, check_ranges, command_parser, run, whole_file
 from modalities import MODALITIES, check_turned, fill_unknown, read_mask
 
 MADE = "comment by mesh.py"  # a line of the header: the PNG beside such a PLY shows it
@@ -113,6 +113,24 @@ def surface(depth, focal=None):
                                      np.take_along_axis(three, (gap + [1, 2, 3]) % 4, 1)])
 
 
+def rounded(vertices, faces, times):
+    """Vertices (V, 3) with a smooth rim: a mask ends in a staircase of pixels, so each vertex on the rim
+    moves half of the way to the mean of its neighbours there, so many times.
+    """
+    edges = np.sort(faces[:, [0, 1, 1, 2, 2, 0]].reshape(-1, 2), axis=1)
+    edges, faces_at = np.unique(edges, axis=0, return_counts=True)
+    rim = edges[faces_at == 1]                                                    # (E, 2)
+    rim = np.concatenate([rim, rim[:, ::-1]])
+    neighbours = np.bincount(rim[:, 0], minlength=len(vertices))
+    on = neighbours > 0
+    vertices = vertices.copy()
+    for _ in range(times):
+        sums = np.zeros_like(vertices)
+        np.add.at(sums, rim[:, 0], vertices[rim[:, 1]])
+        vertices[on] = vertices[on] / 2 + sums[on] / neighbours[on, None] / 2
+    return vertices
+
+
 def write_ply(path, vertices, faces, colours):
     """A binary PLY: vertices (V, 3) float, colours (V, 3) uint8, faces (F, 3) int."""
     points = np.empty(len(vertices), [("place", "<f4", 3), ("colour", "u1", 3)])
@@ -189,11 +207,13 @@ def views_of(path):
 
 
 def write_mesh(path, normal, mask, rgb, focal=None, border=2):
-    """Integrate the masked normals, settled at the border, and write the surface in the colours of rgb
-    (H, W, 3), and beside it a picture of it from three sides -> number of vertices and faces.
+    """Integrate the masked normals, settled within `border` pixels of the edge, and write the surface, its
+    rim rounded, in the colours of rgb (H, W, 3), and beside it a picture of it from three sides -> number of
+    vertices and faces.
     """
     depth = integrate(settled(normal, mask, border), mask, focal)
     vertices, faces = surface(depth, focal)
+    vertices = rounded(vertices, faces, 2 * border)
     colours = rgb[np.isfinite(depth)]
     write_ply(path, vertices, faces, colours)
     views = [view(vertices, faces, colours, yaw) for yaw in (-50, 0, 50)]
@@ -213,7 +233,7 @@ def main():
     add("--mask", type=pathlib.Path, help="white is the object; default: where normals are not zero")
     add("--focal", type=float, help="in half-widths of the picture; default: orthographic")
     add("--border", type=int, default=2, metavar="PIXELS", help="at the object's edge normals are taken from "
-        "further inside; 0 for exact ones")
+        "further inside, and its rim is rounded; 0 for exact ones")
     add("--out", type=pathlib.Path, required=True)
     args = parser.parse_args()
     check(args.out.name, f"--out {args.out}: is no name of a file to write")
@@ -229,7 +249,7 @@ def main():
     known = np.ones(normal.shape[:2], bool) if raster.known is None else raster.known
     check(args.focal is None or args.focal > 0,
           f"--focal {args.focal}: must be positive, in half-widths of the picture")
-    check(0 <= args.border <= 1000, f"--border {args.border}: pixels, from 0 to 1000")
+    check_ranges(args, border=(0, 1000))
     photo = MODALITIES["rgb"].open(args.rgb)
     masked = read_mask(args.mask) if args.mask else raster._replace(values=known)
     check_turned([photo, raster, masked])

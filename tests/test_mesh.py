@@ -90,6 +90,18 @@ def test_normals_at_a_silhouette_come_from_inside():
     assert mesh.settled(normal, thin, 2) is normal
 
 
+def test_a_rim_is_rounded_and_nothing_else_moves():
+    v, u = np.mgrid[:64, :64] - 31.5
+    depth = np.where(np.hypot(u, v) < 20, 5.0, np.nan)  # a disc, whose rim is a staircase
+    vertices, faces = mesh.surface(depth)
+    rounded = mesh.rounded(vertices, faces, 4)
+    moved = (rounded != vertices).any(1)
+    radius = np.hypot(*vertices.T[:2])
+    assert radius[moved].min() > 18 and moved[radius > 19.3].all()
+    assert np.hypot(*rounded[moved].T[:2]).std() < 0.6 * radius[moved].std()
+    assert (rounded[:, 2] == -5).all() and (mesh.rounded(vertices, faces, 0) == vertices).all()
+
+
 def test_a_missing_corner_leaves_one_face():
     depth = np.ones((2, 2))
     assert len(mesh.surface(depth)[1]) == 2
