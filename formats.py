@@ -1,5 +1,6 @@
 """Data sets with truth: how their files lie below a root, what they hold, which of them are one frame."""
 import re
+import textwrap
 from typing import NamedTuple
 
 import numpy as np
@@ -14,12 +15,13 @@ class Format(NamedTuple):
 
     The groups scene, view and name of the patterns are what a frame's files have in common.
     """
-    files: dict                # {modality: patterns of paths, the better first}
+    lies: str                  # the same for a reader
+    files: dict = {}           # {modality: patterns of paths, the better first}
     depth_space: str = "depth"
     depth_unit: float = None   # metres of a level; None: floats, in metres
     focal: float = None        # pixels, of pictures of `width`
-    width: int = None
-    intrinsics: str = None     # a scene's own 4x4 matrix, a file beside the depth's folder
+    width: int = None          # None: of the depth files' own
+    intrinsics: str = None     # a scene's file beside the depth's folder; the focal length comes first
     along_ray: bool = False    # depth is the distance from the camera
     within: float = None       # seconds: names are times, and the nearest one is the partner
     palette: tuple = None      # colours of the labels that are written
@@ -42,24 +44,31 @@ SHOT = r"(?:(?P<scene>(?!images/).+?)/)?(?:images/)?scene_(?P<view>cam_\d+)_"  #
 CITY = r"(?:(?P<scene>[^/]+/[^/]+)/)"
 
 FORMATS = {
-    "generic": Format({}),
+    "generic": Format("--color, --depth, --label: folders with equal names, or as many files in equal order"),
     "scannet": Format(
+        "<scene>/{color,depth}/<n>, mm; focal length of <scene>/intrinsic/intrinsic_depth.txt",
         {"rgb": (SCENE + r"color/(?P<name>\d+)\.(?:jpg|png)",),
          "depth": (SCENE + r"depth/(?P<name>\d+)\.png",)},
         depth_unit=0.001, focal=577.87, width=640, intrinsics="intrinsic/intrinsic_depth.txt"),
     "7scenes": Format(
+        "<scene>/frame-<n>.{color,depth}.png, mm, 0 and 65535 unknown",
         {"rgb": (SCENE + r"frame-(?P<name>\d+)\.color\.png",),
          "depth": (SCENE + r"frame-(?P<name>\d+)\.depth\.png",)},
         depth_unit=0.001, focal=585, width=640),
     "tum": Format(
+        "<scene>/{rgb,depth}/<seconds>.png, 1/5000 m; paired within 0.02 s, numbered from 0 in each scene",
         {"rgb": (SCENE + r"rgb/(?P<name>\d+\.\d+)\.png",),
          "depth": (SCENE + r"depth/(?P<name>\d+\.\d+)\.png",)},
         depth_unit=1 / 5000, focal=525, width=640, within=0.02),
     "nyu": Format(
+        "<scene>/{rgb,depth}/<n>, or <scene>/<n>_{rgb,depth}.png, 16-bit mm: as usually extracted (the "
+        "official .mat is not read)",
         {"rgb": (SCENE + rf"rgb/{NAME}\.(?:png|jpg)", SCENE + r"(?P<name>\d+)_rgb\.(?:png|jpg)"),
          "depth": (SCENE + rf"depth/{NAME}\.png", SCENE + r"(?P<name>\d+)_depth\.png")},
         depth_unit=0.001, focal=518.86, width=640),
     "hypersim": Format(
+        "<scene>/images/scene_cam_<c>_{final_preview,geometry_hdf5}/frame.<n>.*: .hdf5 (pip install h5py) or "
+        ".npy of the same stem; depth along the ray becomes depth along the axis",
         {"rgb": (SHOT + r"final_preview/frame\.(?P<name>\d+)\.tonemap\.jpg",
                  SHOT + r"final_preview/frame\.(?P<name>\d+)\.color\.jpg"),
          "depth": (SHOT + r"geometry_hdf5/frame\.(?P<name>\d+)\.depth_meters\.npy",
@@ -68,15 +77,25 @@ FORMATS = {
                     SHOT + r"geometry_hdf5/frame\.(?P<name>\d+)\.normal_cam\.hdf5")},
         focal=886.81, width=1024, along_ray=True),
     "camvid": Format(
+        "<split>/{color,label}/<name>, or <split>/<name>.png and <split>annot/<name>.png; 11 is void",
         {"rgb": (SCENE + rf"color/{NAME}\.(?:png|jpg)", rf"(?P<scene>train|val|test)/{NAME}\.png"),
          "seg": (SCENE + rf"label/{NAME}\.png", rf"(?P<scene>train|val|test)annot/{NAME}\.png")},
         palette=CAMVID, void=11),
     "cityscapes": Format(
+        "leftImg8bit/<split>/<city>/*, gtFine/..._labelIds.png as the 19 training classes, and disparity/ "
+        "where it is there, written as level - 1, 1/256 px each",
         {"rgb": (rf"leftImg8bit/{CITY}{NAME}_leftImg8bit\.png",),
          "depth": (rf"disparity/{CITY}{NAME}_disparity\.png",),
          "seg": (rf"gtFine/{CITY}{NAME}_gtFine_labelIds\.png",)},
         depth_space="disparity", focal=2262.52, width=2048, palette=CITYSCAPES, labels=TRAIN_IDS),
 }
+
+
+def layouts():
+    """What lies below --root, format by format, for --help."""
+    rows = [textwrap.fill(row.lies, 106, initial_indent=f"  {name:12s}", subsequent_indent=" " * 14)
+            for name, row in FORMATS.items()]
+    return "\n".join(["What lies below --root (FORMATS of formats.py):", *rows])
 
 
 # ------------------------------------------------------------------------------------------------

@@ -3,19 +3,6 @@
     python import_frames.py --format scannet --root scans --out data/scannet --every 20
     python import_frames.py --format generic --color mine/color --depth mine/depth --focal 525 --out data/mine
 
-What lies below --root, and what its files hold (FORMATS of formats.py):
-  scannet     <scene>/{color,depth}/<n>, mm; focal length of <scene>/intrinsic/intrinsic_depth.txt
-  7scenes     <scene>/frame-<n>.{color,depth}.png, mm, 0 and 65535 unknown
-  tum         <scene>/{rgb,depth}/<seconds>.png, 1/5000 m; paired within 0.02 s, numbered from 0 in each scene
-  nyu         <scene>/{rgb,depth}/<n>, or <scene>/<n>_{rgb,depth}.png, 16-bit mm: as usually extracted (the
-              official .mat is not read)
-  hypersim    <scene>/images/scene_cam_<c>_{final_preview,geometry_hdf5}/frame.<n>.*: .hdf5 (pip install
-              h5py) or .npy of the same stem; depth along the ray becomes depth along the axis
-  camvid      <split>/{color,label}/<name>, or <split>/<name>.png and <split>annot/<name>.png; 11 is void
-  cityscapes  leftImg8bit/<split>/<city>/*, gtFine/..._labelIds.png as the 19 training classes, and
-              disparity/ where it is there, written as level - 1, 1/256 px each
-  generic     --color, --depth, --label: folders with equal names, or as many files in equal order
-
 Writes OUT/{rgb,depth,normal,seg}/<scene>/<name>.*, and OUT/tree.json, which says what they hold. A PNG or
 JPEG of its depth's size is copied as it is; others are resized to that size and written as PNG. Depth of
 whole levels stays so, as 16-bit PNG, 0 where unknown; other depth is float32 .npy in metres. Normals are
@@ -33,9 +20,9 @@ from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 
 from cameras import along_axis, facing, normals_of, window_of
-from distributed import (InputError, check, check_folder, command_parser, prefetch, reading, run, sha256,
-                         whole_file)
-from formats import FORMATS, Format, find_frames, pair_folders, pick
+from distributed import (InputError, check, check_folder, check_ranges, command_parser, prefetch, reading,
+                         run, sha256, whole_file)
+from formats import FORMATS, Format, find_frames, layouts, pair_folders, pick
 from locks import only_writer
 from modalities import (MAX_PIXELS, MODALITIES, Facts, Raster, check_turned, filter_of, is_array, read_array,
                         read_picture, unit, write_facts)
@@ -100,6 +87,11 @@ def read_depth(path, space):
     return raster
 
 
+def width_of(frame, row):
+    """The width of a frame's depth file."""
+    return read_depth(frame.files["depth"], row.depth_space).size[0]
+
+
 def written_depth(raster, row, scale, focal):
     """A depth file's Raster -> what is written, 0 where unknown: uint16 (H, W) of its levels, else metres,
     float32.
@@ -134,7 +126,9 @@ def read_labels(path, row):
               f"{len(table) - 1}, and {row.void} is void; mend the file")
         padded = np.full(max(len(table), row.void + 1), row.void, np.uint8)
         padded[:len(table)] = table
-        labels, own = padded[labels], np.array(row.palette, np.uint8)
+        labels = padded[labels]
+    if row.palette:
+        own = np.array(row.palette, np.uint8)
     check((labels != row.void).any(), f"{path}: none of its labels is known; leave this frame out with "
           "--frames")
     check(0 <= labels.min() and labels.max() <= 65535, f"{path}: labels from {labels.min()} to "
@@ -189,7 +183,7 @@ class Recipe(NamedTuple):
         if self.focal is not None:
             return self.focal
         focal = own_focal(frame, self.row)
-        return focal and focal / self.row.width
+        return focal and focal / (self.row.width or width_of(frame, self.row))
 
 
 ENDINGS = {"rgb": (".png", ".jpg", ".jpeg"), "depth": (".png", ".npy")}
@@ -237,6 +231,9 @@ def import_frame(recipe, frame):
         return _share(there.get("depth"), recipe.row), True
     rasters = {"rgb": MODALITIES["rgb"].open(frame.files["rgb"])}
     focal, palette, maps = recipe.focal_of(frame), None, {}
+    needed = "normal" in there or recipe.row.along_ray
+    check(focal is not None or not needed, f"{frame.files['rgb']}: nobody says its focal length; give "
+          "--focal PIXELS, at the depth files' own width, or --no-normals")
     if "depth" in frame.files:
         depth = rasters["depth"] = read_depth(frame.files["depth"], recipe.row.depth_space)
         maps["depth"] = written_depth(depth, recipe.row, recipe.scale, focal and focal * depth.size[0])
@@ -342,8 +339,8 @@ def _told_focal(recipe, frames, held):
         check(abs(focal / focals[first] - 1) <= AGREE, f"the focal lengths of {first} and {scene} are "
               f"{focals[first]:.3f} and {focal:.3f} of the width; import them into one --out each")
     width = recipe.row.width
-    if recipe.focal is not None:
-        width = read_depth(frames[0].files["depth"], recipe.row.depth_space).size[0]
+    if recipe.focal is not None or width is None:
+        width = width_of(frames[0], recipe.row)
     if held.focal and held.focal_width and abs(held.focal / held.focal_width / focals[first] - 1) <= AGREE:
         return {"focal": held.focal, "focal_width": held.focal_width}
     return {"focal": round(focals[first] * width, 4), "focal_width": width}
@@ -351,7 +348,7 @@ def _told_focal(recipe, frames, held):
 
 def arguments():
     """The command's flags."""
-    parser = command_parser(__doc__)
+    parser = command_parser(__doc__ + layouts())
     add = parser.add_argument
     add("--format", choices=list(FORMATS), default="generic")
     add("--root", type=pathlib.Path, metavar="DIR", help="the data set, or one of its scenes")
@@ -394,7 +391,7 @@ def checked(args):
         same = unit_given in (None, row.depth_unit)
         check(same, f"--depth-unit {unit_given}: {name} tells it, {row.depth_unit or 'floats in metres'}; "
               "leave it away")
-    check(args.every >= 1, f"--every {args.every}: must be at least 1")
+    check_ranges(args, every=(1, None))
     bad = args.scene is not None and (not args.scene.strip("./ ") or ".." in args.scene.split("/")
                                       or args.scene.startswith("/"))
     check(not bad, f"--scene {args.scene!r}: must be the name of a folder below OUT/rgb")
@@ -408,10 +405,13 @@ def recipe_of(args, frames):
     row, scale, focal = FORMATS[args.format], args.depth_unit, args.focal
     depth = frames[0].files.get("depth")
     floats = depth is not None and (is_array(depth) or row.along_ray)
+    levels = depth is not None and not floats and row.depth_space == "depth"
+    check(not levels or scale or row.depth_unit or args.format == "generic", f"{depth}: holds levels; what "
+          f"one is in metres belongs into {args.format}'s row of FORMATS, as depth_unit")
     scale = scale or row.depth_unit or (1.0 if floats else 0.001)
     if focal is not None:
         check(depth is not None, f"--focal {focal}: is at the width of depth files, and there are none")
-        focal = focal / read_depth(depth, row.depth_space).size[0]
+        focal = focal / width_of(frames[0], row)
     return Recipe(row, args.out, scale, focal, not args.no_normals and row.depth_space == "depth")
 
 

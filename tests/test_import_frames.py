@@ -12,6 +12,7 @@ import import_frames
 import toy_scenes
 from distributed import InputError
 from cameras import normals_of
+from formats import FORMATS, Format
 from locks import only_writer
 from modalities import MODALITIES
 from studies.run_docs import save
@@ -289,6 +290,34 @@ def test_cityscapes(tmp_path, done):
 
 # ------------------------------------------------------------------------------------------------
 # The generic format, and what all share.
+
+def test_a_row_of_ones_own(tmp_path, done, monkeypatch):
+    """The least that a row says: where files lie, what a level is; a camera's pixels are the files' own."""
+    root, labels = tmp_path / "root", np.arange(H * W).reshape(H, W) % 3
+    for scene in "ab":
+        pairs(root / scene, "images/{}.png", "depth_cm/{}.png", 1)
+        save(root / scene / "labels/0.png", labels.astype(np.uint8))
+    patterns = {"rgb": "images", "depth": "depth_cm", "seg": "labels"}
+    patterns = {m: (rf"(?P<scene>\w+)/{folder}/(?P<name>\d+)\.png",) for m, folder in patterns.items()}
+    row = Format("<scene>/{images,depth_cm,labels}/<n>.png", patterns, depth_unit=0.01,
+                 intrinsics="camera.txt")
+    monkeypatch.setitem(FORMATS, "mine", row)
+    flags = ("--format", "mine", "--root", root)
+    refused(done, "0.png: nobody says its focal length; give --focal", *flags, "--out", tmp_path / "tree")
+    for scene in "ab":
+        (root / scene / "camera.txt").write_text("20 20 8 6\n")
+    assert "2 frames of rgb, depth, normal, seg" in done(*flags, "--out", tmp_path / "tree")
+    told = json.loads((tmp_path / "tree/tree.json").read_text())
+    assert (told["focal"], told["focal_width"], told["depth_unit"]) == (20, W, 0.01)
+    raster = MODALITIES["seg"].open(tmp_path / "tree/seg/a/0.png", facts_of(tmp_path / "tree"))
+    assert (raster.labels == labels).all()
+    monkeypatch.setitem(FORMATS, "mine", row._replace(labels=(2, 0, 1)))
+    done(*flags, "--out", tmp_path / "other")
+    assert (read(tmp_path / "other/seg/b/0.png") == np.array([2, 0, 1])[labels]).all()
+    monkeypatch.setitem(FORMATS, "mine", row._replace(depth_unit=None))
+    refused(done, "0.png: holds levels; what one is in metres belongs into mine's row of FORMATS",
+            *flags, "--out", tmp_path / "third")
+
 
 def test_generic(mine, done, tmp_path):
     """A tree that the readers read: values, unknown pixels, facts; pictures as they were."""
