@@ -22,10 +22,10 @@ import torch
 from PIL import Image
 
 import samplers
-from distributed import (barrier, check, check_apart, check_folder, check_replaced, command_parser, reading,
-                         run, setup, whole_file, write_json)
+from distributed import (barrier, check, check_apart, check_folder, check_ranges, check_replaced,
+                         command_parser, reading, run, setup, whole_file, write_json)
 from evaluation import (Ceiling, Checkpoint, Files, Pairs, ScanNet, Toy, Tree, compared, dense,
-                        evaluate, guess, mean_of, panels_of, repeated)
+                        evaluate, mean_of, panels_of, repeated, toy_training)
 from locks import only_writer
 from metrics import SEGMENTATION, UNKNOWN, Rules, metrics_of, print_table, results
 from modalities import MODALITIES, PLAIN, PLAINLY, VOID, draw_grid, shown_of, write_facts
@@ -198,9 +198,8 @@ def arguments():
     args = parser.parse_args()
     check(bool(args.pred) == bool(args.gt), "--pred DIR and --gt DIR go together")
     low, high = args.depth_range
-    scenes = args.toy is None or 1 <= args.toy <= 10 ** 6
-    check(scenes and args.ensemble >= 1 and 0 <= low < high, f"--ensemble {args.ensemble} --toy {args.toy} "
-          f"--depth-range {low} {high}: counts from 1 to a million, 0 <= MIN < MAX")
+    check(0 <= low < high, f"--depth-range {low} {high}: 0 <= MIN < MAX")
+    check_ranges(args, toy=(1, 10 ** 6), ensemble=(1, None))
     check(args.data or not args.mean_of, "--mean-of belongs to --data")
     check(args.scannet or not (args.list or args.num), "--list and --num belong to --scannet")
     check_replaced(args.json, b"{")
@@ -291,13 +290,14 @@ def main():
         drawn = Checkpoint(loaded.model, size, encoder, sampling, fresh, args.seed, args.ensemble)
         predictors = {"value": drawn, "ceiling": Ceiling(encoder, size, fresh, shown)}
         recipe |= dict(depth_target=shown.depth_target, ensemble=args.ensemble,
-                       **samplers.recipe(loaded, sampling, args.seed, encoder))
+                       **samplers.recipe(loaded, encoder, args.seed, sampling.evaluations(),
+                                         **sampling._asdict()))
     else:
         predictors = {"value": source.predict}
-    if args.toy:
-        predictors["mean_map"] = functools.partial(guess, shown=shown)
+    others = toy_training() if args.toy else None
     if args.mean_of:
         others = Tree(args.mean_of, loaded.meta, facts_of(args.mean_of, args.depth_space))
+    if others:
         others.modalities = [m for m in asked if m in others.modalities]
         maps = mean_of(others, predictors["ceiling"], source.palette)
         predictors["mean_map"] = functools.partial(repeated, maps=maps)

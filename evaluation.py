@@ -4,7 +4,6 @@ shows of itself while it trains.
 A source gives frames with their truth, a predictor maps for frames, a metric (metrics.py) scores the maps of
 one modality; evaluate() brings them together and knows nothing else of them.
 """
-import functools
 import hashlib
 import os
 import random
@@ -22,7 +21,7 @@ import toy_scenes
 from distributed import InputError, barrier, check, gather, place, reading, share, whole_file
 from metrics import Rules, metric_class, metrics_of, results
 from modalities import (MODALITIES, PLAIN, PLAINLY, check_turned, draw_grid, draw_samples, draw_sheet,
-                        is_array, nearest_colour, shown_of, spoken, turned_of, unit)
+                        is_array, nearest_colour, shown_of, turned_of)
 from trees import facts_of, find_pictures, flat_name, folders_of, pictures_by_stem, sampled, stem_of
 from vae import encoder_of, latents
 from weights import classes_of
@@ -105,18 +104,26 @@ class Source:
 
 
 class Toy(Source):
-    """Held-out toy scenes."""
+    """Toy scenes from a seed on: held-out ones."""
 
     palette = toy_scenes.PALETTE
 
-    def __init__(self, count):
-        self.seeds = range(toy_scenes.HELD_OUT, toy_scenes.HELD_OUT + count)
+    def __init__(self, count, first=toy_scenes.HELD_OUT):
+        self.seeds = range(first, first + count)
         self.names, self.modalities = list(map(str, self.seeds)), available(toy_scenes.MAPS)
         self.recipe = dict(source="toy, held out", seeds=[self.seeds.start, self.seeds.stop])
 
     def load(self, i):
         scene = toy_scenes.render(self.seeds[i])
         return Frame(i, self.names[i], self.truth(scene._asdict(), scene.rgb), scene.rgb)
+
+
+GUESSED = 2000  # scenes
+
+
+def toy_training():
+    """The toy scenes of training whose mean is what guessing scores."""
+    return Toy(GUESSED, 0)
 
 
 def square(array):
@@ -382,52 +389,24 @@ class Ceiling(NamedTuple):
         return [{m: self.decoded(m, truth) for m, truth in frame.truth.items()} for frame in frames]
 
 
-@functools.cache
-def mean_map(count=2000, shown=PLAINLY):
-    """The toy training scenes' mean depth as a model is shown it, mean normal and most frequent segment: what
-    guessing scores.
-    """
-    kind, near, normal, votes = MODALITIES["depth"], 0, 0, 0
-    for seed in range(count):
-        scene = toy_scenes.render(seed)
-        pixels = kind.to_pixels(spoken(scene.depth, shown.depth_target), shown=shown)
-        near = near + kind.from_pixels(pixels)
-        normal = normal + scene.normal
-        votes = votes + np.eye(len(toy_scenes.PALETTE))[scene.seg]
-    return {"depth": near / count, "normal": normal / np.linalg.norm(normal, axis=-1, keepdims=True),
-            "seg": toy_scenes.PALETTE[votes.argmax(-1)]}
-
-
 def mean_of(source, ceiling, palette):
-    """What guessing scores: of all frames of a Source, as the Ceiling shows them to its model, the mean
-    depth, the mean normal and the most frequent colour of the palette uint8 (K, 3); without one no segments.
+    """What guessing scores: the mean of all frames of a Source, as the Ceiling shows them to its model; of
+    segments the most frequent colour of the palette uint8 (K, 3), without one none.
     """
-    sums = {}
-    for i in range(len(source.names)):
+    sums, count = {}, len(source.names)
+    for i in range(count):
         for m, truth in source.frame(i).truth.items():
-            array = MODALITIES[m].from_pixels(ceiling.pixels(m, truth))
-            if m == "seg" and palette is None:
-                continue
-            if m == "seg":
-                array = np.eye(len(palette))[nearest_colour(array, palette)]
-            sums[m] = sums.get(m, 0) + array
-    means = {m: (total / len(source.names)).astype(np.float32) for m, total in sums.items()}
-    if "normal" in means:
-        means["normal"] = unit(means["normal"])
-    if "seg" in means:
-        means["seg"] = palette[means["seg"].argmax(-1)]
-    return means
+            kind = MODALITIES[m]
+            part = kind.part(kind.from_pixels(ceiling.pixels(m, truth)), palette)
+            if part is not None:
+                sums[m] = sums.get(m, 0) + part
+    return {m: MODALITIES[m].mean(total, count, palette) for m, total in sums.items()}
 
 
 def repeated(frames, maps):
     """The predictor of the same maps for every frame."""
     return [{m: MODALITIES[m].resize(map_, frame.truth[m].shape[:2])
              for m, map_ in maps.items() if m in frame.truth} for frame in frames]
-
-
-def guess(frames, shown=PLAINLY):
-    """The predictor of the toy world's mean map."""
-    return repeated(frames, mean_map(shown=shown))
 
 
 # ------------------------------------------------------------------------------------------------

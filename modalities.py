@@ -448,6 +448,14 @@ class Kind:
         """Of the user's arrays (K, H, W[, 3]), a pixel at a time."""
         return np.median(arrays, 0)
 
+    def part(self, array, palette):
+        """What is summed for the mean of many of the user's arrays; None where they have no mean."""
+        return array.astype(np.float64)
+
+    def mean(self, total, count, palette):
+        """The mean of `count` arrays, whose parts sum up to this."""
+        return (total / count).astype(np.float32)
+
 
 def _held(array):
     """What an array holds, for a message."""
@@ -480,6 +488,9 @@ class Colour(Kind):
 
     def picture(self, image):
         return np.asarray(image)
+
+    def mean(self, total, count, palette):
+        return (total / count).round().astype(np.uint8)
 
 
 class Flat(Colour):
@@ -540,6 +551,14 @@ class Flat(Colour):
             digest = hashlib.sha256(os.fsencode(raster.path.stem)).digest()
             image = np.where(bare[..., None], np.frombuffer(digest[:3], np.uint8), image)
         return self.to_pixels(image, known)
+
+    def part(self, image, palette):
+        """Votes for the palette's colours (H, W, K)."""
+        return None if palette is None else np.eye(len(palette))[nearest_colour(image, palette)]
+
+    def mean(self, total, count, palette):
+        """The most frequent colour."""
+        return palette[total.argmax(-1)]
 
 
 class Scalar(Kind):
@@ -694,6 +713,9 @@ class Vector(Kind):
 
     def median(self, arrays):
         return unit(super().median(arrays))
+
+    def mean(self, total, count, palette):
+        return unit(super().mean(total, count, palette))
 
     def to_pixels(self, vectors, known=None, shown=PLAINLY):
         return vectors.astype(np.float32).transpose(2, 0, 1)

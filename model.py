@@ -14,10 +14,14 @@ from layers import BLOCKS, Head, TimeEmbedder, rotation_of
 
 
 # ------------------------------------------------------------------------------------------------
-# Fusion: how the latents of M modalities become tokens, and which tokens each head reads.
+# Fusion: how the latents of M modalities become tokens, and which tokens each head reads. joined: {weight:
+# along which of its dimensions the modalities follow each other}, numbered: lists with a module for each; by
+# these --init matches modalities by name.
 
 class LinearFusion(nn.Module):
     """The patches of all modalities at one place become one token: T does not grow with M (as released)."""
+
+    joined, numbered = {"proj.weight": 1}, ()
 
     def __init__(self, num_modalities, channels, patch, width):
         super().__init__()
@@ -46,6 +50,8 @@ class MlpFusion(LinearFusion):
 
 class SequenceFusion(nn.Module):
     """Every modality keeps tokens of its own, M*T in all: the supplement's Fig. 1(b), for its cost."""
+
+    joined, numbered = {"modality": 0}, ("proj",)
 
     def __init__(self, num_modalities, channels, patch, width):
         super().__init__()
@@ -144,6 +150,17 @@ class MMDiT(nn.Module):
             nn.init.zeros_(head.adaLN_modulation[1].weight)
             nn.init.zeros_(head.linear.weight)
         self.pos_embed.data.copy_(sincos_positions(width, *self.grid))
+
+    @property
+    def joined(self):
+        """{weight with a part for each modality: the dimension}; the task table's first row is of none."""
+        fusion = {f"x_embedder.{name}": along for name, along in self.x_embedder.joined.items()}
+        return {**fusion, "t_embedder.mlp_fused.0.weight": 1, "task_embedder.weight": 0}
+
+    @property
+    def numbered(self):
+        """Names of the lists that have a module for each modality."""
+        return "heads", "middle_heads", *(f"x_embedder.{name}" for name in self.x_embedder.numbered)
 
     def positions(self, h, w):
         """The position table for h x w tokens: (1, h*w, D)."""

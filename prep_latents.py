@@ -24,8 +24,8 @@ from tqdm import tqdm
 
 import dataset
 import toy_scenes
-from distributed import (InputError, barrier, check, check_apart, check_folder, command_parser, prefetch,
-                         run, say, setup, share)
+from distributed import (InputError, barrier, check, check_apart, check_folder, check_ranges, command_parser,
+                         prefetch, run, say, setup, share)
 from listing import list_samples, place_of_facts
 from locks import only_writer
 from mix import LEAST_GIVEN
@@ -48,7 +48,7 @@ class ToySource:
         check(not start < toy_scenes.HELD_OUT < start + count, f"--toy-start {start} --toy {count}: runs "
               f"into the held-out seeds from {toy_scenes.HELD_OUT} on")
         self.start, self.size, self.shown = start, size, shown
-        self.modalities = modalities or toy_scenes.MAPS
+        self.modalities = modalities or tuple(toy_scenes.MAPS)
         for m in self.modalities:
             check(m in toy_scenes.MAPS or MODALITIES[m].derive, f"--toy with --modalities {m}: the toy world "
                   f"has {', '.join(toy_scenes.MAPS)}, and what a row of MODALITIES derives from the RGB; "
@@ -493,9 +493,7 @@ def main():
     size = args.size
     if size is None:
         size = 64 if toy else 256
-    check(size >= 1 and args.batch_size >= 1 and (not toy or 1 <= args.toy <= 10 ** 7),
-          f"--toy {args.toy} --batch-size {args.batch_size} --size {size}: each must be at least 1, "
-          "--toy at most ten million")
+    check_ranges(args, toy=(1, 10 ** 7), batch_size=(1, None), size=(1, None), views=(1, 1000))
     modalities = tuple(m for m in MODALITIES if m in args.modalities)  # the registry's order
     check(not modalities or "rgb" in modalities,
           f"--modalities {' '.join(modalities)}: rgb must be among them")
@@ -505,7 +503,6 @@ def main():
           "world brings toy-teacher, and it alone; pictures need the name of a timm model")
     check(not toy or not (args.depth_over or args.uncovered or args.views > 1),
           "--depth-over, --uncovered and --views belong to --data")
-    check(1 <= args.views <= 1000, f"--views {args.views}: 1 to 1000")
     given = {name: getattr(args, name) for name in WAYS}
     ways = {name: way for name, way in given.items() if way}
     rank, world, device = setup()

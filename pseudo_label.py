@@ -27,6 +27,7 @@ import pathlib
 import re
 import sys
 import sysconfig
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -38,9 +39,6 @@ from distributed import (InputError, barrier, check, check_folder, command_parse
 from locks import only_writer
 from modalities import MODALITIES, encoded, fill_unknown, read_rgb, unit, write_facts
 from trees import find_pictures, stem_of
-
-
-LABELS = ("depth", "normal", "seg")  # what teachers make
 
 
 # ------------------------------------------------------------------------------------------------
@@ -55,22 +53,20 @@ def _masks(pipeline, image):
     return np.array(masks, bool).reshape(-1, image.height, image.width)  # there may be none
 
 
-PIPELINES = {"depth": ("depth-estimation", _depth), "seg": ("mask-generation", _masks)}
-
-
 def load_teacher(modality, name, device):
     """The function that a --depth, --normal or --seg names. Raises InputError when it cannot be loaded."""
     kind, _, rest = name.partition(":")
     flag = f"--{modality} {name}"
-    if kind == "hf" and modality in PIPELINES:
+    pipeline = LABELS[modality].pipeline
+    if kind == "hf" and pipeline:
         try:
             import transformers
         except ImportError as error:
             raise InputError(f"{flag}: needs transformers; pip install transformers") from error
-        task, function = PIPELINES[modality]
+        task, function = pipeline
         with reading(flag, "check the model's name or folder"):
             return functools.partial(function, transformers.pipeline(task, model=rest, device=device))
-    hf = "hf:MODEL, " if modality in PIPELINES else ""
+    hf = "hf:MODEL, " if pipeline else ""
     check(kind in ("hub", "py"), f"{flag}: a teacher is {hf}hub:OWNER/REPOSITORY:ENTRY, hub:FOLDER:ENTRY, "
           "py:FILE.py:FUNCTION or py:MODULE:FUNCTION")
     return hub_teacher(rest, flag, device) if kind == "hub" else py_teacher(rest, flag)
@@ -149,7 +145,8 @@ def module_of(file):
 
 
 # ------------------------------------------------------------------------------------------------
-# What a teacher returned -> a PIL image of the photo's size. Each raises ValueError for what does not fit.
+# What a teacher returned -> a PIL image of the photo's size; seed: of the photo's name; space: of the depth
+# that was returned. Each raises ValueError for what does not fit.
 
 def _fitting(array, wanted):
     """Raise ValueError unless the array has so many dimensions, of finite numbers."""
@@ -158,7 +155,7 @@ def _fitting(array, wanted):
         raise ValueError(f"{array.dtype} {array.shape}, finite: {finite}")
 
 
-def depth_picture(array, size, space):
+def depth_picture(array, size, seed=0, space="disparity"):
     """(h, w) disparity, or depth for space "depth" -> 16 bits from the farthest to the nearest."""
     _fitting(array, 2)
     disparity = array.astype(np.float64)
@@ -170,7 +167,7 @@ def depth_picture(array, size, space):
     return Image.fromarray((np.asarray(smooth, np.float64) * 65535).round().astype(np.uint16))
 
 
-def normal_picture(array, size):
+def normal_picture(array, size, seed=0, space=None):
     """(h, w, 3), floats in [-1, 1] or uint8."""
     _fitting(array, 3)
     if array.dtype.kind == "f" and encoded(array):
@@ -180,7 +177,7 @@ def normal_picture(array, size):
     return Image.fromarray(array).resize(size, Image.Resampling.BILINEAR)
 
 
-def seg_picture(array, size, seed):
+def seg_picture(array, size, seed=0, space=None):
     """Masks (K, h, w), labels (h, w) or colours (h, w, 3 or 4); masks and labels take colours by the seed."""
     if array.ndim == 3 and array.shape[2] == 4 and array.dtype == np.uint8:
         array = array[..., :3]  # colours with alpha
@@ -212,15 +209,24 @@ def paint(masks, seed):
     return picture
 
 
+class Label(NamedTuple):
+    """What teachers of a modality make."""
+    picture: object         # the function
+    facts: dict = {}        # what tree.json says of it
+    pipeline: tuple = None  # of transformers: its task, and the function (pipeline, image) -> array
+
+
+LABELS = {
+    "depth": Label(depth_picture, {"depth_space": "disparity"}, ("depth-estimation", _depth)),
+    "normal": Label(normal_picture),
+    "seg": Label(seg_picture, {"seg_mode": "instance"}, ("mask-generation", _masks)),
+}
+
+
 def to_picture(modality, array, size, stem, depth_space):
     """What a teacher returned -> a PIL image of this size."""
-    array = np.asarray(array)
-    if modality == "depth":
-        return depth_picture(array, size, depth_space)
-    if modality == "normal":
-        return normal_picture(array, size)
     seed = int.from_bytes(hashlib.sha256(os.fsencode(stem)).digest()[:8], "little")
-    return seg_picture(array, size, seed)
+    return LABELS[modality].picture(np.asarray(array), size, seed, depth_space)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -309,8 +315,7 @@ def main():
     rank, world, device = setup()
     check(not args.out.resolve().is_relative_to(args.images.resolve()), f"--out {args.out}: lies inside of "
           f"--images {args.images}, its pictures would be taken for photos; use another folder")
-    names = {"depth": args.depth, "normal": args.normal, "seg": args.seg}
-    names = {m: name for m, name in names.items() if name}
+    names = {m: getattr(args, m) for m in LABELS if getattr(args, m)}
     for m in names:
         check_folder(args.out / m, [args.images])
     photos = {}
@@ -319,8 +324,7 @@ def main():
         check(stem not in photos, f"--images {args.images}: the stem {stem} is there twice; keep one")
         photos[stem] = path
     check(names, "no teacher; name at least one of --depth, --normal, --seg")
-    said = {"depth": {"depth_space": "disparity"}, "seg": {"seg_mode": "instance"}}
-    said = {key: value for m in names for key, value in said.get(m, {}).items()}
+    said = {key: value for m in names for key, value in LABELS[m].facts.items()}
     if not any((args.out / m).is_dir() for m in LABELS):  # else some maps are of others' making
         said["upright"] = True
     if rank:

@@ -19,8 +19,8 @@ import numpy as np
 import torch
 
 import samplers
-from distributed import (InputError, barrier, check, check_folder, command_parser, prefetch, run,
-                         setup)
+from distributed import (InputError, barrier, check, check_folder, check_ranges, command_parser, prefetch,
+                         run, setup)
 from locks import only_writer
 from mesh import pick_segment, write_mesh
 from modalities import (MODALITIES, PLAINLY, as_it_is, centre_crop, check_target, check_turned, filter_of,
@@ -275,7 +275,7 @@ def add_flags(parser):
 def check_flags(args):
     """Raise InputError for values of the shared flags that cannot be."""
     args.out = args.out or pathlib.Path("samples", args.task)
-    check(args.num is None or 1 <= args.num <= 10 ** 6, f"--num {args.num}: from 1 to a million")
+    check_ranges(args, num=(1, 10 ** 6))
     check(not (args.npz and args.fit == "full"), "--npz with --fit full: pictures of different sizes do not "
           "fit one array; use --fit crop")
 
@@ -415,8 +415,9 @@ def main():
     asked = {"mesh": args.mesh and [".ply", ".png"], "panels": args.panels and [".png"]}
     outputs.extras = {folder: endings for folder, endings in asked.items() if endings}
     recipe = None if rank > 0 else dict(
-        task=args.task, given=given, **samplers.recipe(loaded, sampling, args.seed, encoder), fit=args.fit,
-        truncate=args.truncate, outputs={m: MODALITIES[m].meant(shown) for m in wanted},
+        task=args.task, given=given, **samplers.recipe(
+            loaded, encoder, args.seed, sampling.evaluations(), **sampling._asdict()),
+        fit=args.fit, truncate=args.truncate, outputs={m: MODALITIES[m].meant(shown) for m in wanted},
         endings=outputs.endings, depth_target=shown.depth_target, reading=recorded(facts),
         palette=meta["palette"])
     check_folder(args.out, folders_read(locations, requests))

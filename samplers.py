@@ -1,4 +1,4 @@
-"""Samplers, and the sampling of MMGen with them (Sec. 3.4).
+"""Samplers, and the sampling of MMGen with them (Sec. 4).
 
 A sampler is a function (velocity, x, times, noise) -> x at the last of the times. velocity(x, t) with t a
 float, 0 noise, 1 data; noise() gives standard normals like x. None of them knows about guidance, conditions
@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from distributed import autocast, check
+from distributed import autocast, check, check_ranges
 from vae import signature_of
 
 GIVEN_TIME = 0.995  # a condition is held this close to clean (noise level 0.005)
@@ -187,12 +187,11 @@ def decode(encoder, x, wanted=None, precision="fp32"):
     return encoder.decode(z.flatten(0, 1), precision).unflatten(0, z.shape[:2])
 
 
-def recipe(loaded, sampling, seed, encoder):
-    """What drew samples: the part of a recipe that all sampling commands share."""
+def recipe(loaded, encoder, seed, evaluations, **walk):
+    """What drew samples: the part of a recipe that all commands share; walk: the settings."""
     return dict(checkpoint=loaded.path.name, checkpoint_sha256=loaded.sha256,
                 method=loaded.train.get("method", "mmgen"), step=loaded.step, weights="ema",
-                evaluations=sampling.evaluations(), seed=seed,
-                **signature_of(encoder, loaded.meta), **sampling._asdict())
+                evaluations=evaluations, seed=seed, **signature_of(encoder, loaded.meta), **walk)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -223,8 +222,7 @@ def checkpoint_flags(parser):
 
 def check_flags(args):
     """Raise InputError for values of checkpoint_flags that cannot be."""
-    check(args.steps >= 1 and args.batch_size >= 1 and args.seed >= 0, f"--steps {args.steps} --batch-size "
-          f"{args.batch_size} --seed {args.seed}: counts must be at least 1, the seed not negative")
+    check_ranges(args, steps=(1, None), batch_size=(1, None), seed=(0, None))
     check(np.isfinite(args.cfg), f"--cfg {args.cfg}: must be finite")
 
 
@@ -247,7 +245,7 @@ def from_flags(args, task="understand"):
     low, high = args.cfg_interval
     check(0 <= low <= high <= 1, f"--cfg-interval {low} {high}: 0 <= LO <= HI <= 1")
     check(np.isfinite(args.middle_scale), f"--middle-scale {args.middle_scale}: must be finite")
-    check(0 <= args.given_time <= 1, f"--given-time {args.given_time}: from 0 (noise) to 1 (clean)")
+    check_ranges(args, given_time=(0, 1))
     chosen = dict(sampler=args.sampler, steps=args.steps)
     if args.fast:
         check(chosen == dict(sampler="sde", steps=250), f"--fast with --sampler {args.sampler} --steps "

@@ -13,6 +13,7 @@ A scene is a pure function of its integer seed. Seeds below 2**31 are for traini
 """
 import colorsys
 import io
+import operator
 import pathlib
 from typing import NamedTuple
 
@@ -254,12 +255,25 @@ def _shade(rng, points, normal, which, albedo, solids, rotation):
     return np.clip(albedo * gain[:, None], 0, 1)
 
 
-MAPS = ("rgb", "depth", "normal", "seg")
+def _disparity(scene):
+    return 1 / scene.depth
+
+
+def _colours(scene):
+    return PALETTE[scene.seg]
+
+
+MAPS = {  # what data has of a Scene, as the registry's arrays; scored is the Scene's own field of that name
+    "rgb": operator.attrgetter("rgb"),
+    "depth": _disparity,
+    "normal": operator.attrgetter("normal"),
+    "seg": _colours,
+}
 
 
 def maps(scene):
-    """The scene as the registry's arrays: rgb uint8, depth as disparity, normal, seg as palette colours."""
-    return dict(zip(MAPS, (scene.rgb, 1 / scene.depth, scene.normal, PALETTE[scene.seg])))
+    """{modality: array}, as files of the scene would hold them."""
+    return {m: of(scene) for m, of in MAPS.items()}
 
 
 def teacher(scene, grid):

@@ -14,7 +14,7 @@ from safetensors.torch import save
 from tqdm import tqdm
 
 import toy_scenes
-from distributed import autocast, check, check_apart, command_parser, run, setup, whole_file
+from distributed import autocast, check_apart, check_ranges, command_parser, run, setup, whole_file
 from modalities import MODALITIES
 from vae import TOY_CONFIG, AutoencoderKL, find_vae, load_vae
 
@@ -65,7 +65,8 @@ def train(vae, learning, data, held_out, steps, batch_size, lr, kl_weight):
         optimiser.step()
         schedule.step()
         if step % 250 == 0 or step == steps:
-            quality = {m: round(psnr(vae, held_out[i::4]), 1) for i, m in enumerate(toy_scenes.MAPS)}
+            parts = {m: held_out[i::len(toy_scenes.MAPS)] for i, m in enumerate(toy_scenes.MAPS)}
+            quality = {m: round(psnr(vae, part), 1) for m, part in parts.items()}
             bar.write(f"step {step} loss {loss.item():.5f} kl {kl.item():.2f} held-out PSNR {quality}")
 
 
@@ -82,11 +83,8 @@ def main():
     add("--init", help="polish this VAE: only its decoder learns, so that cached latents stay valid")
     add("--seed", type=int, default=0)
     args = parser.parse_args()
-    check(min(args.steps, args.scenes, args.batch_size) >= 1 and args.scenes <= 10 ** 6,
-          f"--steps {args.steps} --scenes {args.scenes} --batch-size {args.batch_size}: at least 1, "
-          "at most a million scenes")
-    check(0 < args.lr < 1e3 and 0 <= args.kl < 1e3 and 0 <= args.seed < 2 ** 63,
-          f"--lr {args.lr} --kl {args.kl} --seed {args.seed}: finite, not negative")
+    check_ranges(args, steps=(1, None), scenes=(1, 10 ** 6), batch_size=(1, None), lr=(1e-12, 1000),
+                 kl=(0, 1000), seed=(0, 2 ** 63 - 1))
     check_apart([args.out], [args.init and find_vae(args.init)])
     _, _, device = setup()
     torch.manual_seed(args.seed)

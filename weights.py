@@ -379,24 +379,17 @@ def _last(name):
 # ------------------------------------------------------------------------------------------------
 # --init.
 
-JOINED = {  # tensors that have a part for each modality, and the dimension along which
-    "x_embedder.proj.weight": 1,
-    "t_embedder.mlp_fused.0.weight": 1,
-    "x_embedder.modality": 0,
-    "task_embedder.weight": 0,
-}
-
-
 @torch.no_grad()
 def fit(model, meta, checkpoint, path, method="mmgen", names=None):
     """--init: copy what fits of a checkpoint's EMA into the model, modalities and classes matched by name
     -> a table of what became of each weight, and the names of those that were taken as they are.
 
     Where a modality is new, the columns through which it enters start at zero, so that the others keep
-    their meaning; a class that the file does not know starts as its null class; positions are interpolated
-    to another grid. method is the model's: of a checkpoint of another one the heads are left out, what they
-    predict is something else. names: the modalities' names in the file and in the model, where they are
-    matched by other ones. Raises InputError when the latents are of another kind or nothing fits.
+    their meaning (but in a sequence, where it has tokens of its own); a class that the file does not know
+    starts as its null class; positions are interpolated to another grid. method is the model's: of a
+    checkpoint of another one the heads are left out, what they predict is something else. names: the
+    modalities' names in the file and in the model, where they are matched by other ones. Raises InputError
+    when the latents are of another kind or nothing fits.
     """
     theirs = checkpoint["config"]
     for key in ("vae_sha256", "scale", "latent_channels"):
@@ -408,7 +401,7 @@ def fit(model, meta, checkpoint, path, method="mmgen", names=None):
     state, fate, used, notes = _unwrapped(checkpoint["ema"]), {}, set(), []
     foreign = theirs["train"].get("method", "mmgen") != method
     for key, target in model.state_dict().items():
-        source = _source(key, old, new)
+        source = _source(key, model.numbered, old, new)
         if source not in state or (foreign and key.startswith("heads.")):
             fate[key] = "new"
             continue
@@ -419,8 +412,9 @@ def fit(model, meta, checkpoint, path, method="mmgen", names=None):
             notes = [f"  class rows: {len(rows) - rows.count(None)} of {len(rows)} known"]
         elif key == "pos_embed" and value.shape != target.shape:
             fate[key] = _copy_positions(value, target, theirs["model"], model.grid)
-        elif key in JOINED and old != new and value.shape[2:] == target.shape[2:]:
-            fate[key] = _copy_parts(value, target, key, old, new)
+        elif key in model.joined and old != new and value.shape[2:] == target.shape[2:]:
+            first = int(key == "task_embedder.weight")  # its row 0 belongs to no modality
+            fate[key] = _copy_parts(value, target, model.joined[key], first, old, new)
         elif value.shape == target.shape:
             target.copy_(value)
             fate[key] = "taken"
@@ -468,14 +462,16 @@ def _unwrapped(state):
     return inner or state
 
 
-def _source(key, old, new):
-    """The file's name of a weight, None for that of a modality which the file does not have."""
-    numbered = re.match(r"((?:heads|middle_heads|x_embedder\.proj)\.)(\d+)(\..*)", key)
-    if not numbered or old == new:  # numbered: one module a modality
+def _source(key, numbered, old, new):
+    """The file's name of a weight, None for that of a modality which the file does not have; numbered: as of
+    MMDiT.
+    """
+    place = next((name for name in numbered if key.startswith(f"{name}.")), None)
+    if place is None or old == new:
         return key
-    before, index, after = numbered.groups()
+    index, _, after = key.removeprefix(f"{place}.").partition(".")
     modality = new[int(index)]
-    return f"{before}{old.index(modality)}{after}" if modality in old else None
+    return f"{place}.{old.index(modality)}.{after}" if modality in old else None
 
 
 def _class_rows(old, new, count):
@@ -506,9 +502,10 @@ def _copy_positions(value, target, config, grid):
     return "inflated"
 
 
-def _copy_parts(value, target, key, old, new):
-    """A tensor with a part for each modality: a new one's columns are zero, its rows stay as they are."""
-    along, first = JOINED[key], int(key == "task_embedder.weight")  # whose row 0 belongs to no modality
+def _copy_parts(value, target, along, first, old, new):
+    """A tensor with a part for each modality along a dimension, behind the `first` ones, which belong to
+    none: a new one's columns are zero, its rows stay as they are.
+    """
     if along == 1:
         target.zero_()
     else:

@@ -25,7 +25,7 @@ from tqdm import tqdm
 import samplers
 import toy_scenes
 from distributed import command_parser, run, setup
-from evaluation import mean_map
+from evaluation import Ceiling, mean_of, toy_training
 from eval_fid import add_moments, finish_moments, frechet
 from metrics import Rules, metrics_of, results
 from modalities import MODALITIES, nearest_colour
@@ -143,10 +143,17 @@ class Measure:
         same, and the remaining gaps.
         """
         values = scores(predicted, truth)
-        guess = scores({m: [mean_map()[m]] * len(maps) for m, maps in truth.items()}, truth)
+        guess = scores({m: [self.guess[m]] * len(maps) for m, maps in truth.items()}, truth)
         gap = {key: (value - self.ceiling[key]) / (guess[key] - self.ceiling[key])
                for key, value in values.items()}
         return {**values, "mean_map": guess, "gap": gap}
+
+    @functools.cached_property
+    def guess(self):
+        """The training scenes' mean maps."""
+        source, metrics = toy_training(), metrics_of(KEYS, Rules(palette=PALETTE))
+        source.modalities = list(KEYS)
+        return mean_of(source, Ceiling(self.encoder, self.loaded.meta["resolution"], metrics), PALETTE)
 
     def moments(self, rgb):
         return latent_moments(self.encoder, rgb, self.device)
@@ -202,7 +209,8 @@ class Measure:
     def recipe(self, args):
         """What was measured, and how."""
         reader = str(args.reader) if args.reader else None
-        return dict(**samplers.recipe(self.loaded, self.sampling, self.seed, self.encoder),
+        return dict(**samplers.recipe(self.loaded, self.encoder, self.seed, self.sampling.evaluations(),
+                                       **self.sampling._asdict()),
                     reader=reader, guidance=args.guidance, held_out=args.num, generated=args.generate,
                     scenes=args.scenes, torch=torch.__version__, device=self.device.type)
 

@@ -1,5 +1,4 @@
 """eval_depth.py against closed forms, and whole commands on synthetic truth."""
-import functools
 import json
 import os
 import pathlib
@@ -15,7 +14,7 @@ import evaluation
 import toy_scenes
 from conftest import shell
 from distributed import InputError
-from evaluation import Ceiling, Toy, Tree, evaluate
+from evaluation import Ceiling, Toy, Tree, evaluate, mean_of
 from metrics import (Normal, Rules, Semantic, align, angles, boundary, depth_scores, f_score, instance_scores,
                      matches, metrics_of, normal_scores, results, semantic_scores)
 from modalities import MODALITIES, Shown, segments, write_facts
@@ -254,7 +253,7 @@ def test_depth_scores_equal_marigold(space, figure):
 # Whole commands.
 
 def test_toy_command_reproduces_its_json(command, monkeypatch, tmp_path):
-    monkeypatch.setattr(evaluation, "mean_map", functools.partial(evaluation.mean_map, 100))
+    monkeypatch.setattr(evaluation, "GUESSED", 100)
 
     def run(name, *more):
         return command("eval_depth", "--toy", 6, *FEW, "--out", tmp_path / name,
@@ -275,7 +274,7 @@ def test_toy_command_reproduces_its_json(command, monkeypatch, tmp_path):
 
 
 def test_an_ensemble_of_samples(command, monkeypatch, tmp_path):
-    monkeypatch.setattr(evaluation, "mean_map", functools.partial(evaluation.mean_map, 100))
+    monkeypatch.setattr(evaluation, "GUESSED", 100)
 
     def run(name, *more):
         command("eval_depth", "--toy", 3, *FEW, "--out", tmp_path / name, "--save-maps",
@@ -505,12 +504,32 @@ def test_ceiling_and_mean_map_speak_as_the_model(norm, most):
         near = -np.log(toy_scenes.render(seed).depth)
         low, high = np.quantile(near, (0, 1) if norm == "minmax" else (0.02, 0.98))
         maps.append(((near - low) / (high - low)).clip(0, 1))
-    assert np.allclose(evaluation.mean_map(2, shown)["depth"], np.mean(maps, 0), atol=1e-5)
+    training = Toy(2, 0)
+    training.modalities = ["depth"]
+    assert np.allclose(mean_of(training, perfect, None)["depth"], np.mean(maps, 0), atol=1e-5)
+
+
+def test_the_mean_of_many_maps_is_as_its_kind_says():
+    """Levels do not wrap at 256; normals are unit vectors; segments are voted for."""
+    training, names, white = Toy(5, 0), ["rgb", "normal", "seg", "canny"], np.full((64, 64, 3), 255, np.uint8)
+    training.modalities = names
+    ceiling = Ceiling(None, 64, metrics_of(names, Rules(palette=toy_scenes.PALETTE)))
+    means = mean_of(training, ceiling, toy_scenes.PALETTE)
+    scenes = [toy_scenes.render(seed) for seed in range(5)]
+    assert np.abs(means["rgb"] - np.mean([scene.rgb for scene in scenes], 0)).max() <= 0.5
+    normal = np.mean([scene.normal for scene in scenes], 0)
+    normal /= np.linalg.norm(normal, axis=-1, keepdims=True)
+    assert np.abs(means["normal"] - normal).max() < 1e-5
+    votes = np.stack([(np.stack([scene.seg for scene in scenes]) == k).sum(0) for k in range(99)])
+    assert (means["seg"] == toy_scenes.PALETTE[votes.argmax(0)]).all()
+    assert "seg" not in mean_of(training, ceiling, None)
+    row = MODALITIES["rgb"]
+    assert (row.mean(sum(row.part(white, None) for _ in range(3)), 3, None) == white).all()
 
 
 def test_the_checkpoint_says_the_alignment(command, monkeypatch, tmp_path):
     """A model that learned log depth is aligned in log, in training, too; --alignment wins."""
-    monkeypatch.setattr(evaluation, "mean_map", functools.partial(evaluation.mean_map, 4))
+    monkeypatch.setattr(evaluation, "GUESSED", 4)
     checkpoint = load_checkpoint("demo/mmgen.pt")
     meta = checkpoint["config"]["meta"]
     meta["shown"] = {"depth_target": "log"}

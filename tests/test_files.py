@@ -623,7 +623,7 @@ def test_a_changed_photo_is_labelled_again(tmp_path, command, monkeypatch):
         pseudo_label.seg_picture(np.zeros((6, 9, 4), bool), (9, 6), 0)  # (H, W, K)
     with pytest.raises(ValueError, match="no unit vectors"):
         pseudo_label.normal_picture(np.full((4, 4, 3), (0.5, 0.5, 1.0)), (4, 4))
-    flat = pseudo_label.depth_picture(np.array([[1.0, 2.0], [0.0, 4.0]]), (2, 2), "depth")
+    flat = pseudo_label.depth_picture(np.array([[1.0, 2.0], [0.0, 4.0]]), (2, 2), space="depth")
     assert np.asarray(flat).min() == 0 and np.asarray(flat)[1, 0] != 0  # unknown is not the farthest
 
 

@@ -60,7 +60,7 @@ def test_a_time_mlp_that_is_not_fused_embeds_to_the_width():
     assert (model(x, t, y, given)[0] - model(x, 1 - t, y, given)[0]).abs().max() > 1e-4
 
 
-@pytest.mark.parametrize("fusion", ["linear", "mlp", "sequence"])
+@pytest.mark.parametrize("fusion", list(FUSIONS))
 def test_fusions(fusion):
     model = random_model(fusion=fusion)
     v, z = model(*inputs())

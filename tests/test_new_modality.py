@@ -1,5 +1,4 @@
 """One row of MODALITIES is all that a modality takes: cache, training from the demo weights, evaluation."""
-import functools
 import json
 
 import numpy as np
@@ -21,10 +20,10 @@ def brightness(rgb):
 
 @pytest.fixture
 def rows(monkeypatch):
-    """luma, a scalar derived from the RGB, and albedo, a picture that only files have."""
+    """luma, a scalar derived from the RGB, and sketch, a picture that only files have."""
     monkeypatch.setitem(MODALITIES, "luma", Scalar(0.1, "luma in [0, 1]", brightness))
-    monkeypatch.setitem(MODALITIES, "albedo", Colour(0.1, "albedo, sRGB"))
-    monkeypatch.setattr(evaluation, "mean_map", functools.partial(evaluation.mean_map, 20))
+    monkeypatch.setitem(MODALITIES, "sketch", Colour(0.1, "a drawing"))
+    monkeypatch.setattr(evaluation, "GUESSED", 20)
 
 
 def test_from_the_cache_to_the_evaluation(rows, command, tmp_path):
@@ -62,8 +61,8 @@ def test_scalars_have_one_scale_whatever_the_file(rows, tmp_path):
 
 
 def test_what_is_not_there_is_named(rows, monkeypatch, cache, command, tmp_path):
-    with pytest.raises(InputError, match="--modalities albedo: the toy world has rgb, depth, normal, seg"):
-        command("prep_latents", "--toy", 4, "--modalities", "rgb", "albedo", "--out", tmp_path / "c")
+    with pytest.raises(InputError, match="--modalities sketch: the toy world has rgb, depth, normal, seg"):
+        command("prep_latents", "--toy", 4, "--modalities", "rgb", "sketch", "--out", tmp_path / "c")
     assert not (tmp_path / "c").exists()
     monkeypatch.setitem(mix.TASK_MIX, "from-luma", (mix.Role("luma"),) * 4)
     for more in ((), ("--modalities", "rgb", "depth", "luma")):
