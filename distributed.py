@@ -53,6 +53,15 @@ def utf8_path(path):
         yield path
 
 
+def check_ranges(args, **ranges):
+    """Raise InputError for a flag that is given and not in its range {name: (lowest, highest or None)}."""
+    for name, (low, high) in ranges.items():
+        value, flag = getattr(args, name), f"--{name.replace('_', '-')}"
+        right = f"be at least {low}" if high is None else f"lie in [{low}, {high}]"
+        most = math.inf if high is None else high
+        check(value is None or low <= value <= most, f"{flag} {value}: must {right}")
+
+
 @contextlib.contextmanager
 def reading(path, remedy):
     """Whatever fails inside is the fault of what is read: an InputError of one line that names path and

@@ -28,8 +28,9 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-from distributed import (all_reduce, bare, barrier, check, check_apart, check_replaced, command_parser,
-                         gather, prefetch, reading, run, say, setup, share, whole_file, write_json)
+from distributed import (all_reduce, bare, barrier, check, check_apart, check_ranges, check_replaced,
+                         command_parser, gather, prefetch, reading, run, say, setup, share, whole_file,
+                         write_json)
 from modalities import centre_crop, read_rgb
 from trees import find_pictures, flat_name, stem_of
 from vae import load_vae, sha256
@@ -869,8 +870,7 @@ def arguments():
     check(not paired or (len(paired) == len(args.metrics) and not args.save_stats),
           f"--metrics {' '.join(args.metrics)}: {' and '.join(paired)} compare pairs of pictures, not sets; "
           "ask for them in a call of their own, without --save-stats")
-    check(args.batch_size >= 1 and (args.crop is None or args.crop >= 8),
-          f"--batch-size {args.batch_size} --crop {args.crop}: at least 1, at least 8")
+    check_ranges(args, batch_size=(1, None), crop=(8, None))
     read = (args.samples, args.reference, args.inception, args.dinov2, args.vgg, args.lpips_heads, args.vae)
     check_apart([args.save_stats, args.json], read)
     check_replaced(args.json, b"{")

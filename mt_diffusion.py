@@ -15,7 +15,7 @@ import torch
 
 import train
 from dataset import cells_in
-from distributed import autocast, check, run, with_row
+from distributed import autocast, check, check_ranges, run, with_row
 from mix import LEAST_GIVEN
 from model import training_flops
 from mt_model import (FAMILIES, METHOD, OPTIONS, PATCH, PATCHES, SETTINGS, Chain, T, Translations, beside,
@@ -113,10 +113,8 @@ class Objective:
               "no feature vectors; make it with prep_latents.py --feature NAME")
         check(1 <= args.patch_size <= side and side % args.patch_size == 0,
               f"--patch-size {args.patch_size}: must tile latents of {side}x{side}")
-        limits = dict(hidden=1, full_mask=1, single=1, x_weight=1e3, eps_weight=1e3)
-        for name, most in limits.items():
-            value, flag = getattr(args, name), f"--{name.replace('_', '-')}"
-            check(value is None or 0 <= value <= most, f"{flag} {value}: must lie in [0, {most:g}]")
+        check_ranges(args, **dict.fromkeys(("hidden", "full_mask", "single"), (0, 1)), x_weight=(0, 1000),
+                     eps_weight=(0, 1000))
 
     def summary(self):
         flops = training_flops(self.backbone.config)

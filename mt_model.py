@@ -95,13 +95,11 @@ class MTSchedule:
             noise=np.sqrt(1 - abar),
             from_y=np.sqrt(a) * (1 - abar_before) / (1 - abar),
             from_z0=(1 - a) * np.sqrt(abar_before) / (1 - abar),
-            root=np.sqrt(a),
-            eps=(1 - a) / np.sqrt(1 - abar),
             std=np.sqrt(self.variance),
             scale=1 / np.sqrt(1 + (shift ** 2).sum(0)),
         )
         for i in range(len(shift)):
-            self.tables.update({f"shift{i}": shift[i], f"before{i}": shift_before[i], f"w{i}": w[i]})
+            self.tables.update({f"shift{i}": shift[i], f"before{i}": shift_before[i]})
         self._placed = {}
 
     @classmethod
@@ -125,7 +123,7 @@ class MTSchedule:
         return self._placed[place][k].reshape(-1, *[1] * (like.ndim - 1))
 
     def carried(self, which, e, k):
-        """sum_i of the table "shift", "before" (the shift a step earlier) or "w" times e_i."""
+        """sum_i of the table "shift" or "before" (the shift a step earlier) times e_i."""
         return sum(self.at(f"{which}{i}", k, x) * x for i, x in enumerate(e))
 
     def q_sample(self, z0, e, k, noise):
@@ -140,10 +138,6 @@ class MTSchedule:
         """The posterior's mean, Eq. 5 in z0: DDPM's for z without X's share, and that of a step earlier."""
         plain = self.at("from_y", k, z) * (z - self.carried("shift", e, k)) + self.at("from_z0", k, z) * z0
         return plain + self.carried("before", e, k)
-
-    def mean_from_eps(self, z, eps, e, k):
-        """The same in the noise."""
-        return (z - self.at("eps", k, z) * eps) / self.at("root", k, z) - self.carried("w", e, k)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -26,8 +26,8 @@ import mt_model
 import sample
 import samplers
 from dataset import to_unit
-from distributed import (check, check_apart, check_folder, check_replaced, command_parser, run, setup,
-                         sha256, whole_file, with_row, write_json)
+from distributed import (check, check_apart, check_folder, check_ranges, check_replaced, command_parser, run,
+                         setup, sha256, whole_file, with_row, write_json)
 from evaluation import Ceiling, Toy, Tree, evaluate
 from locks import only_writer
 from metrics import Rules, metrics_of, print_table, results
@@ -35,7 +35,7 @@ from modalities import MODALITIES, as_it_is, check_turned, enlarge, read_array, 
 from mt_model import Chain, Translations, draw_images
 from produce import SHOWN, finish, folders_read, produce, write_grid, write_npz
 from trees import facts_of, find_files, flat_name, picture_folder, recorded, stem_of
-from vae import encoder_of, signature_of
+from vae import encoder_of
 from weights import load_model, newest_checkpoint
 
 PRESETS = {"paper": f"--steps {mt_model.T}"}  # what --preset stands for: every step of the chain
@@ -98,14 +98,14 @@ def read_hidden(request, fit, full, patches, seed):
 
 class Restoration(Images):
     """Fills what a mask hides; the pixels outside of it are written as they are (Sec. 4.1), but for SDEdit,
-    which keeps none of them (Table 1).
+    which keeps none of them, or where the whole is asked for (Table 1).
 
     What lies under the mask is first filled from the nearest pixel, so that it does not leak through the
     autoencoder into the latents around it; then the latents under it are zero, as in training. sdedit: the
     baseline, from the masked image noised over this share of the steps.
     """
 
-    sdedit = None
+    sdedit, whole = None, False
 
     def sample(self, batch, inputs, noise):
         """Yield each request with its restored and its masked picture, (3, H, W)."""
@@ -127,7 +127,7 @@ class Restoration(Images):
         for request, one, image in zip(batch, inputs, self.images(z)):
             if image.shape != one.whole.shape:
                 image = enlarge(image, one.whole.shape[1:])
-            drawn = one.whole_mask | bool(self.sdedit)
+            drawn = one.whole_mask | self.whole
             maps = {"rgb": np.where(drawn, image, one.whole),
                     "masked_rgb": np.where(one.whole_mask, np.float32(0), one.whole)}
             yield request, maps, None
@@ -244,7 +244,7 @@ def score(args, loaded, encoder, chain, rank):
     print_table(scored["value"], result)
     if args.json:
         recipe = dict(**source.recipe, count=len(source.names),
-                      **recipe_of(loaded, encoder, args.seed, chain.steps, **chain._asdict()))
+                      **samplers.recipe(loaded, encoder, args.seed, chain.steps, **chain._asdict()))
         write_json(args.json, {**result, "recipe": recipe})
 
 
@@ -272,6 +272,8 @@ def arguments():
                         help=f"restore: hide so many random squares of {mt_model.PATCH} pixels instead")
     parser.add_argument("--sdedit", type=float, metavar="SHARE",
                         help="restore: the baseline, from the masked image noised so far (0 to 1)")
+    parser.add_argument("--whole-image", action="store_true",
+                        help="restore: write all that was drawn, not only what was hidden")
     parser.add_argument("--features", type=pathlib.Path,
                         help="generate, feature checkpoints: .npy (K, F), one vector a sample")
     args = parser.parse_args(with_row(sys.argv[1:], "--preset", PRESETS))
@@ -281,9 +283,9 @@ def arguments():
     sample.check_flags(args)
     restoring = args.task == "restore"
     hiding = (args.mask is not None) + (args.patches is not None)
-    check(hiding == restoring and (restoring or not args.sdedit),
-          "--task restore, and it alone, takes one of --mask and --patches, and --sdedit")
-    check(args.patches is None or args.patches >= 1, f"--patches {args.patches}: at least 1 square")
+    check(hiding == restoring and (restoring or not (args.sdedit or args.whole_image)),
+          "--task restore, and it alone, takes one of --mask and --patches, and --sdedit and --whole-image")
+    check_ranges(args, patches=(1, None))
     check(args.sdedit is None or 0 < args.sdedit <= 1, f"--sdedit {args.sdedit}: a share above 0, up to 1")
     check(np.isfinite(args.classifier_scale), f"--classifier-scale {args.classifier_scale}: must be finite")
     check(bool(args.image) == (args.task not in ("generate", "evaluate")), f"--task {args.task}: "
@@ -367,7 +369,7 @@ def drawing(args, model, encoder, chain, wanted, meta, facts, shown):
         read = functools.partial(read_hidden, fit=fit, full=full, patches=args.patches, seed=args.seed)
     draw = kind(model, encoder, chain, args.seed, wanted, read, given)
     if args.task == "restore":
-        draw.sdedit = args.sdedit
+        draw.sdedit, draw.whole = args.sdedit, args.whole_image or bool(args.sdedit)
     if args.features:
         draw.vectors = read_features(args.features, model.features)
     return draw
@@ -403,9 +405,10 @@ def main():
     if args.task == "classify":
         evaluations, walk = 1, dict(precision=chain.precision)
     recipe = None if rank > 0 else dict(
-        task=args.task, **recipe_of(loaded, encoder, args.seed, evaluations, **walk), **extras_of(args),
-        fit=args.fit, truncate=args.truncate, outputs=list(outputs.folders), endings=outputs.endings,
-        depth_target=shown.depth_target, reading=recorded(facts), palette=meta["palette"])
+        task=args.task, **samplers.recipe(loaded, encoder, args.seed, evaluations, **walk),
+        **extras_of(args), fit=args.fit, truncate=args.truncate, outputs=list(outputs.folders),
+        endings=outputs.endings, depth_target=shown.depth_target, reading=recorded(facts),
+        palette=meta["palette"])
     single = args.fit == "full" and args.task != "generate"  # pictures of different shapes do not stack
     with only_writer(args.out):
         drawn = produce(args.out, requests, draw, outputs, recipe, 1 if single else args.batch_size,
@@ -435,17 +438,11 @@ def truth_beside(model, encoder, meta, facts, shown):
     return truth
 
 
-def recipe_of(loaded, encoder, seed, evaluations, **walk):
-    """What drew samples; walk: the fields of the Chain that matter."""
-    return dict(checkpoint=loaded.path.name, checkpoint_sha256=loaded.sha256, method=loaded.train["method"],
-                step=loaded.step, weights="ema", evaluations=evaluations, seed=seed,
-                **signature_of(encoder, loaded.meta), **walk)
-
-
 def extras_of(args):
     """The task's own flags, for the recipe."""
     given = {name: getattr(args, name) for name in ("patches", "sdedit", "features")}
     extras = {name: str(value) for name, value in given.items() if value is not None}
+    extras |= {"whole_image": True} if args.whole_image else {}
     return {**extras, "features_sha256": sha256(args.features)} if args.features else extras
 
 

@@ -10,7 +10,6 @@ global batch and then sliced.
 import argparse
 import contextlib
 import copy
-import math
 import pathlib
 import sys
 
@@ -21,9 +20,8 @@ from tqdm import tqdm
 
 import dataset
 import runs
-from distributed import autocast, barrier, check, command_parser, run, say, setup, with_row
+from distributed import autocast, barrier, check, check_ranges, command_parser, run, say, setup, with_row
 from evaluation import Checkpoint, Watch
-from dataset import cells_in
 from layers import BLOCKS
 from locks import only_writer
 from mix import ROLES, TASK_MIX, TIMES, Draws, check_mix, draw
@@ -127,26 +125,24 @@ class MMGen:
         check_mix(args.mix, self.modalities, cache.modalities)
         known = [float(m in cache.modalities) for m in self.modalities]  # where all rows are alike
         self.known = torch.tensor(known, device=device).expand(args.batch_size, -1)
-        check_ranges(args, repa_weight=(0, 1000), middle_weight=(0, 1000), repa_until=(0, math.inf))
-        self.unaligned = args.repa_weight > 0 and "dino" not in cache.stems
-        repa_weight = 0.0 if self.unaligned else args.repa_weight
+        check_ranges(args, repa_weight=(0, 1000), middle_weight=(0, 1000), repa_until=(0, None))
+        repa_weight = args.repa_weight if "dino" in cache.stems else 0.0
         blocks = args.blocks or blocks_of(runs.latest(args.run) or args.init)
-        self.settings = {"repa_weight": repa_weight, "blocks": blocks}
+        self.settings, self.middle = {"repa_weight": repa_weight, "blocks": blocks}, args.middle_weight > 0
         self.model = self.backbone = build_model(
             args.model, self.modalities, self.meta["num_classes"], self.meta["latent_channels"],
             self.meta["latent_size"], fusion=args.fusion, task_embedding=not args.no_task_embedding,
             projector=repa_weight > 0, blocks=blocks, projector_kind=args.projector,
-            middle_heads=args.middle_weight > 0)
+            middle_heads=self.middle)
         self.conditions, self.predicts = self.modalities, self.modalities[1:]
-        self.middle = args.middle_weight > 0
-        self.terms = [f"loss_{m}" for m in (*self.modalities, "repa", *["middle"] * self.middle)]
+        middle = [f"middle_{m}" for m in self.modalities] * self.middle
+        self.terms = [f"loss_{term}" for term in (*self.modalities, "repa", *middle)]
         self.reads = [stem for stem in ("labels", *self.modalities) if stem in cache.stems]
         self.reads += ["dino"] * (repa_weight > 0)
         self.reads += [stem for m in self.modalities if (stem := f"{m}_known") in cache.stems]
         weights = [1.0 if args.equal_weights else MODALITIES[m].loss_weight for m in self.modalities]
-        last = [repa_weight, args.middle_weight][:1 + self.middle]
-        self.weights = torch.tensor([*weights, *last], device=device)
-        self.counted = torch.tensor([args.batch_size, 1][:1 + self.middle], device=device)
+        middle = [args.middle_weight * weight for weight in weights] * self.middle
+        self.weights = torch.tensor([*weights, repa_weight, *middle], device=device)
 
     def weights_at(self, step):
         weights = self.weights.clone()
@@ -155,10 +151,10 @@ class MMGen:
         return weights
 
     def summary(self):
-        flops = training_flops(self.model.config)
+        flops = training_flops(self.model.config) / 1e9
         aligned = "" if self.settings["repa_weight"] else "; training without REPA"
-        why = " (the cache has no alignment targets)" if self.unaligned else ""
-        return f"{', '.join(self.modalities)}{aligned}{why}; {flops / 1e9:.1f} GFLOPs a sample and step"
+        why = "" if "dino" in self.cache.stems else " (the cache has no alignment targets)"
+        return f"{', '.join(self.modalities)}{aligned}{why}; {flops:.1f} GFLOPs a sample and step"
 
     def initialise(self, checkpoint, path):
         names = renamed(checkpoint, self.args.rename, self.modalities, path), self.modalities
@@ -166,13 +162,13 @@ class MMGen:
 
     def prepare(self, step, batch, part):
         """n rows of the step: draws of the whole batch, sliced; noised latents and targets (n, M*C, H, W)."""
-        C, N, M = self.meta["latent_channels"], self.args.batch_size, len(self.modalities)
-        shape = (N, M * C, *self.meta["latent_size"])
-        known, counted = batch.get("known", self.known), self.counted                        # known (N, M)
+        C, N = self.meta["latent_channels"], self.args.batch_size
+        shape = (N, len(self.modalities) * C, *self.meta["latent_size"])
+        known = batch.get("known", self.known)                                               # (N, M)
         draws = draw(self.args.seed, step, self.args.mix, self.modalities, known, shape, self.args.times)
-        if "aligned" in batch:
-            counted = torch.cat([batch["aligned"].sum()[None], counted[1:]])
-        counts = torch.cat([draws.supervised.sum(0), counted])                               # (K,)
+        supervised = draws.supervised.sum(0)                                                 # (M,)
+        aligned = batch["aligned"].sum()[None] if "aligned" in batch else supervised.new_full((1,), N)  # (1,)
+        counts = torch.cat([supervised, aligned, *[supervised] * self.middle])               # (K,)
         mine = Draws(*(x[part] for x in draws))
         parts = [latents(batch[m], normals, self.meta) if m in batch else torch.zeros_like(normals)
                  for m, normals in zip(self.modalities, mine.posterior.split(C, 1))]
@@ -180,15 +176,12 @@ class MMGen:
         x, target = interpolate(x0, mine.noise, mine.t, C)                                   # (n, M*C, H, W)
         y = torch.where(mine.null, self.meta["num_classes"], batch["labels"])                # (n,)
         rows = dict(x=x, target=target, t=mine.t, y=y, given=mine.given, supervised=mine.supervised)
-        cells = cells_in(batch, self.modalities, self.meta)
+        cells = dataset.cells_in(batch, self.modalities, self.meta)
         rows |= {} if cells is None else {"known": cells}                                    # (n, M, H, W)
         rows |= {"aligned": batch["aligned"][part]} if "aligned" in batch else {}            # (n,)
         if "dino" in batch:
             conv = self.args.projector == "conv"
             rows["dino"] = spatial(batch["dino"]) if conv else batch["dino"]                 # (n, T, 768)
-        if self.middle:  # one term of all modalities: a row's share of each one's weighted mean
-            share = self.weights[:M] / counts[:M].clamp(min=1)                               # (M,)
-            rows["share"] = share.expand(len(x), M)                                          # (n, M)
         return rows, counts
 
     def loss(self, network, rows):
@@ -196,15 +189,11 @@ class MMGen:
         with autocast(self.device, self.args.precision):
             v, z, *v_mid = network(rows["x"], rows["t"], rows["y"], rows["given"], middle=self.middle)
         truth = rows["target"], rows["supervised"], rows.get("known")
-        velocity = velocity_error(v, *truth)                                                 # (n, M)
-        repa = velocity.new_zeros(len(v)) if z is None else alignment_error(z, rows["dino"])  # (n,)
+        errors = torch.stack([velocity_error(x, *truth) for x in (v, *v_mid)])               # (1 or 2, n, M)
+        repa = errors.new_zeros(len(v)) if z is None else alignment_error(z, rows["dino"])   # (n,)
         if "aligned" in rows:
             repa = torch.where(rows["aligned"], repa, 0.0)                                   # (n,)
-        sums = [velocity.sum(0), repa.sum(0, keepdim=True)]                                  # (M,), (1,)
-        if self.middle:
-            error = velocity_error(*v_mid, *truth)                                           # (n, M)
-            sums.append((rows["share"] * error).sum()[None])                                 # (1,)
-        return torch.cat(sums)                                                               # (K,)
+        return torch.cat([errors[0].sum(0), repa.sum(0, keepdim=True), *errors[1:].sum(1)])  # (K,)
 
     def draw(self, network, y, given, noise):
         return sample_latents(network, y, given, noise, Sampling("euler", 25))
@@ -235,8 +224,8 @@ def begin(args, config, objective, device, defaults):
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimiser = OPTIMISERS[args.optimiser](parameters, backbone.blocks, args.beta2, args.precision)
     if file:
-        older = {"model": objective.options, "train": {**defaults, "method": "mmgen"}, "meta": {"shown": {}}}
-        older["meta"]["space"] = config["meta"].get("space")  # vae_sha256 says as much
+        older = {"model": objective.options, "train": {**defaults, "method": "mmgen"},
+                 "meta": {"shown": {}, "space": config["meta"].get("space")}}  # vae_sha256 says as much
         checkpoint = runs.checkpoint_of(file, config, older, objective.shaping)
         first, ages = runs.restore(checkpoint, model, ema, optimiser)
     runs.agree(args.run, first, device)
@@ -256,11 +245,10 @@ def train(args, cache, objective, place, defaults):
     ema, parameters, optimiser, first, ages = begin(args, config, objective, device, defaults)
     watch = Watch(objective, args.run / "previews", args.preview_every, args.eval_every, args.eval_toy,
                   args.eval_data)
-    notes = {**vars(args), "world": world, "resumed_at": first}
-    log = runs.Log(args.run, first, notes, args.tensorboard)
-    count = sum(p.numel() for p in model.parameters())
+    log = runs.Log(args.run, first, {**vars(args), "world": world, "resumed_at": first}, args.tensorboard)
     rates = {"lr": args.lr, "muon_lr": args.muon_lr}
     said = ", ".join(f"{name} {rate:g}" for name, rate in set_rates(optimiser, rates, 1.0).items())
+    count = sum(p.numel() for p in model.parameters())
     say(f"{args.model}, {count:,} parameters, {objective.summary()}; {len(cache.rows)} samples, "
         f"steps {first} to {args.steps}, {said}, {args.batch_size} rows on {world} processes, "
         f"in micro-batches of {min(n, micro)}, {device}")
@@ -342,15 +330,6 @@ def add_flags(parser):
     parser.add_argument("--ema-from-init", action="store_true", help="what --init takes keeps its EMA's rate")
 
 
-def check_ranges(args, **ranges):
-    """Raise InputError for a flag outside of its range: at least the first value, below the second."""
-    for name, (low, high) in ranges.items():
-        value = getattr(args, name)
-        limit = f" and below {high:g}" if high < math.inf else ""
-        check(value is None or low <= value < high,
-              f"--{name.replace('_', '-')} {value}: must be at least {low:g}{limit}")
-
-
 def command(objective, doc):
     """A training command: its flags, the cache, the objective (a class), the loop."""
     parser = command_parser(doc)
@@ -362,8 +341,8 @@ def command(objective, doc):
     lost = [name for name in ("ema_from_init", "rename") if getattr(args, name, None)]
     check(args.init or not lost, f"--{' --'.join(lost).replace('_', '-')}: belongs to --init")
     counts = ("steps", "batch_size", "log_every", "ckpt_every", "preview_every", "eval_toy")
-    check_ranges(args, **dict.fromkeys(counts, (1, math.inf)), seed=(0, 2 ** 63), warmup=(0, math.inf),
-                 lr=(1e-12, 1000), muon_lr=(1e-12, 1000), beta2=(0, 1))
+    check_ranges(args, **dict.fromkeys(counts, (1, None)), seed=(0, 2 ** 63 - 1), warmup=(0, None),
+                 lr=(1e-12, 1000), muon_lr=(1e-12, 1000), beta2=(0, 0.99999))
     decay = args.decay_from, args.decay_to
     check(decay == (None, None) or None not in decay and 0 <= decay[0] < decay[1],
           f"--decay-from {decay[0]} --decay-to {decay[1]}: two steps, the second after the first")

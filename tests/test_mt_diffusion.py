@@ -74,6 +74,13 @@ def column(x):
     return torch.from_numpy(x)[:, None]
 
 
+def mean_from_noise(made, z, eps, e, k):
+    """The posterior's mean as the paper has it, Eq. 5."""
+    a, abar = column(made.a[k.numpy()]), column(made.abar[k.numpy()])
+    shares = sum(column(w[k.numpy()]) * x for w, x in zip(made.w, e))
+    return (z - (1 - a) / (1 - abar).sqrt() * eps) / a.sqrt() - shares
+
+
 @pytest.mark.parametrize("schedule", ("linear", "cosine"))
 def test_posterior_is_bayes_and_its_two_means_agree(schedule):
     """Two modalities at once, each with weights of its own."""
@@ -83,7 +90,7 @@ def test_posterior_is_bayes_and_its_two_means_agree(schedule):
     z0, e1, e2, eps = (torch.randn(40, 3, generator=g, dtype=torch.float64) for _ in range(4))
     e = [e1, e2]
     z = made.q_sample(z0, e, k, eps)
-    one, two = made.mean(z, z0, e, k), made.mean_from_eps(z, eps, e, k)
+    one, two = made.mean(z, z0, e, k), mean_from_noise(made, z, eps, e, k)
     assert (one - two).abs().max() < 1e-10 * max(1, two.abs().max())
 
     i = k.numpy()
@@ -176,7 +183,7 @@ def last_moments(schedule, family, known, literal=False):
         ends = []
         for z, x in ((0, 0), (1, 0), (0, 1)):
             e = x if known else predict(z)
-            end = made.mean_from_eps(number(z), number(eps(z, x)), [number(e)], torch.tensor([i]))
+            end = mean_from_noise(made, number(z), number(eps(z, x)), [number(e)], torch.tensor([i]))
             ends.append(end.item())
         at, by_z, by_x = ends[0], ends[1] - ends[0], ends[2] - ends[0]
         if i == 0 and not known:
@@ -395,7 +402,12 @@ def test_restoration_keeps_every_other_pixel(trained, command, tmp_path):
     out, shown = (pixels(tmp_path / "full" / m / "photo.png") for m in ("rgb", "masked_rgb"))
     assert (out[mask == 0] == photo[mask == 0]).all() and (shown[mask == 0] == photo[mask == 0]).all()
     assert (out[mask > 0] != photo[mask > 0]).mean() > 0.9
-    assert Image.open(tmp_path / "crop" / "rgb" / "photo.png").size == (64, 64)
+    kept = pixels(tmp_path / "crop" / "rgb" / "photo.png")
+    assert kept.shape == (64, 64, 3)
+    command("mt_sample", *masked, "--fit", "crop", "--whole-image", "--out", tmp_path / "whole")
+    whole, left = (pixels(tmp_path / "whole" / m / "photo.png") for m in ("rgb", "masked_rgb"))
+    hidden = (left == 128).all(-1)
+    assert (whole == kept)[hidden].all() and (whole != kept)[~hidden].mean() > 0.5
     command("mt_sample", *flags, "--patches", 4, "--sdedit", 0.5, "--steps", 4, "--out", tmp_path / "sdedit")
     drawn, left = (pixels(tmp_path / "sdedit" / m / "photo.png") for m in ("rgb", "masked_rgb"))
     hidden = (left == 128).all(-1)

@@ -141,7 +141,7 @@ ROWS = {  # by the run's name
     "e-classifier": Row("label", 0, 0, 0, X, "runs/e", "output"),
     "classifier": Row("label", 0, 0, 0, X, None, "output"),
     "classifier-continued": Row("label", 0, 0, 0, X, "runs/classifier", "output"),
-    "cityscapes": Row("pair", 0.8, 0, 1, BOTH),
+    "cityscapes": Row("pair", 1, 0, 1, BOTH),
     "cityscapes-single": Row("pair", 1, 0, 0, NOISE),
 }
 

@@ -225,8 +225,8 @@ def test_without_repas_weight_the_projector_stays(cache, tmp_path, command):
 
 
 @pytest.mark.parametrize("change, message", (
-    (("--muon-lr", "0"), "--muon-lr 0.0: must be at least 1e-12"),
-    (("--beta2", "1"), "--beta2 1.0: must be at least 0 and below 1"),
+    (("--muon-lr", "0"), r"--muon-lr 0.0: must lie in \[1e-12, 1000\]"),
+    (("--beta2", "1"), r"--beta2 1.0: must lie in \[0, 0.99999\]"),
     (("--warmup", "-1"), "--warmup -1: must be at least 0"),
     (("--repa-until", "-1"), "--repa-until -1: must be at least 0"),
     (("--decay-from", "5"), "--decay-from 5 --decay-to None: two steps"),

@@ -207,7 +207,7 @@ def test_truncated_pixels_are_at_most_one_level_lower(command, tmp_path):
     (("--task", "generate", "--given", "rgb"), "--given belongs to --task condition"),
     (("--task", "generate", "--image", SCENES), "--image with --task generate"),
     (("--task", "generate", "--steps", "0"), "at least 1"),
-    (("--task", "generate", "--num", "2147483648"), "from 1 to a million"),
+    (("--task", "generate", "--num", "2147483648"), r"--num 2147483648: must lie in \[1, 1000000\]"),
     (("--task", "generate", "--ckpt", "nowhere.pt"), "nowhere.pt: no such checkpoint"),
     (("--task", "generate", "--vae", "nowhere.safetensors"), "nowhere.safetensors: no such file"),
     (("--task", "generate", "--outputs", "depth", "--npz"), "--npz needs rgb: rgb is not among --outputs"),
