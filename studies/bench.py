@@ -200,9 +200,12 @@ class Step(NamedTuple):
 PLAIN = Step(update=plain_update, update_ema=plain_ema, adam={"foreach": False, "fused": False}, read=True)
 
 
-PAPER = dict(modalities=None, mix="mmgen", repa_weight=0.5, equal_weights=False, no_task_embedding=False,
-             fusion="linear", times="uniform", repa_until=None, blocks="sit", projector="mlp",
-             middle_weight=0.0)  # train.py's flags
+def paper_flags():
+    """train.py's flags of the paper's run; no checkpoint that lies there says which blocks."""
+    parser = argparse.ArgumentParser()
+    train.add_flags(parser)
+    train.MMGen.add_flags(parser)
+    return {**vars(parser.parse_args([])), "blocks": "sit"}
 
 
 def our_step(args, device, precision, parts, optimiser="adamw", **flags):
@@ -210,8 +213,8 @@ def our_step(args, device, precision, parts, optimiser="adamw", **flags):
     that differ from the paper's.
     """
     meta, batch = synthetic(args)
-    flags = argparse.Namespace(**{**PAPER, **flags}, model=args.model, batch_size=args.batch_size, seed=0,
-                               precision=precision)
+    flags = argparse.Namespace(**{**paper_flags(), "model": args.model, "batch_size": args.batch_size,
+                                  "precision": precision, **flags})
     cache = argparse.Namespace(meta=meta, modalities=FOUR, stems=(*FOUR, "dino"))
     with device:
         objective = train.MMGen(flags, cache, device)

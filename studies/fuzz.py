@@ -478,7 +478,7 @@ TOY_8 = ["--toy", "8", "--no-dino", "--batch-size", "8"]
 
 
 def images_to_sample(dice, at, good):
-    given = dice.choice(toy_scenes.MAPS)
+    given = dice.choice(list(toy_scenes.MAPS))
     name = "in/p.npy" if given in ("depth", "normal") and dice.random() < 0.4 else "in/p.png"
     make = array if name.endswith("npy") else picture
     make(dice, at / name)

@@ -2,16 +2,19 @@
 
     python studies/gallery.py                                       # all that need no run
     python studies/gallery.py --real data/real runs/real/rooms-long_0    # studies/run_real.sh made both
+    python studies/gallery.py --mt runs/mt-study                         # studies/run_mt.sh made it
 
 A picture that is not drawn stays as it is.
 """
 import pathlib
 import tempfile
 
+import numpy as np
 from PIL import Image
 from record import ROOT, call
 
 import eval_depth
+import mt_sample
 import prep_latents
 import sample
 import toy_scenes
@@ -33,6 +36,17 @@ def stacked(*pictures):
     for picture in pictures:
         sheet.paste(picture, ((width - picture.width) // 2, top))
         top += picture.height
+    return sheet
+
+
+def in_a_row(*pictures, apart=24):
+    """Pictures beside each other, from the top."""
+    width = sum(picture.width for picture in pictures) + apart * (len(pictures) - 1)
+    sheet = Image.new("RGB", (width, max(picture.height for picture in pictures)), "white")
+    left = 0
+    for picture in pictures:
+        sheet.paste(picture, (left, 0))
+        left += picture.width + apart
     return sheet
 
 
@@ -85,7 +99,24 @@ def real(folder, args):
                    *(grid.crop((0, top, grid.width, top + LINE)) for top in tops))
 
 
-PICTURES = {make.__name__: make for make in (understand, generate, tasks, evaluate, mesh, real)}
+def mt(folder, args):
+    """RGB to segmentation; ten squares restored; images with their labels; images for the scenes' vectors."""
+    scenes = folder / "scenes"
+    call(toy_scenes, "--num", 4, "--out", scenes)
+    vectors = [toy_scenes.teacher(toy_scenes.render(toy_scenes.HELD_OUT + i), 1)[0] for i in range(4)]
+    np.save(folder / "vectors.npy", np.stack(vectors).astype(np.float32))
+    tasks = {"pair": ["translate", "--image", scenes],
+             "masked": ["restore", "--image", scenes, "--patches", 10],
+             "label": ["generate", "--num", 4],
+             "feature": ["generate", "--features", folder / "vectors.npy"]}
+    for name, task in tasks.items():
+        call(mt_sample, "--task", *task, "--ckpt", args.mt / f"{name}_0", "--steps", 50, "--out",
+             folder / name)
+    return in_a_row(*(Image.open(folder / name / "grid.png") for name in tasks))
+
+
+PICTURES = {make.__name__: make for make in (understand, generate, tasks, evaluate, mesh, real, mt)}
+RUNS = "real", "mt"  # pictures that need runs, by their flags
 
 
 def main():
@@ -93,9 +124,11 @@ def main():
     parser.add_argument("--only", nargs="+", choices=list(PICTURES), help="default: all")
     parser.add_argument("--real", nargs=2, type=pathlib.Path, metavar=("DATA", "RUN"))
     parser.add_argument("--out", type=pathlib.Path, default=ROOT / "demo")
+    parser.add_argument("--mt", type=pathlib.Path, metavar="RUNS")
     args = parser.parse_args()
-    names = args.only or [name for name in PICTURES if name != "real" or args.real]
-    check(args.real or "real" not in names, "--only real: needs --real DATA RUN")
+    names = args.only or [name for name in PICTURES if name not in RUNS or getattr(args, name)]
+    for name in RUNS:
+        check(getattr(args, name) or name not in names, f"--only {name}: needs --{name}")
     for name in names:
         with tempfile.TemporaryDirectory() as folder:
             picture = PICTURES[name](pathlib.Path(folder), args)

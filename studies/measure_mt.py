@@ -4,11 +4,12 @@
 
 rgb seg   what mt_sample.py --task evaluate says
 masked    PSNR inside of m random squares, pooled over the pixels of all scenes: restored, left grey, and by
-          SDEdit
+          SDEdit; of what was drawn outside of them, before it is replaced by the photo
 label     top-1 and top-5 of the head
 feature   mean cosine of the head's vector to the true one, beside the training set's mean vector
---generate N: also the latent Frechet distance of N drawn images to --scenes scenes, as measure_demo.py has
-it; of labels the classes in turn, told, and drawn with the image.
+--generate N, of images with a masked one or a label: also the latent Frechet distance of N, drawn in --create
+steps, to --scenes scenes, as measure_demo.py has it; of labels the classes in turn, told, and drawn with the
+image, if it was trained to.
 """
 import json
 import pathlib
@@ -47,36 +48,36 @@ class Restored(NamedTuple):
     """Over the pictures of a folder of restorations."""
     filled: list   # errors under the mask, one array a picture
     grey: list     # the same of the masked pictures
-    exact: bool    # all other pixels are as they were
+    kept: list     # errors of the other pixels
 
 
 def compare(scenes, out):
     """The scenes' RGB against what was restored into a folder -> Restored."""
-    filled, grey, exact = [], [], True
+    filled, grey, kept = [], [], []
     for path in sorted((scenes / "rgb").rglob("*.png")):
         name = flat_name(stem_of(path, scenes / "rgb")) + ".png"
         truth, masked = pixels_of(path), pixels_of(out / "masked_rgb" / name)
         restored = pixels_of(out / "rgb" / name)
         hidden = (masked != truth).any(-1)
-        exact &= bool((restored[~hidden] == truth[~hidden]).all())
+        kept.append((restored - truth)[~hidden].ravel())
         filled.append((restored - truth)[hidden].ravel())
         grey.append((masked - truth)[hidden].ravel())
-    return Restored(filled, grey, exact)
+    return Restored(filled, grey, kept)
 
 
 def restoration(args, scenes, work):
-    """{"m = 5": {hidden: share of the pixels, PSNR of each way, other pixels exact}, ...}"""
+    """{"m = 5": {hidden: share of the pixels, PSNR of each way, inside and outside}, ...}"""
     result = {}
     for m in SQUARES:
         flags = ["--task", "restore", "--patches", m, "--image", scenes, "--ckpt", args.ckpt,
                  "--steps", args.steps, "--seed", args.seed, "--batch-size", 64]
-        call(mt_sample, *flags, "--out", work / f"restored{m}")
+        call(mt_sample, *flags, "--out", work / f"restored{m}", "--whole-image")
         call(mt_sample, *flags, "--out", work / f"sdedit{m}", "--sdedit", args.sdedit)
         restored, sdedit = compare(scenes, work / f"restored{m}"), compare(scenes, work / f"sdedit{m}")
         hidden = sum(map(len, restored.filled)) / 3 / len(restored.filled) / 64 ** 2
         result[f"m = {m}"] = {"hidden": hidden, "restored": psnr(restored.filled),
                               "left grey": psnr(restored.grey), "sdedit": psnr(sdedit.filled),
-                              "other pixels exact": restored.exact}
+                              "outside": psnr(restored.kept), "sdedit outside": psnr(sdedit.kept)}
     return result
 
 
@@ -113,16 +114,22 @@ def translation(args, work):
     return json.loads((work / "scores.json").read_text())
 
 
+def ways_to_draw(loaded):
+    """{name: flags}: what the model was trained for; of a pair the RGB is X, the mean of what it may be."""
+    train = loaded.train
+    if loaded.model.pair in ("pair", "feature") or not train["eps_weight"]:
+        return {}
+    told = {"latent_fd_of_told_classes": ["--classes", "balanced"]} if train["single"] else {}
+    return told if train["single"] == 1 else {"latent_fd": [], **told}
+
+
 def generation(args, loaded, work, device):
     """{how: latent Frechet distance} of drawn images."""
-    encoder = encoder_of(loaded.meta, device)
+    encoder, found = encoder_of(loaded.meta, device), {}
     reference = latent_moments(encoder, scene_pixels("rgb", held_out(10_000, args.scenes)), device)
-    ways, found = {"latent_fd": []}, {}
-    if loaded.model.pair == "label":
-        ways["latent_fd_of_told_classes"] = ["--classes", "balanced"]
-    for name, flags in ways.items():
+    for name, flags in ways_to_draw(loaded).items():
         call(mt_sample, "--task", "generate", "--num", args.generate, "--ckpt", args.ckpt, "--steps",
-             args.steps, "--seed", args.seed, "--batch-size", 64, *flags, "--out", work / name)
+             args.create, "--seed", args.seed, "--batch-size", 64, *flags, "--out", work / name)
         images = [pixels_of(path) for path in sorted((work / name / "rgb").glob("*.png"))]
         rgb = torch.from_numpy(np.stack(images)).float().permute(0, 3, 1, 2) / 127.5 - 1
         found[name] = frechet(*latent_moments(encoder, rgb, device), *reference)
@@ -135,6 +142,7 @@ def main():
     add("--ckpt", required=True)
     add("--num", type=int, default=128)
     add("--steps", type=int, default=50)
+    add("--create", type=int, default=25, help="steps of drawn images")
     add("--sdedit", type=float, default=0.5)
     add("--generate", type=int, default=0, metavar="N")
     add("--scenes", type=int, default=4096, help="of the Frechet distance")
@@ -157,12 +165,12 @@ def main():
             result = features(args, loaded, device)
         else:
             result = {} if pair == "masked-u" else translation(args, work)
-        if args.generate and pair != "feature":
+        if args.generate:
             result |= generation(args, loaded, work, device)
     recipe = dict(checkpoint_sha256=loaded.sha256, step=loaded.step, setting=pair,
                   train=named(loaded.train, "data", "run"),
                   held_out=args.num, generated=args.generate, scenes=args.scenes,
-                  steps=args.steps, sdedit=args.sdedit, seed=args.seed,
+                  steps=args.steps, create=args.create, sdedit=args.sdedit, seed=args.seed,
                   torch=torch.__version__, device=device.type)
     report(result, recipe, args.json)
 

@@ -9,33 +9,44 @@ cd "$(dirname "$0")/.."
 DATA=${DATA:-data/mt} RUNS=${RUNS:-runs/mt-study} OUT=${OUT:-results/mt} STEPS=${STEPS:-1500} SEEDS=${SEEDS:-0 1 2}
 mkdir -p "$RUNS" "$OUT"
 
-row() {  # name, seed, script, flags
-    name=$1_$2 seed=$2 script=$3
+row() {  # name, seed, steps, flags
+    name=$1_$2 seed=$2 steps=$3
     shift 3
     [ ! -f "$OUT/$name.json" ] || return 0
     (
         flock -n 9 || exit 0
-        python "$script" --data "$DATA" --run "$RUNS/$name" --seed "$seed" --model T/2 --batch-size 16 \
-            --steps "$STEPS" --optimiser muon --lr 1e-3 --decay-from $((STEPS * 3 / 5)) --decay-to "$STEPS" \
+        python mt_diffusion.py --data "$DATA" --run "$RUNS/$name" --seed "$seed" --model T/2 --batch-size 16 \
+            --steps "$steps" --optimiser muon --lr 1e-3 --decay-from $((steps * 3 / 5)) --decay-to "$steps" \
             --precision fp32 ${COMPILE---compile} --ckpt-every 100000 --preview-every 100000 "$@"
         python studies/measure_mt.py --ckpt "$RUNS/$name" --num "${NUM:-128}" --generate "${GENERATE:-1024}" \
             --json "$OUT/$name.json"
     ) 9> "$RUNS/$name.lock"
 }
 
+more() {  # name, seed, the run that it goes on from, flags: a third of the steps
+    name=$1 seed=$2 from=$RUNS/$3_$2
+    shift 3
+    [ ! -f "$from/latest.pt" ] || row "$name" "$seed" $((STEPS / 3)) --init "$from" "$@"
+}
+
 ALONE="--x-weight 0 --agg none"
 for seed in $SEEDS; do
     # Table 4: all rows of `seen` and `single` see X
-    row pair $seed mt_diffusion.py --pair rgb seg
-    row seen $seed mt_diffusion.py --pair rgb seg --hidden 0
-    row single $seed mt_diffusion.py --pair rgb seg --hidden 0 $ALONE
+    row pair $seed $STEPS --pair rgb seg
+    row seen $seed $STEPS --pair rgb seg --hidden 0
+    row single $seed $STEPS --pair rgb seg --hidden 0 $ALONE
     # tables 1 to 3: the image and its masked part, or its class, and the single tasks
-    row masked $seed mt_diffusion.py --pair masked
-    row label $seed mt_diffusion.py --pair label
-    row plain $seed mt_diffusion.py --pair masked-u $ALONE
-    row conditional $seed mt_diffusion.py --pair label --single 1 $ALONE
+    row masked $seed $STEPS --pair masked
+    row label $seed $STEPS --pair label
+    row plain $seed $STEPS --pair masked-u $ALONE
+    row conditional $seed $STEPS --pair label --single 1 $ALONE
 done
-row masked-u 0 mt_diffusion.py --pair masked-u
-row label-e 0 mt_diffusion.py --pair label --head output
-row label-alone 0 mt_diffusion.py --pair label --eps-weight 0 --agg none --single 0
-row feature 0 mt_diffusion.py --pair feature
+row masked-u 0 $STEPS --pair masked-u
+row label-m 0 $STEPS --pair label --single 0
+row label-e 0 $STEPS --pair label --head output
+row label-alone 0 $STEPS --pair label --head output --eps-weight 0 --agg none --single 0
+row feature 0 $STEPS --pair feature
+for seed in $SEEDS; do  # Table 3's fine-tuned row, and the single task continued alike
+    more masked-f $seed masked --pair masked --full-mask 1 --hidden 0 --x-weight 0
+    more plain-f $seed plain --pair masked-u $ALONE
+done

@@ -48,7 +48,7 @@ row() {  # name, seed, steps, what is measured ("all", or a function and its arg
 
 for seed in $SEEDS; do  # Table 4; then tables 1 to 3: one for all against one each, of equal steps together
     row mmgen $seed $STEPS all
-    row gen-only $seed $STEPS all --mix gen-only
+    row gen-only $seed $STEPS all --mix gen-only --no-task-embedding  # it would know the vector of no condition
     row no-aug $seed $STEPS all --mix no-aug
     row no-task-embedding $seed $STEPS all --no-task-embedding
     row rgb-only $seed $STEPS "draw generation" --modalities rgb --mix rgb
@@ -61,7 +61,7 @@ for seed in $SEEDS; do  # Table 4; then tables 1 to 3: one for all against one e
     done
 done
 row no-drop 0 $STEPS all --mix no-drop
-row independent-t 0 $STEPS all --mix independent-t
+row independent-t 0 $STEPS all --mix independent-t --no-task-embedding
 row equal-weights 0 $STEPS all --equal-weights
 row fusion-mlp 0 $STEPS all --fusion mlp
 row with-repa 0 $STEPS all --repa-weight 0.5

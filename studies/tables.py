@@ -8,44 +8,15 @@ what stands between them becomes the same table.
 import json
 import re
 import sys
-from typing import NamedTuple
 
+from cells import NAMES, RESULTS, number, read, small, spread, table, understanding, without_recipe
 from PIL import Image, ImageDraw, ImageFont
 from record import ROOT
+from verdicts import (claims, mt_claims, mt_generation, mt_heads_of_x, mt_restoration, mt_translation, study,
+                      study_figure)
 
-RESULTS, README, PAGE = ROOT / "results", ROOT / "README.md", ROOT / "studies" / "page.md"
+README, PAGE = ROOT / "README.md", ROOT / "studies" / "page.md"
 WRITTEN = "<!-- Written by studies/tables.py from studies/page.md and results/*.json: edit those. -->\n\n"
-
-
-def read(name):
-    return json.loads((RESULTS / f"{name}.json").read_text())
-
-
-def without_recipe(found):
-    return {name: row for name, row in found.items() if name != "recipe"}
-
-
-def table(head, rows):
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def number(value, form, unit=""):
-    return "" if value is None else f"{value:{form}}{unit}"
-
-
-def small(value):
-    """A difference, in one digit."""
-    return f"{value:.0e}".replace("0e+00", "0")
-
-
-KEYS = {"abs_rel": ".3f", "normal_mean": ".1f", "miou": ".3f"}  # of understanding
-NAMES = ["AbsRel", "normals (degrees)", "mIoU"]
-
-
-def understanding(found, forms=KEYS):
-    """The cells of NAMES."""
-    return [number(found.get(key), form) for key, form in forms.items()]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -145,199 +116,6 @@ def canny():
         steps = 0 if part == "before" else found["recipe"]["step"]
         rows.append([name, str(steps), *understanding(found, forms)])
     return table(["from the demo weights", "steps", *NAMES, "edge F"], rows)
-
-
-# ------------------------------------------------------------------------------------------------
-# Ablations.
-
-def ablations():
-    """results/ablations.json: {name: {flags, understand: eval_depth.py's JSON}}."""
-    runs, rows = read("ablations"), []
-    for name, run in runs.items():
-        flags = f"`{run['flags']}`" if run["flags"] else ""
-        rows.append([name, flags, *understanding(run["understand"])])
-    first = runs["mmgen"]["understand"]
-    rows.append(["the training set's mean map", "", *understanding(first["mean_map"])])
-    rows.append(["the autoencoder", "", *understanding(first["ceiling"])])
-    return table(["", "flags", *NAMES], rows)
-
-
-STUDIED = {  # column: the run's JSON and the keys of its value there, its form, whether more is better
-    "AbsRel": ("understand abs_rel", ".3f", False),
-    "normals (degrees)": ("understand normal_mean", ".1f", False),
-    "mIoU": ("understand miou", ".3f", True),
-    "class": ("generate class_from_rgb_alone", ".2f", True),
-    "latent FD": ("generate latent_fd", ".2f", False),
-    "joint: AbsRel": ("generate rgb_understood_against_generated abs_rel", ".3f", False),
-    "depth given: AbsRel": ("generate given_map_recovered depth abs_rel", ".3f", False),
-    "normals given": ("generate given_map_recovered normal normal_mean", ".1f", False),
-    "seg. given: mIoU": ("generate given_map_recovered seg miou", ".3f", True),
-    "depth given: latent FD": ("generate given_map_recovered depth latent_fd", ".2f", False),
-}
-SINGLES = {"rgb-to-$m": "one task each", "$m-to-rgb": "one condition each"}  # rows that stand for three runs
-
-
-def studied():
-    """results/study/<row>_<seed>_{understand,generate}.json -> {row: {column: values of its seeds}}, rows as
-    run_study.sh has them.
-    """
-    script = (ROOT / "studies" / "run_study.sh").read_text()
-    order = list(dict.fromkeys(re.findall(r"^ +row ([\w$-]+) ", script, re.M)))
-    found = {}
-    for path in sorted((RESULTS / "study").glob("*.json")):
-        name, _, part = path.stem.split("_")
-        name = re.sub("(?<=-to-)(depth|normal|seg)|(depth|normal|seg)(?=-to-)", "$m", name)
-        row = found.setdefault(name, {c: [] for c in STUDIED})
-        run = json.loads(path.read_text())
-        for column, (keys, _, _) in STUDIED.items():
-            file, *keys = keys.split()
-            value = run if file == part else {}
-            for key in keys:
-                value = value.get(key, {})
-            if value != {}:
-                row[column].append(value)
-    return {SINGLES.get(name, name): found[name] for name in order if name in found}
-
-
-def spread(values, form):
-    """The mean, and half of the range between the lowest and the highest; of one value it alone."""
-    if not values:
-        return ""
-    mean = f"{sum(values) / len(values):{form}}"
-    return mean if len(values) == 1 else f"{mean} ± {(max(values) - min(values)) / 2:{form}}"
-
-
-def study():
-    rows = []
-    for name, row in studied().items():
-        cells = [spread(row[column], form) for column, (_, form, _) in STUDIED.items()]
-        rows.append([name, str(max(map(len, row.values()))), *cells])
-    known = read("study/mmgen_0_understand")
-    real = read("study/mmgen_0_generate")["latent_fd_of_as_many_scenes"]
-    blank = [""] * (len(STUDIED) - 5)
-    rows.append(["the training set's mean map", "", *understanding(known["mean_map"]), "", "", *blank])
-    ceiling = understanding(known["ceiling"])
-    rows.append(["the autoencoder; real scenes", "", *ceiling, "", f"{real:.2f}", *blank])
-    return table(["", "seeds", *STUDIED], rows)
-
-
-class Claim(NamedTuple):
-    """What a paper says, as two rows of run_study.sh of which the first is ahead in columns of STUDIED."""
-    said: str
-    ahead: str
-    behind: str
-    columns: tuple
-    equal: bool = False  # all that is said is that it is not behind
-
-    def verdict(self, by):
-        """by: so many spreads it is ahead."""
-        if by is None:
-            return "of one seed"
-        if by <= -1:
-            return "does not"
-        return "holds" if by >= 1 or self.equal else "cannot be told"
-
-
-MAPS_SEEN = "AbsRel", "normals (degrees)", "mIoU"
-MAPS_GIVEN = "depth given: AbsRel", "normals given", "seg. given: mIoU"
-CLAIMS = [
-    Claim("Table 4: the full model generates better than generation alone", "mmgen", "gen-only",
-          ("latent FD",)),
-    Claim("Table 4: than without augmentation", "mmgen", "no-aug", ("latent FD",)),
-    Claim("Table 4: than without the task embedding", "mmgen", "no-task-embedding", ("latent FD",)),
-    Claim("Table 4's order: generation alone before no augmentation", "gen-only", "no-aug", ("latent FD",)),
-    Claim("Sec. 3.3: conditioned rows make it understand", "mmgen", "gen-only", MAPS_SEEN),
-    Claim("Sec. 3.3: and obey", "mmgen", "gen-only", MAPS_GIVEN),
-    Claim("Table 1: RGB drawn with its maps is no worse than RGB alone", "mmgen", "rgb-only",
-          ("latent FD", "class"), True),
-    Claim("Table 2: one model obeys maps as well as one for each", "mmgen", "one condition each",
-          (*MAPS_GIVEN, "depth given: latent FD"), True),
-    Claim("Table 3: one model for all maps sees as well as one for each", "all-from-rgb", "one task each",
-          MAPS_SEEN, True),
-    Claim("supplement 1.5: one time for all rather than one each", "mmgen", "independent-t",
-          ("latent FD", *MAPS_SEEN)),
-    Claim("Sec. 3.3: REPA helps", "with-repa", "mmgen", ("latent FD", *MAPS_SEEN)),
-]
-
-
-def ahead_by(claim, column, rows):
-    """By how many spreads the first row of a claim is ahead: the difference of the means over the larger
-    half of a range; of a row of one seed the other row's. None where both have one seed, or one has none.
-    """
-    first, second = rows[claim.ahead][column], rows[claim.behind][column]
-    if not first or not second or len(first) == len(second) == 1:
-        return None
-    gap = sum(second) / len(second) - sum(first) / len(first)
-    gap = -gap if STUDIED[column][2] else gap
-    return gap / max((max(values) - min(values)) / 2 for values in (first, second))
-
-
-def claims():
-    """What the paper claims, what the study sees."""
-    rows, lines = studied(), []
-    for claim in CLAIMS:
-        if not {claim.ahead, claim.behind} <= rows.keys():
-            continue
-        for i, column in enumerate(claim.columns):
-            by = ahead_by(claim, column, rows)
-            values = [spread(rows[name][column], STUDIED[column][1]) for name in (claim.ahead, claim.behind)]
-            lines.append(["" if i else claim.said, column, *values, number(by, "+.1f"), claim.verdict(by)])
-    return table(["claim", "in", "first", "second", "ahead by so many spreads", "verdict"], lines)
-
-
-class Panel:
-    """One column of the study's figure; to the right is better."""
-
-    width = 150
-
-    def __init__(self, x, y, column, values):
-        self.x, self.y, self.column = x, y, column
-        _, self.form, self.more = STUDIED[column]
-        self.low, self.high = min(values), max(values)
-
-    def at(self, value):
-        """The place of a value."""
-        share = (value - self.low if self.more else self.high - value) / max(self.high - self.low, 1e-12)
-        return self.x + self.width * (0.1 + 0.8 * share)
-
-    def head(self, pen, font):
-        pen.text((self.x + self.width / 2, self.y + 14), self.column, fill="black", font=font, anchor="mm")
-        left, right = (self.low, self.high) if self.more else (self.high, self.low)
-        for value, place, anchor in ((left, 0.06, "lm"), (right, 0.94, "rm")):
-            pen.text((self.x + self.width * place, self.y + 32), f"{value:{self.form}}", fill="grey",
-                     font=font, anchor=anchor)
-
-    def row(self, pen, y, values):
-        for value in values:
-            pen.ellipse([self.at(value) - 3, y - 3, self.at(value) + 3, y + 3], outline="steelblue", width=2)
-        if values:
-            x = self.at(sum(values) / len(values))
-            pen.line([(x, y - 8), (x, y + 8)], fill="black", width=2)
-
-
-def study_figure(path, across=5):
-    """A dot a seed, a tick at the mean, a line at MMGen's mean. Two bands of `across` panels."""
-    font, little, rows = ImageFont.load_default(15), ImageFont.load_default(13), studied()
-    left, height, top = 150, 22, 46
-    inside = height * len(rows)
-    band = top + inside + 14
-    size = left + Panel.width * across + 10, band * -(-len(STUDIED) // across)
-    sheet = Image.new("RGB", size, "white")
-    pen = ImageDraw.Draw(sheet)
-    for j, column in enumerate(STUDIED):
-        values = [value for row in rows.values() for value in row[column]] or [0.0]
-        panel = Panel(left + Panel.width * (j % across), band * (j // across), column, values)
-        panel.head(pen, little)
-        full, first = rows.get("mmgen", {}).get(column), panel.y + top
-        if full:
-            x = panel.at(sum(full) / len(full))
-            pen.line([(x, first), (x, first + inside)], fill="lightgrey", width=2)
-        for i, (name, row) in enumerate(rows.items()):
-            y = first + height * (i + 0.5)
-            if j % across == 0:
-                pen.text((8, y), name, fill="black", font=font, anchor="lm")
-            panel.row(pen, y, row[column])
-    sheet.save(path)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -657,42 +435,6 @@ def robustness():
 
 # ------------------------------------------------------------------------------------------------
 # MT-Diffusion.
-
-def mt_translation():
-    """results/mt_translation.json: {name: {flags, evaluations, result: eval_depth.py's JSON}}."""
-    runs, rows = read("mt_translation"), []
-    forms = dict.fromkeys(("pixel_accuracy", "class_accuracy", "miou"), ".3f")
-    for name, run in runs.items():
-        result = run["result"]
-        command = f"train.py {run['flags']}".replace("train.py --method mt-diffusion", "mt_diffusion.py")
-        evaluations = str(result["recipe"]["evaluations"])
-        rows.append([name, f"`{command}`", evaluations, *understanding(result, forms)])
-    known = next(run["result"] for run in runs.values() if "mean_map" in run["result"])
-    rows.append(["mean map", "", "", *understanding(known["mean_map"], forms)])
-    rows.append(["autoencoder", "", "", *understanding(known["ceiling"], forms)])
-    return table(["", "command", "evaluations", "pixel accuracy", "class accuracy", "mIoU"], rows)
-
-
-def mt_restoration():
-    """results/mt_masked.json: studies/measure_mt.py."""
-    found, rows = read("mt_masked"), []
-    for m, row in without_recipe(found).items():
-        cells = [number(row[key], ".1f") for key in ("left grey", "sdedit", "restored")]
-        rows.append([m, number(row["hidden"], ".0%"), *cells])
-    sdedit = f"SDEdit, {found['recipe']['sdedit']} of the steps"
-    return table(["", "hidden", "left grey", sdedit, "MT-Diffusion"], rows)
-
-
-def mt_heads_of_x():
-    """results/mt_label.json: {name: studies/measure_mt.py's JSON}; results/mt_feature.json."""
-    labels, vector = read("mt_label"), read("mt_feature")
-    rows = [[name, number(row["top1"], ".1%"), number(row["top5"], ".1%"), ""]
-            for name, row in labels.items()]
-    rows.append(["feature: the head's vector", "", "", number(vector["cosine"], ".4f")])
-    rows.append(["feature: the training set's mean vector", "", "", number(vector["mean vector"], ".4f")])
-    return table(["the head of X on held-out scenes", "top-1", "top-5", "cosine to the true vector"], rows)
-
-
 def mt_overhead():
     """results/mt_heads.json: studies/bench.py --what heads."""
     rows = [[name, number(row["ms_per_sample"], ".1f"), number(row["ratio"], ".3f")]
@@ -703,10 +445,10 @@ def mt_overhead():
 # ------------------------------------------------------------------------------------------------
 
 TABLES = {make.__name__: make for make in (
-    demo_understand, demo_generate, ten_minutes, few_steps, canny, ablations, study, claims,
+    demo_understand, demo_generate, ten_minutes, few_steps, canny, study, claims,
     recipes_alone, recipes_together, recipes_reach, recipes_scales, recipes_cost, real_frames, real_drawn,
     speed_gpu, sampling_gpu, speed, data_speed, speed_parts, loss_curves, fusion, released, evaluators,
-    robustness, mt_translation, mt_restoration, mt_heads_of_x, mt_overhead)}
+    robustness, mt_translation, mt_generation, mt_restoration, mt_heads_of_x, mt_claims, mt_overhead)}
 
 
 def page():
