@@ -288,7 +288,8 @@ class Cache:
 def part_of(batch_size, micro_batch, rank, world, group):
     """This process's rows of the global batch, a slice of whole groups of rows.
 
-    Raises InputError where the batch has fewer groups than processes, or one of both not whole ones.
+    Raises InputError where the batch has fewer groups than processes, or where batch_size or micro_batch is
+    no multiple of the group.
     """
     check(micro_batch >= group and micro_batch % group == 0, f"--micro-batch {micro_batch}: must be a "
           f"multiple of {group}")

@@ -376,7 +376,7 @@ def run(main):
         main()
     except (InputError, OSError, RuntimeError, KeyboardInterrupt) as error:
         message = _one_line(error)
-        if message is None:
+        if message is None or _told("MMGEN_TRACEBACK"):
             raise
     else:
         if dist.is_initialized():

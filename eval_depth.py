@@ -24,11 +24,11 @@ from PIL import Image
 import samplers
 from distributed import (barrier, check, check_apart, check_folder, check_ranges, check_replaced,
                          command_parser, reading, run, setup, whole_file, write_json)
-from evaluation import (Ceiling, Checkpoint, Files, Pairs, ScanNet, Toy, Tree, compared, dense,
+from evaluation import (Ceiling, ModelPredictor, Files, Pairs, ScanNet, Toy, Tree, compared, dense,
                         evaluate, mean_of, panels_of, repeated, toy_training)
 from locks import only_writer
 from metrics import SEGMENTATION, UNKNOWN, Rules, metrics_of, print_table, results
-from modalities import MODALITIES, PLAIN, PLAINLY, VOID, draw_grid, shown_of, write_facts
+from modalities import MODALITIES, PLAIN_FACTS, PLAIN_SHOWN, VOID, draw_grid, shown_of, write_facts
 from trees import facts_of, read_palette, sampled
 from vae import encoder_of
 from weights import load_model, newest_checkpoint
@@ -199,7 +199,8 @@ def arguments():
     check(bool(args.pred) == bool(args.gt), "--pred DIR and --gt DIR go together")
     low, high = args.depth_range
     check(0 <= low < high, f"--depth-range {low} {high}: 0 <= MIN < MAX")
-    check_ranges(args, toy=(1, 10 ** 6), ensemble=(1, None))
+    check_ranges(args, toy=(1, 10 ** 6), ensemble=(1, None), num=(1, None))
+    check(not args.toy or args.axes == "ours", "--axes marigold: the toy world's normals are in our axes")
     check(args.data or not args.mean_of, "--mean-of belongs to --data")
     check(args.scannet or not (args.list or args.num), "--list and --num belong to --scannet")
     check_replaced(args.json, b"{")
@@ -217,7 +218,7 @@ def truth_of(args, meta, alignment):
     facts = facts_of(args.data or args.gt, args.depth_space)
     if args.data:
         return Tree(args.data, meta, facts)
-    if facts.said == PLAIN.said:
+    if facts.said == PLAIN_FACTS.said:
         made = sampled(args.gt)
         facts = facts._replace(depth_space="disparity" if made else "depth",
                                said="by its meta.json" if made else facts.said)
@@ -244,7 +245,7 @@ def main():
     args = arguments()
     sampling = samplers.from_flags(args)
     rank, _, device = setup()
-    loaded, palette, shown = None, args.palette, PLAINLY
+    loaded, palette, shown = None, args.palette, PLAIN_SHOWN
     if args.pred:
         alignment, why = args.alignment or "disparity", "by default"
         source = truth_of(args, None, alignment)
@@ -287,7 +288,7 @@ def main():
     fresh = metrics_of(asked, rules)
     if loaded:
         size = loaded.meta["resolution"]
-        drawn = Checkpoint(loaded.model, size, encoder, sampling, fresh, args.seed, args.ensemble)
+        drawn = ModelPredictor(loaded.model, size, encoder, sampling, fresh, args.seed, args.ensemble)
         predictors = {"value": drawn, "ceiling": Ceiling(encoder, size, fresh, shown)}
         recipe |= dict(depth_target=shown.depth_target, ensemble=args.ensemble,
                        **samplers.recipe(loaded, encoder, args.seed, sampling.evaluations(),

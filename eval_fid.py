@@ -1,7 +1,7 @@
 """Stage 5a: FID, sFID, IS, precision and recall as ADM's evaluator computes them (Tables 1, 2 and 4).
 
     python eval_fid.py samples/samples.npz VIRTUAL_imagenet256_labeled.npz --json fid.json
-    torchrun --nproc_per_node=8 eval_fid.py samples val --crop 256 --metrics fid sfid   # folders of pictures
+    torchrun --nproc_per_node=8 -- eval_fid.py samples val --crop 256 --metrics fid sfid    # folders
     python eval_fid.py val --crop 256 --save-stats val256.npz                           # one's own reference
     python eval_fid.py a b --metrics latent-fd                   # the toy world's, without Inception; not FID
     python eval_fid.py restored truth --metrics lpips psnr --vgg vgg16.pth --lpips-heads vgg.pth   # of pairs

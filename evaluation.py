@@ -20,8 +20,8 @@ import samplers
 import toy_scenes
 from distributed import InputError, barrier, check, gather, place, reading, share, whole_file
 from metrics import Rules, metric_class, metrics_of, results
-from modalities import (MODALITIES, PLAIN, PLAINLY, check_turned, draw_grid, draw_samples, draw_sheet,
-                        is_array, nearest_colour, shown_of, turned_of)
+from modalities import (MODALITIES, PLAIN_FACTS, PLAIN_SHOWN, check_turned, draw_grid, draw_samples,
+                        draw_sheet, is_array, nearest_colour, shown_of, turned_of)
 from trees import facts_of, find_pictures, flat_name, folders_of, pictures_by_stem, sampled, stem_of
 from vae import encoder_of, latents
 from weights import classes_of
@@ -137,7 +137,7 @@ def square(array):
 class Files(Source):
     """Frames of files: {modality: path} of each; facts: what they hold; classes {name: class}."""
 
-    facts, classes = PLAIN, {}
+    facts, classes = PLAIN_FACTS, {}
 
     def told(self):
         """The facts by which files are read."""
@@ -177,7 +177,7 @@ class ScanNet(Files):
     are drawn with the seed. list: the frames taken, in the same format.
     """
 
-    seg_mode, facts = "instance", PLAIN._replace(depth_space="depth", said="ScanNet's millimetres")
+    seg_mode, facts = "instance", PLAIN_FACTS._replace(depth_space="depth", said="ScanNet's millimetres")
 
     def __init__(self, root, listed=None, count=None, seed=0):
         self.root, self.modalities, self.folders = root, ["depth"], [root]
@@ -234,7 +234,7 @@ class ScanNet(Files):
 class Tree(Files):
     """A folder tree as prep_latents.py reads it; meta: the checkpoint's; facts: what the files hold."""
 
-    def __init__(self, root, meta, facts=PLAIN):
+    def __init__(self, root, meta, facts=PLAIN_FACTS):
         folders = folders_of(root)
         found = {m: stems(folder) for m, folder in folders.items()}
         check("rgb" in found and len(found) > 1, f"--data {root}: needs rgb/ and one of "
@@ -260,7 +260,7 @@ class Tree(Files):
 class Pairs(Files):
     """Truth and predictions of a folder each, matched by stem; nothing is cropped or resized."""
 
-    def __init__(self, pred, gt, modalities=None, alignment="disparity", facts=PLAIN):
+    def __init__(self, pred, gt, modalities=None, alignment="disparity", facts=PLAIN_FACTS):
         """facts: what the truth holds."""
         of_pred, of_gt = folders_of(pred), folders_of(gt)
         both = [m for m in dense() if m in of_pred and m in of_gt]
@@ -283,7 +283,7 @@ class Pairs(Files):
         nobody says.
         """
         facts = facts_of(pred)
-        space = None if facts.said == PLAIN.said else facts.depth_space
+        space = None if facts.said == PLAIN_FACTS.said else facts.depth_space
         if space is None and sampled(pred):
             space = "disparity"
         check(not files or space in (None, self.alignment), f"--pred {pred}: holds {space} ({facts.said}); "
@@ -317,7 +317,7 @@ class Pairs(Files):
 # those of frame.truth that it can predict, (H, W[, 3]) at the truth's size, as the modality's metric takes
 # it. There may be a spread_<modality>, (H, W), beside a map: it is saved, not scored.
 
-class Checkpoint(NamedTuple):
+class ModelPredictor(NamedTuple):
     """A model's maps of RGB: frame i's member k of the ensemble is drawn with the noise of i + k * 2^32.
 
     A model of another kind overrides draw.
@@ -373,7 +373,7 @@ class Ceiling(NamedTuple):
     encoder: object
     resolution: int
     metrics: dict
-    shown: object = PLAINLY  # the model's Shown
+    shown: object = PLAIN_SHOWN  # the model's Shown
 
     def pixels(self, modality, truth):
         """Truth -> pixels (3, S, S) as training would have seen it."""

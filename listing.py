@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from distributed import InputError, check, reading, say
 from modalities import MODALITIES
-from trees import ALIASES, bare_name, folders_of, left_out, natural, pictures_by_stem, tree_of
+from trees import ALIASES, bare_name, folders_of, left_out, natural, pictures_by_stem, tree_json_of
 
 LONGEST = 2 ** 16  # bytes of a line
 MOST = 10 ** 7     # lines
@@ -197,7 +197,8 @@ def place_of_facts(listing):
     if (folder / "tree.json").is_file():
         return folder
     maps = [files for m, files in listing.files.items() if m != "rgb"]
-    places = {tree_of(inner): inner for inner in {path.parent for files in maps for path in files.values()}}
+    inner = {path.parent for files in maps for path in files.values()}
+    places = {tree_json_of(folder): folder for folder in inner}
     several = " and ".join(sorted(str(tree or "none") for tree in places)[:2])
     check(len(places) <= 1, f"{listing.root}: its files lie in trees of different tree.json ({several}); "
           f"say what they hold in {folder / 'tree.json'}")

@@ -199,7 +199,7 @@ def view(vertices, faces, colours, yaw, size=256):
     return image
 
 
-def views_of(path):
+def preview_of(path):
     """The picture beside a PLY file."""
     if path.suffix.lower() in (".ply", ".png"):
         return path.with_suffix(".png")
@@ -217,7 +217,7 @@ def write_mesh(path, normal, mask, rgb, focal=None, border=2):
     colours = rgb[np.isfinite(depth)]
     write_ply(path, vertices, faces, colours)
     views = [view(vertices, faces, colours, yaw) for yaw in (-50, 0, 50)]
-    with whole_file(views_of(path)) as file:
+    with whole_file(preview_of(path)) as file:
         Image.fromarray(np.hstack(views)).save(file, "png")
     return len(vertices), len(faces)
 
@@ -237,7 +237,7 @@ def main():
     add("--out", type=pathlib.Path, required=True)
     args = parser.parse_args()
     check(args.out.name, f"--out {args.out}: is no name of a file to write")
-    preview = views_of(args.out)
+    preview = preview_of(args.out)
     check(preview != args.out, f"{args.out}: is the name of a picture; name a PLY file")
     check_apart([args.out, preview], [args.normal, args.rgb, args.mask])
     if preview.exists():

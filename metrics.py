@@ -10,7 +10,7 @@ import numpy as np
 from scipy import ndimage
 
 from distributed import check, gather
-from modalities import (MODALITIES, PLAINLY, VOID, Scalar, fill_unknown, label_colour, nearest_colour,
+from modalities import (MODALITIES, PLAIN_SHOWN, VOID, Scalar, fill_unknown, label_colour, nearest_colour,
                         segments, spoken, unit)
 
 UNKNOWN = -1                            # label of pixels that are not scored
@@ -181,7 +181,7 @@ class Metric:
         """A file of a prediction, likewise."""
         return cls.read(kind, raster)
 
-    def target(self, truth, shown=PLAINLY):
+    def target(self, truth, shown=PLAIN_SHOWN):
         """The truth as the map that a perfect model predicts, whose maps are shown so."""
         return truth
 
@@ -281,7 +281,7 @@ class Depth(Metric):
         values = raster.values.astype(np.float64)
         return values if raster.known is None else np.where(raster.known, values, np.nan)
 
-    def target(self, depth, shown=PLAINLY):
+    def target(self, depth, shown=PLAIN_SHOWN):
         """Disparity or minus log depth; unknown pixels take the nearest known depth."""
         known = np.isfinite(depth) & (depth > 0)
         if not known.any():
@@ -383,7 +383,7 @@ class Segmentation(Metric):
             colours = self.rules.palette[image.clip(0, len(self.rules.palette) - 1)]
         return np.where((image == UNKNOWN)[..., None], np.uint8(0), colours)
 
-    def target(self, image, shown=PLAINLY):
+    def target(self, image, shown=PLAIN_SHOWN):
         """Colours; unknown pixels take the nearest known label's."""
         return self.look(fill_unknown(image, image != UNKNOWN) if image.ndim == 2 else image)
 

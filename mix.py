@@ -73,7 +73,7 @@ def early(u, dimension):
 
 
 def shifted(u, dimension):
-    """The more, the larger the latents are: 4,096 dimensions are uniform (Esser et al., 2024; RAE)."""
+    """Towards noise, the more the larger the latents are: not of 4,096 numbers (Esser et al., 2024; RAE)."""
     return u / (u + math.sqrt(dimension / 4096) * (1 - u))
 
 

@@ -1,4 +1,4 @@
-"""Several caches that train together: whose a sample is, what each of them lacks, classes united."""
+"""Several caches that train together: which one each sample is of, what each lacks, the classes united."""
 import threading
 
 import numpy as np

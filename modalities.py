@@ -46,7 +46,7 @@ class Facts(NamedTuple):
     said: str = "by default"        # who says what depth files hold
 
 
-PLAIN = Facts()  # of files of which nobody says anything
+PLAIN_FACTS = Facts()  # of files of which nobody says anything
 FACTS_FORMAT = "mmgen-tree-1"
 TOPS = {np.dtype(np.uint8): 255, np.dtype(np.uint16): 65535}  # the level that stands for 1
 
@@ -268,7 +268,7 @@ class Raster(NamedTuple):
     known: np.ndarray = None    # bool (H, W); None: all
     top: int = None             # the level that stands for 1: 255, 65535; None: values are as they are
     labels: np.ndarray = None   # (H, W), of a picture of labels
-    facts: Facts = PLAIN
+    facts: Facts = PLAIN_FACTS
     turned: int = 1             # its orientation tag
 
     @property
@@ -329,7 +329,7 @@ class Shown(NamedTuple):
         return {key: value for key, value in self._asdict().items() if value != Shown._field_defaults[key]}
 
 
-PLAINLY = Shown()
+PLAIN_SHOWN = Shown()
 WAYS = {  # the first is the released one
     "depth_over": ("picture", "crop"),
     "uncovered": ("colour", "black"),
@@ -367,7 +367,9 @@ class Kind:
     """What all kinds share; a modality's own are its weight in the loss, its meaning for meta.json, and
     derive.
 
-    derive: from uint8 RGB (H, W, 3), where no files are needed; data does not include such a row by itself.
+    derive: from uint8 RGB (H, W, 3), where no files are needed; used where --modalities names the row.
+    A kind also has to_pixels(array, known, shown) -> float32 (3, H, W), from_pixels(pixels) -> the user's
+    array, picture(array) -> uint8 (H, W, 3).
     """
 
     nearest = False  # resized without new values
@@ -377,7 +379,7 @@ class Kind:
     def __init__(self, loss_weight, meaning, derive=None):
         self.loss_weight, self.meaning, self.derive = loss_weight, meaning, derive
 
-    def open(self, path, facts=PLAIN):
+    def open(self, path, facts=PLAIN_FACTS):
         """A file of this kind -> Raster.
 
         Raises InputError for what is unreadable, of another shape, or can be read in two ways.
@@ -409,7 +411,7 @@ class Kind:
         """What the outputs of a network mean that is shown its maps so."""
         return self.meaning
 
-    def pixels(self, raster, fit=as_it_is, shown=PLAINLY):
+    def pixels(self, raster, fit=as_it_is, shown=PLAIN_SHOWN):
         """A Raster through a fit -> the network's pixels. Raises InputError for values out of [-1, 1], and
         where nothing is known.
         """
@@ -480,7 +482,7 @@ class Colour(Kind):
         values = raster.fitted(fit, self.nearest)
         return values if values.dtype == np.uint8 else values.round().clip(0, 255).astype(np.uint8)
 
-    def to_pixels(self, image, known=None, shown=PLAINLY):
+    def to_pixels(self, image, known=None, shown=PLAIN_SHOWN):
         return image.astype(np.float32).transpose(2, 0, 1) / 127.5 - 1
 
     def from_pixels(self, pixels):
@@ -591,7 +593,7 @@ class Scalar(Kind):
         value = raster.fitted(fit)
         return value / np.float32(255) if value.dtype == np.uint8 else value
 
-    def to_pixels(self, value, known=None, shown=PLAINLY):
+    def to_pixels(self, value, known=None, shown=PLAIN_SHOWN):
         return np.repeat((value * 2 - 1)[None].astype(np.float32), 3, 0)
 
     def from_pixels(self, pixels):
@@ -652,7 +654,7 @@ class Disparity(Scalar):
         there = whole if raster.known is None else whole[raster.known]
         return self.to_pixels(values, known, shown, span_of(there, shown.depth_norm))
 
-    def to_pixels(self, values, known=None, shown=PLAINLY, span=None):
+    def to_pixels(self, values, known=None, shown=PLAIN_SHOWN, span=None):
         """values (H, W), of shown.depth_target; span: the range that becomes [-1, 1], what is outside is
         clipped; None: that of the known ones.
         """
@@ -662,7 +664,7 @@ class Disparity(Scalar):
         return np.repeat(scaled[None].astype(np.float32), 3, 0)
 
 
-def encoded(vectors):
+def looks_encoded(vectors):
     """Whether floats (..., 3) look like xyz * 0.5 + 0.5: none is negative, and they are no unit vectors."""
     odd = np.abs(np.linalg.norm(vectors, axis=-1) - 1) > 0.05
     return bool(odd.size and odd.mean() > 0.3 and vectors.min() >= 0)
@@ -686,8 +688,8 @@ class Vector(Kind):
         known = np.linalg.norm(vectors, axis=-1) > 1e-3
         check(array.dtype.kind == "f" and np.abs(vectors).max() <= 1.01,
               f"{path}: holds {_held(vectors)}; normals are floats in [-1, 1]")
-        check(not encoded(vectors[known]), f"{path}: holds values in [0, 1] that are no unit vectors, as a "
-              "picture holds them; give xyz in [-1, 1]")
+        check(not looks_encoded(vectors[known]), f"{path}: holds values in [0, 1] that are no unit vectors, "
+              "as a picture holds them; give xyz in [-1, 1]")
         return Raster(path, vectors, known)
 
     def of_picture(self, path, picture, facts):
@@ -717,7 +719,7 @@ class Vector(Kind):
     def mean(self, total, count, palette):
         return unit(super().mean(total, count, palette))
 
-    def to_pixels(self, vectors, known=None, shown=PLAINLY):
+    def to_pixels(self, vectors, known=None, shown=PLAIN_SHOWN):
         return vectors.astype(np.float32).transpose(2, 0, 1)
 
     def from_pixels(self, pixels):

@@ -15,8 +15,8 @@ from layers import BLOCKS, Head, TimeEmbedder, rotation_of
 
 # ------------------------------------------------------------------------------------------------
 # Fusion: how the latents of M modalities become tokens, and which tokens each head reads. joined: {weight:
-# along which of its dimensions the modalities follow each other}, numbered: lists with a module for each; by
-# these --init matches modalities by name.
+# the dimension along which it has a block for each modality}; numbered: module lists with an entry for each.
+# By these --init matches modalities by name.
 
 class LinearFusion(nn.Module):
     """The patches of all modalities at one place become one token: T does not grow with M (as released)."""
@@ -169,8 +169,8 @@ class MMDiT(nn.Module):
         table = self.pos_embed.unflatten(1, self.grid).permute(0, 3, 1, 2)
         return F.interpolate(table, (h, w), mode="bicubic", align_corners=False).flatten(2).transpose(1, 2)
 
-    def where(self, x, h, w):
-        """What blocks are told of the places of the tokens x, beside the position table."""
+    def rotations(self, x, h, w):
+        """What rotary blocks take beside the tokens x: their rotation table; () for the others."""
         block = self.blocks[0]
         if not block.rotary:
             return ()
@@ -209,7 +209,7 @@ class MMDiT(nn.Module):
         # compiled for AVX-512, a block reads transposed tokens wrongly in bf16 (torch 2.11 to 2.14)
         x = self.x_embedder(x, self.positions(h, w)).contiguous()                   # (N, T, D)
         z = v_mid = None
-        more = (c, *self.where(x, h, w))                                            # (N, D), (2, T, d/2)
+        more = (c, *self.rotations(x, h, w))                                            # (N, D), (2, T, d/2)
         for i, block in enumerate(self.blocks, 1):
             if self.checkpointing and self.training:
                 x = recompute(block, x, *more, use_reentrant=False)                 # (N, T, D)

@@ -18,10 +18,10 @@ from dataset import cells_in
 from distributed import autocast, check, check_ranges, run, with_row
 from mix import LEAST_GIVEN
 from model import training_flops
-from mt_model import (FAMILIES, METHOD, OPTIONS, PATCH, PATCHES, SETTINGS, Chain, T, Translations, beside,
-                      build, draw_images, mean_square, visible)
+from mt_model import (FAMILIES, METHOD, OPTIONS, PATCH, PATCHES, SETTINGS, Chain, T, TranslationPredictor,
+                      build, draw_images, mean_square, per_row, visible)
 from vae import latents
-from weights import fit
+from weights import init_from
 
 # App. E: what --preset stands for. What all runs of a setting share (betas, squares) is in SETTINGS. The
 # patches are ours, for pixels.
@@ -141,7 +141,8 @@ class Objective:
             ema = {key: value for key, value in ema.items() if not key.endswith("y_embedder.weight")}
             if features == self.model.features:
                 self.model.load_state_dict({vectors: checkpoint["ema"][vectors]}, strict=False)
-        table, taken = fit(self.backbone, self.meta, {**checkpoint, "ema": ema}, path, self.method, names)
+        table, taken = init_from(self.backbone, self.meta, {**checkpoint, "ema": ema}, path, self.method,
+                                 names)
         table += f"\n  of X's head: {', '.join(sorted(heads))}" if heads else ""
         return table, {*(f"backbone.{name}" for name in taken), *heads}
 
@@ -190,7 +191,7 @@ class Objective:
         z0, x, k, noise = rows["z0"], rows["x"], rows["k"], rows["noise"]
         seen, alone, schedule = rows["seen"], rows["alone"], self.model.schedule
         with autocast(self.device, self.args.precision):  # left before the next: it keeps casts
-            e = torch.where(beside(alone, z0), 0.0, self.model.encode(x))               # (n, C, H, W)
+            e = torch.where(per_row(alone, z0), 0.0, self.model.encode(x))               # (n, C, H, W)
         z = schedule.q_sample(z0, [e], k, noise)                                        # (n, C, H, W)
         with autocast(self.device, self.args.precision):
             eps, predicted = network(self.model.look(schedule, z, e, k, seen), k, x, seen)
@@ -203,7 +204,7 @@ class Objective:
         return draw_images(network, y, noise, Chain(steps=25), next(iter(given.values()), None))
 
     def predictor(self, network, encoder, metrics):
-        return Translations(network, self.meta["resolution"], encoder, Chain(steps=25), metrics)
+        return TranslationPredictor(network, self.meta["resolution"], encoder, Chain(steps=25), metrics)
 
 
 def main():

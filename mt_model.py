@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 import runs
 from distributed import autocast
-from evaluation import Checkpoint
+from evaluation import ModelPredictor
 from layers import Block
 from model import SIZES, build_model
 from samplers import Noise, decode
@@ -265,7 +265,7 @@ class MTDiffusion(nn.Module):
         eps = self.noise_of(z, k, out)
         if self.classifier is None:
             return eps, self.head(tokens.mean(1))                                    # (N, K) or (N, F)
-        unit = torch.where(seen[:, None, None, None], 1.0, self.schedule.at("scale", k, z))  # of look
+        unit = torch.where(seen[:, None, None, None], 1.0, self.schedule.at("scale", k, z))  # look()'s
         clean = z.float() / unit - self.schedule.at("noise", k, z) * eps             # sqrt(abar) z0: bounded
         c = self.backbone.t_embedder(1 - time[:, None])                              # (N, D)
         grid = (side // self.patch_size for side in z.shape[2:])
@@ -349,7 +349,7 @@ def mean_square(x, known=None):
     return cells / known.sum((1, 2)).clamp(min=1)
 
 
-def beside(mask, like):
+def per_row(mask, like):
     """mask (N,) shaped to select of `like` (N, ...)."""
     return mask.reshape(-1, *[1] * (like.ndim - 1))
 
@@ -389,10 +389,10 @@ class Walk:
         eps, predicted = self.network(z, e, x, i, self.known)
         if cfg != 1.0:
             free, _ = self.network(z, e, x, i, self.nobody)
-            eps = torch.where(beside(self.known, eps), free + cfg * (eps - free), eps)
+            eps = torch.where(per_row(self.known, eps), free + cfg * (eps - free), eps)
         if scale:
             gradient = self.class_gradient(z, e, x, i)
-            eps = eps - scale * self.schedule.at("noise", self.at(i), z) * gradient * beside(self.known, z)
+            eps = eps - scale * self.schedule.at("noise", self.at(i), z) * gradient * per_row(self.known, z)
         return eps, predicted
 
     def class_gradient(self, z, e, x, i):
@@ -411,19 +411,19 @@ class Walk:
         moves = model.pair == "label" or not known.all()  # labels: always, for equal noise
         if moves:
             guess = model.unknown(noise, shape)
-            x = guess if x is None else torch.where(beside(known, guess), x, guess)
+            x = guess if x is None else torch.where(per_row(known, guess), x, guess)
         e, z = self.encoded(x), noise(shape)
         if begin is not None:
             origin, share = begin
             K = max(1, round(share * K))
             z = schedule.q_sample(origin, [e], self.at(K - 1), z)
         elif self.chain.start == "shifted":
-            z = z + beside(known, z) * schedule.carried("shift", [e], self.at(K - 1))
+            z = z + per_row(known, z) * schedule.carried("shift", [e], self.at(K - 1))
         for i in reversed(range(K)):
             eps, predicted = self.guided(z, e, x, i)
             if moves:
                 fresh = model.follow(predicted, self.rule, noise)
-                x = torch.where(beside(known, fresh), x, fresh)
+                x = torch.where(per_row(known, fresh), x, fresh)
                 e = self.encoded(x)
             z0 = schedule.clean(z, eps, [e], self.at(i)).clamp(-model.bound, model.bound)
             z = schedule.mean(z, z0, [e], self.at(i))
@@ -446,7 +446,7 @@ def draw_images(model, y, noise, chain, source=None, size=None):
     return model.sample(noise, known, None, chain, size=size)[0]
 
 
-class Translations(Checkpoint):
+class TranslationPredictor(ModelPredictor):
     """A predictor of evaluation.py; sampling is a Chain."""
 
     def draw(self, frames, modalities, indices):

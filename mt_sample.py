@@ -32,7 +32,7 @@ from evaluation import Ceiling, Toy, Tree, evaluate
 from locks import only_writer
 from metrics import Rules, metrics_of, print_table, results
 from modalities import MODALITIES, as_it_is, check_turned, enlarge, read_array, read_mask, shown_of
-from mt_model import Chain, Translations, draw_images
+from mt_model import Chain, TranslationPredictor, draw_images
 from produce import SHOWN, finish, folders_read, produce, write_grid, write_npz
 from trees import facts_of, find_files, flat_name, picture_folder, recorded, stem_of
 from vae import encoder_of
@@ -105,7 +105,7 @@ class Restoration(Images):
     baseline, from the masked image noised over this share of the steps.
     """
 
-    sdedit, whole = None, False
+    sdedit, write_all = None, False
 
     def sample(self, batch, inputs, noise):
         """Yield each request with its restored and its masked picture, (3, H, W)."""
@@ -127,7 +127,7 @@ class Restoration(Images):
         for request, one, image in zip(batch, inputs, self.images(z)):
             if image.shape != one.whole.shape:
                 image = enlarge(image, one.whole.shape[1:])
-            drawn = one.whole_mask | self.whole
+            drawn = one.whole_mask | self.write_all
             maps = {"rgb": np.where(drawn, image, one.whole),
                     "masked_rgb": np.where(one.whole_mask, np.float32(0), one.whole)}
             yield request, maps, None
@@ -221,7 +221,7 @@ def report_classes(out, requests, num_classes):
 
 
 # ------------------------------------------------------------------------------------------------
-# Translations against the truth.
+# TranslationPredictor against the truth.
 
 def score(args, loaded, encoder, chain, rank):
     """Print, and write to --json, the scores of translations of RGB and of the autoencoder alone."""
@@ -235,7 +235,7 @@ def score(args, loaded, encoder, chain, rank):
     shown = shown_of(meta, loaded.path)
     rules = Rules(shown.depth_target, seg_mode=source.seg_mode, palette=source.palette)
     metrics, size = metrics_of([target], rules), meta["resolution"]
-    predictors = {"value": Translations(model, size, encoder, chain, metrics, args.seed),
+    predictors = {"value": TranslationPredictor(model, size, encoder, chain, metrics, args.seed),
                   "ceiling": Ceiling(encoder, size, metrics, shown)}
     scored = evaluate(source, predictors, rules, args.batch_size)
     if rank > 0:
@@ -285,7 +285,7 @@ def arguments():
     hiding = (args.mask is not None) + (args.patches is not None)
     check(hiding == restoring and (restoring or not (args.sdedit or args.whole_image)),
           "--task restore, and it alone, takes one of --mask and --patches, and --sdedit and --whole-image")
-    check_ranges(args, patches=(1, None))
+    check_ranges(args, patches=(1, None), toy=(1, 10 ** 6))
     check(args.sdedit is None or 0 < args.sdedit <= 1, f"--sdedit {args.sdedit}: a share above 0, up to 1")
     check(np.isfinite(args.classifier_scale), f"--classifier-scale {args.classifier_scale}: must be finite")
     check(bool(args.image) == (args.task not in ("generate", "evaluate")), f"--task {args.task}: "
@@ -369,7 +369,7 @@ def drawing(args, model, encoder, chain, wanted, meta, facts, shown):
         read = functools.partial(read_hidden, fit=fit, full=full, patches=args.patches, seed=args.seed)
     draw = kind(model, encoder, chain, args.seed, wanted, read, given)
     if args.task == "restore":
-        draw.sdedit, draw.whole = args.sdedit, args.whole_image or bool(args.sdedit)
+        draw.sdedit, draw.write_all = args.sdedit, args.whole_image or bool(args.sdedit)
     if args.features:
         draw.vectors = read_features(args.features, model.features)
     return draw
@@ -379,8 +379,8 @@ def main():
     """Draw what the flags ask for, shared out over the processes; what is there already is kept."""
     args = arguments()
     rank, _, device = setup()
-    loaded = load_model(args.ckpt or newest_checkpoint(), device, method=mt_model.METHOD,
-                        build=mt_model.build)
+    loaded = load_model(args.ckpt or newest_checkpoint(mt_model.METHOD), device,
+                        method=mt_model.METHOD, build=mt_model.build)
     model, meta = loaded.model, loaded.meta
     check_task(args, model)
     chain = chain_of(args, model.pair)

@@ -26,7 +26,7 @@ class Muon(torch.optim.AdamW):
     """Moves the matrices of groups with "parts" by their orthogonalised Nesterov momentum (Jordan et al.,
     2024), without decay; the rest as AdamW does.
 
-    Such a group is of one shape, each of its parameters so many matrices, one below the other.
+    All parameters of such a group have one shape; each is "parts" matrices, one below the other.
     """
 
     dtype, momentum = torch.bfloat16, 0.95
@@ -106,7 +106,7 @@ def set_rates(optimiser, rates, factor):
 def update(parameters, optimiser):
     """Clip to norm 1 and step -> the gradient's norm, and 1.0 where it is not finite.
 
-    Then the weights are left alone, without a host read.
+    Where it is not, the weights stay as they are; the host reads nothing.
     """
     norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
     bad = (~torch.isfinite(norm)).float()
@@ -120,7 +120,7 @@ def update(parameters, optimiser):
 def update_ema(ema, model, step, ages=None):
     """EMA with the rate min(0.9999, (1 + n) / (10 + n)): a short run's average is not its initial weights.
 
-    n is the step, of parameters whose average is older their ages {name: steps} more.
+    n is the step; of a parameter in ages {name: steps} the step plus its age.
     """
     averages, weights = list(ema.parameters()), list(model.parameters())
     older = [ages.get(name, 0) for name, _ in model.named_parameters()] if ages else [0] * len(weights)

@@ -1,7 +1,7 @@
 """Stage 2: encode every modality once into a memory-mapped cache that train.py reads (MMGen, Sec. 4.1).
 
     python prep_latents.py --toy 20000                                    # the toy world -> data/cache
-    torchrun --nproc_per_node=8 prep_latents.py --data imagenet_mm        # a folder of pictures
+    torchrun --nproc_per_node=8 -- prep_latents.py --data imagenet_mm        # a folder of pictures
     python prep_latents.py --data hypersim.jsonl --no-class               # an index of pictures, no classes
 
 The pictures are ROOT/{rgb,depth,normal,seg}/<class>/<name>.png, with equal names below each modality, or
@@ -29,7 +29,7 @@ from distributed import (InputError, barrier, check, check_apart, check_folder, 
 from listing import list_samples, place_of_facts
 from locks import only_writer
 from mix import LEAST_GIVEN
-from modalities import (MODALITIES, PLAIN, PLAINLY, VOID, WAYS, Shown, centre_crop, check_target,
+from modalities import (MODALITIES, PLAIN_FACTS, PLAIN_SHOWN, VOID, WAYS, Shown, centre_crop, check_target,
                         check_turned, is_array, label_colour, read_picture, spoken)
 from trees import facts_of, read_palette
 from vae import load_encoder, timm_model
@@ -43,7 +43,7 @@ from vae import load_encoder, timm_model
 class ToySource:
     """`count` scenes of the toy world, of the seeds from `start` on; shown: how depth is shown."""
 
-    def __init__(self, start, count, size, modalities=(), shown=PLAINLY):
+    def __init__(self, start, count, size, modalities=(), shown=PLAIN_SHOWN):
         check(start >= 0, f"--toy-start {start}: seeds start at 0")
         check(not start < toy_scenes.HELD_OUT < start + count, f"--toy-start {start} --toy {count}: runs "
               f"into the held-out seeds from {toy_scenes.HELD_OUT} on")
@@ -57,7 +57,7 @@ class ToySource:
         self.labels = None
         self.facts = dict(source="toy", seg_mode="semantic", depth_space="disparity",
                           palette=toy_scenes.PALETTE.tolist(), class_names=list(toy_scenes.CLASSES))
-        if shown != PLAINLY:
+        if shown != PLAIN_SHOWN:
             self.facts["shown"] = shown.told()
 
     def load(self, i):
@@ -128,7 +128,7 @@ class View(NamedTuple):
 class PictureSource:
     """The files of a Listing; facts: what they hold; shown: how the network is shown them."""
 
-    def __init__(self, listing, size, facts=PLAIN, shown=PLAINLY):
+    def __init__(self, listing, size, facts=PLAIN_FACTS, shown=PLAIN_SHOWN):
         self.listing, self.size, self.held, self.shown = listing, size, facts, shown
         self.modalities, self.files, self.names = listing.modalities, listing.files, listing.names
         number = {name: i for i, name in enumerate(listing.classes)}
@@ -501,8 +501,10 @@ def main():
           "--toy, which brings its own alignment targets")
     check(not args.feature or toy == (args.feature == ToyFeature.id), f"--feature {args.feature}: the toy "
           "world brings toy-teacher, and it alone; pictures need the name of a timm model")
-    check(not toy or not (args.depth_over or args.uncovered or args.views > 1),
-          "--depth-over, --uncovered and --views belong to --data")
+    files = args.depth_over, args.uncovered, args.views > 1, args.depth_space, args.seg_mode, args.palette
+    check(not toy or not any(files), "--depth-over, --uncovered, --views, --depth-space, --seg-mode and "
+          "--palette belong to --data")
+    check(args.feature or not args.feature_file, "--feature-file belongs to --feature")
     given = {name: getattr(args, name) for name in WAYS}
     ways = {name: way for name, way in given.items() if way}
     rank, world, device = setup()

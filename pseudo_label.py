@@ -3,7 +3,7 @@
     python pseudo_label.py --images photos --out data/mine \\
         --depth hf:depth-anything/Depth-Anything-V2-Large-hf \\
         --normal hub:Stable-X/StableNormal:StableNormal --seg hf:facebook/sam-vit-huge
-    torchrun --nproc_per_node=8 pseudo_label.py --images imagenet_mm/rgb --out imagenet_mm \\
+    torchrun --nproc_per_node=8 -- pseudo_label.py --images imagenet_mm/rgb --out imagenet_mm \\
         --seg py:my_teachers:segments
 
 A teacher is hf:MODEL (a transformers pipeline), hub:OWNER/REPOSITORY:ENTRY (torch.hub), py:FILE.py:FUNCTION
@@ -37,7 +37,7 @@ from tqdm import tqdm
 from distributed import (InputError, barrier, check, check_folder, command_parser, reading, run, say,
                          setup, sha256, whole_file)
 from locks import only_writer
-from modalities import MODALITIES, encoded, fill_unknown, read_rgb, unit, write_facts
+from modalities import MODALITIES, looks_encoded, fill_unknown, read_rgb, unit, write_facts
 from trees import find_pictures, stem_of
 
 
@@ -170,7 +170,7 @@ def depth_picture(array, size, seed=0, space="disparity"):
 def normal_picture(array, size, seed=0, space=None):
     """(h, w, 3), floats in [-1, 1] or uint8."""
     _fitting(array, 3)
-    if array.dtype.kind == "f" and encoded(array):
+    if array.dtype.kind == "f" and looks_encoded(array):
         raise ValueError("values in [0, 1] that are no unit vectors; return xyz in [-1, 1], or uint8")
     if array.dtype != np.uint8:
         array = MODALITIES["normal"].picture(unit(array))
@@ -266,7 +266,7 @@ def label_photo(path, stem, out, teachers, depth_space):
         return
     image = read_rgb(path)
     for m in missing:
-        with reading(f"{path}: what the {m} teacher makes of it", "mend or remove the photo"):
+        with reading(f"{path}: what the {m} teacher makes of it", "mend the teacher, or remove the photo"):
             picture = to_picture(m, teachers[m](image), image.size, stem, depth_space)
         save_picture(out / m / f"{stem}.png", picture, digest)
     if copy:

@@ -1,7 +1,7 @@
 """A training run's folder: args.json, log.jsonl, previews/, ckpt/<step>.pt, latest.pt; what is its own,
 and resuming it.
 
-    ckpt/<step>.pt  {model, ema, opt, step, config, format}; config is {model, meta, train}: the model's
+    ckpt/<step>.pt  {model, ema, opt, step, config, ages, format}; config is {model, meta, train}: the model's
                     configuration, the cache's meta.json, all flags of the command
     latest.pt       a link to the newest, or a text of its name where the file system has no links
 """
@@ -171,7 +171,7 @@ class Meter:
 
     def __init__(self, terms, device):
         self.sums, self.counts = torch.zeros(terms, device=device), torch.zeros(terms, device=device)
-        self.norms = torch.zeros((), device=device)
+        self.norms, self.good = torch.zeros((), device=device), torch.zeros((), device=device)
         self.skipped = torch.zeros(3, device=device)  # steps in all; in a row, now; in a row, at worst
         self.steps, self.clock = 0, time.perf_counter()
 
@@ -180,6 +180,7 @@ class Meter:
         self.sums += torch.where(bad > 0, 0.0, sums)
         self.counts += (1 - bad) * counts
         self.norms += torch.where(bad > 0, 0.0, norm)
+        self.good += 1 - bad
         self.skipped[0] += bad
         self.skipped[1] = (self.skipped[1] + 1) * bad
         self.skipped[2] = torch.maximum(self.skipped[2], self.skipped[1])
@@ -193,13 +194,13 @@ class Meter:
         """The entry since the last one; starts anew. Raises InputError after ten bad steps in a row."""
         means = (all_reduce(self.sums.clone()) / self.counts.clamp(min=1)).tolist()
         seconds = time.perf_counter() - self.clock
-        entry = {**dict(zip(terms, means)), "grad_norm": (self.norms / self.steps).item(),
+        entry = {**dict(zip(terms, means)), "grad_norm": (self.norms / self.good.clamp(min=1)).item(),
                  "img_per_s": self.steps * batch_size / seconds, "skipped": int(self.skipped[0])}
         worst = int(self.skipped[2])
         check(worst < 10, f"{worst} non-finite gradients in a row, the run stops; the last file in "
               f"{folder / 'ckpt'} (if any) is good: start a new --run with --init FILE and a lower --lr or "
               "--precision fp32")
-        for counter in (self.sums, self.counts, self.norms, self.skipped[2:]):
+        for counter in (self.sums, self.counts, self.norms, self.good, self.skipped[2:]):
             counter.zero_()
         self.steps, self.clock = 0, time.perf_counter()
         return entry

@@ -23,7 +23,7 @@ from distributed import (InputError, barrier, check, check_folder, check_ranges,
                          run, setup)
 from locks import only_writer
 from mesh import pick_segment, write_mesh
-from modalities import (MODALITIES, PLAINLY, as_it_is, centre_crop, check_target, check_turned, filter_of,
+from modalities import (MODALITIES, PLAIN_SHOWN, as_it_is, centre_crop, check_target, check_turned, filter_of,
                         nearest_colour, segments, shown_of)
 from produce import (Maps, finish, folders_read, produce, read_rgb_file, write_grid, write_npz,
                      write_panels)
@@ -134,7 +134,7 @@ def read_input(request, fit, full, facts, shown):
     Raises InputError where maps do not align.
     """
     pixels, whole, shape, rasters = {}, {}, None, []
-    own = PLAINLY._replace(depth_target=shown.depth_target)  # outputs mean what the model's mean
+    own = PLAIN_SHOWN._replace(depth_target=shown.depth_target)  # outputs mean what the model's mean
     for m, path in request.files.items():
         row = MODALITIES[m]
         raster = row.open(path, facts[m])
@@ -154,14 +154,14 @@ def read_input(request, fit, full, facts, shown):
 # Drawing.
 
 class Drawing:
-    """Draws all modalities of a request from what is given of it; again: a new RGB from each of them, too.
+    """Draws all modalities of a request from what is given of it; back: a new RGB from each of them, too.
 
     read(request) -> Input. Subclasses override sample.
     """
 
-    def __init__(self, model, encoder, sampling, seed, wanted, read, given=(), again=False):
+    def __init__(self, model, encoder, sampling, seed, wanted, read, given=(), back=False):
         self.model, self.encoder, self.sampling, self.seed, self.read = model, encoder, sampling, seed, read
-        self.given, self.again = given, again
+        self.given, self.back = given, back
         self.wanted = [m for m in model.modalities if m in wanted and m not in given]
         self.device = next(model.parameters()).device
 
@@ -193,14 +193,14 @@ class Drawing:
         given = {m: self.encoded(inputs, m, noise) for m in self.given}
         x = samplers.sample_latents(self.model, y, given, noise, self.sampling)
         drawn = [(self.wanted, x, self.wanted)] if self.wanted else []
-        if self.again:
+        if self.back:
             for m, part in list(zip(self.model.modalities, x.split(self.encoder.channels, 1)))[1:]:
                 new = samplers.sample_latents(self.model, y, {m: part}, noise, self.sampling)
                 drawn.append(([f"{m}_to_rgb"], new, ["rgb"]))
         maps = [dict(one.whole) for one in inputs]
         for folders, latents, modalities in drawn:
-            for one, pixels in zip(maps, self.decoded(latents, modalities)):
-                one.update(zip(folders, pixels))
+            for found, pixels in zip(maps, self.decoded(latents, modalities)):
+                found.update(zip(folders, pixels))
         for request, one, found in zip(batch, inputs, maps):
             yield request, found, one.shape
 
@@ -212,7 +212,7 @@ def truth_pictures(files, modalities, fit, facts, target="disparity"):
     """{modality: picture} of the ground truth beside given files, as far as it can be read; facts {given
     modality: Facts} of their tree; target: the model's depth_target.
     """
-    own = PLAINLY._replace(depth_target=target)
+    own = PLAIN_SHOWN._replace(depth_target=target)
     held = facts[next(iter(files))] if files else None
     pictures = {}
     for m, path in beside(files, modalities).items():
@@ -357,7 +357,7 @@ def tell(requests, facts, meta, shown, wanted):
     if "depth" in facts:
         print(f"depth files hold {facts['depth'].depth_space} ({facts['depth'].said}), the model speaks "
               f"{shown.depth_target}; --depth-space says otherwise")
-    if "depth" in wanted and shown.depth_target != PLAINLY.depth_target:
+    if "depth" in wanted and shown.depth_target != PLAIN_SHOWN.depth_target:
         print(f"depth comes out as {MODALITIES['depth'].meant(shown)} (depth_target {shown.depth_target})")
     without = sum(request.label == meta["num_classes"] for request in requests)
     if facts:
@@ -377,11 +377,11 @@ def main():
     samplers.prepare(model, args.precision, args.compile)
     encoder = encoder_of(meta, device, args.vae)
     given = given_of(args.task, args.given, model.modalities)
-    again = args.task == "translate"
+    back = args.task == "translate"
     check(args.task == "generate" or len(given) < len(model.modalities), f"{loaded.path}: has "
           f"{', '.join(model.modalities)} alone; --task {args.task} would predict nothing")
     needs = (("--mesh", args.mesh, ("rgb", "normal", "seg")), ("--npz", args.npz, ("rgb",)),
-             ("--task translate", again, ("rgb",)))
+             ("--task translate", back, ("rgb",)))
     needed = {flag: names for flag, asked, names in needs if asked}
     wanted = outputs_of(args.outputs, model.modalities, needed)
     check_classes(args.class_id, meta["num_classes"])
@@ -405,9 +405,9 @@ def main():
     full = args.fit == "full"
     fit = fit_of(args.fit, meta["resolution"], model.patch_size * encoder.factor)
     read = functools.partial(read_input, fit=fit, full=full, facts=facts, shown=shown)
-    draw = Drawing(model, encoder, sampling, args.seed, wanted, read, given, again)
+    draw = Drawing(model, encoder, sampling, args.seed, wanted, read, given, back)
     folders = {m: MODALITIES[m] for m in wanted}
-    if again:
+    if back:
         folders.update({f"{m}_to_rgb": MODALITIES["rgb"] for m in model.modalities[1:]})
     mesh = functools.partial(write_object, out=args.out, palette=meta["palette"], segment=args.segment,
                              focal=args.focal)

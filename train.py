@@ -1,6 +1,6 @@
 """Stage 3: train MMGen (Sec. 3.3). The defaults are the paper's run.
 
-    torchrun --nproc_per_node=8 train.py                                        # ImageNet cache in data/cache
+    torchrun --nproc_per_node=8 -- train.py                                     # ImageNet cache in data/cache
     python train.py --data data/toy --model T/2 --steps 3000 --batch-size 64    # the toy world on a laptop
 
 The same command continues an interrupted run: on a CPU bit for bit with as many processes and threads, else
@@ -21,7 +21,7 @@ from tqdm import tqdm
 import dataset
 import runs
 from distributed import autocast, barrier, check, check_ranges, command_parser, run, say, setup, with_row
-from evaluation import Checkpoint, Watch
+from evaluation import ModelPredictor, Watch
 from layers import BLOCKS
 from locks import only_writer
 from mix import ROLES, TASK_MIX, TIMES, Draws, check_mix, draw
@@ -31,7 +31,7 @@ from model import FUSIONS, PROJECTORS, SIZES, MMDiT, build_model, training_flops
 from optimisers import OPTIMISERS, schedule, set_rates, update, update_ema
 from samplers import Sampling, sample_latents
 from vae import latents
-from weights import ages_of, blocks_of, fit, load_checkpoint, renamed
+from weights import ages_of, blocks_of, init_from, load_checkpoint, renamed
 
 RECIPES = {  # what --recipe stands for
     "paper": "",
@@ -85,7 +85,7 @@ class MMGen:
     options     {name: default} of what an older file's model.config may lack
     settings    flags as they came out (REPA's weight is 0 without targets): checkpoints keep these
     add_flags   (parser): its own flags
-    meta        the cache's meta.json
+    meta        the cache's meta.json; cache, device: what previews and evaluations read
     model       the network; backbone, what of it has the transformer's blocks; summary(), for the first line
     terms       names of its K terms in log.jsonl; weights_at(step), (K,), of them in the loss
     reads       the cache's arrays that it needs; modalities: of which it must know what a row has
@@ -158,7 +158,7 @@ class MMGen:
 
     def initialise(self, checkpoint, path):
         names = renamed(checkpoint, self.args.rename, self.modalities, path), self.modalities
-        return fit(self.model, self.meta, checkpoint, path, names=names)
+        return init_from(self.model, self.meta, checkpoint, path, names=names)
 
     def prepare(self, step, batch, part):
         """n rows of the step: draws of the whole batch, sliced; noised latents and targets (n, M*C, H, W)."""
@@ -199,7 +199,7 @@ class MMGen:
         return sample_latents(network, y, given, noise, Sampling("euler", 25))
 
     def predictor(self, network, encoder, metrics):
-        return Checkpoint(network, self.meta["resolution"], encoder, Sampling("euler", 2), metrics)
+        return ModelPredictor(network, self.meta["resolution"], encoder, Sampling("euler", 2), metrics)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -297,11 +297,13 @@ def train(args, cache, objective, place, defaults):
 # ------------------------------------------------------------------------------------------------
 
 def add_flags(parser):
-    """All training commands' flags: runs.FREE may change on resume; older runs have a new one's default."""
+    """Flags of all training commands. Those in runs.FREE may change on resume; a run older than a flag takes
+    its default.
+    """
     parser.add_argument("--data", type=pathlib.Path, nargs="+", default=[dataset.DEFAULT], metavar="CACHE",
                         help="of prep_latents.py; several train together")
-    parser.add_argument("--weights", type=float, nargs="+", metavar="X", help="how often a row is of each "
-                        "cache; default: their numbers of rows")
+    parser.add_argument("--weights", type=float, nargs="+", metavar="X", help="sampling weight of each "
+                        "cache; default: its number of rows")
     parser.add_argument("--run", type=pathlib.Path, default="runs/mmgen", help="an unfinished run continues")
     parser.add_argument("--model", default="XL/2", choices=list(SIZES))
     parser.add_argument("--fusion", default="linear", choices=list(FUSIONS))
@@ -326,7 +328,7 @@ def add_flags(parser):
     parser.add_argument("--eval-every", type=int, default=0, metavar="N", help="score the EMA every N steps")
     parser.add_argument("--eval-toy", type=int, metavar="K", help="on K held-out toy scenes")
     parser.add_argument("--eval-data", type=pathlib.Path, metavar="TREE", help="on pictures with truth")
-    parser.add_argument("--init", type=pathlib.Path, help="the EMA that a new run starts from")
+    parser.add_argument("--init", type=pathlib.Path, help="checkpoint whose EMA a new run starts from")
     parser.add_argument("--ema-from-init", action="store_true", help="what --init takes keeps its EMA's rate")
 
 
@@ -342,7 +344,7 @@ def command(objective, doc):
     check(args.init or not lost, f"--{' --'.join(lost).replace('_', '-')}: belongs to --init")
     counts = ("steps", "batch_size", "log_every", "ckpt_every", "preview_every", "eval_toy")
     check_ranges(args, **dict.fromkeys(counts, (1, None)), seed=(0, 2 ** 63 - 1), warmup=(0, None),
-                 lr=(1e-12, 1000), muon_lr=(1e-12, 1000), beta2=(0, 0.99999))
+                 eval_every=(0, None), lr=(1e-12, 1000), muon_lr=(1e-12, 1000), beta2=(0, 0.99999))
     decay = args.decay_from, args.decay_to
     check(decay == (None, None) or None not in decay and 0 <= decay[0] < decay[1],
           f"--decay-from {decay[0]} --decay-to {decay[1]}: two steps, the second after the first")

@@ -211,7 +211,7 @@ def roots_of(location):
     return roots
 
 
-def tree_of(location):
+def tree_json_of(location):
     """The tree.json of the tree that a file or folder lies in, or None."""
     return next((root / "tree.json" for root in roots_of(location) if (root / "tree.json").is_file()), None)
 
@@ -231,7 +231,7 @@ def facts_of(location, depth_space=None, palette=None):
 
     palette: uint8 (K, 3). Raises InputError for a tree.json that cannot be read.
     """
-    path, facts = tree_of(location), Facts()
+    path, facts = tree_json_of(location), Facts()
     if path is not None:
         facts = read_facts(path)
     for root in roots_of(location) if path is None else ():

@@ -140,7 +140,7 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(channels[-1], 3, 3, padding=1)
 
     def forward(self, z):                                    # (N, C, H, W)
-        x = self.mid_block(self.conv_in(z))                  # (N, channels[-1], H, W)
+        x = self.mid_block(self.conv_in(z))                  # (N, channels[0], H, W)
         for stage in self.up_blocks:
             x = stage(x)
         with torch.autocast(z.device.type, enabled=False):  # pixels in fp32: depth has more than 8 bits
@@ -480,7 +480,7 @@ def is_of(encoder, meta):
 def signature_of(encoder, meta):
     """What a recipe says of the encoder that encoder_of gave: {vae, vae_sha256}.
 
-    The training cache's, wherever its file lies now; of one that stands in its own.
+    The training cache's, if this is its autoencoder, wherever the file lies now; else its own.
     """
     if is_of(encoder, meta):
         return dict(vae=meta["vae"], vae_sha256=meta["vae_sha256"])

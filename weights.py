@@ -87,24 +87,32 @@ def target_of(latest):
     return file.parent / name
 
 
-def newest_checkpoint():
-    """The newest runs/*/latest.pt, else the bundled demo."""
+def newest_checkpoint(method="mmgen"):
+    """The newest runs/*/latest.pt of a method, else the bundled demo."""
     times = {}
     for path in pathlib.Path("runs").glob("*/latest.pt"):
         with contextlib.suppress(InputError, FileNotFoundError):  # a lost one is passed over
             times[path] = target_of(path).stat().st_mtime
-    return max(times, key=times.get) if times else DEMO / "mmgen.pt"
+    for path in sorted(times, key=times.get, reverse=True):
+        try:
+            train = load_checkpoint(path)["config"]["train"]
+        except InputError:
+            return path  # what is wrong with it is said when it is opened
+        if train.get("method", "mmgen") == method:
+            return path
+    return DEMO / "mmgen.pt"
 
 
 def load_checkpoint(path):
-    """A checkpoint, memory-mapped: {model, ema, opt, step, config, format}; released weights without
+    """A checkpoint, memory-mapped: {model, ema, opt, step, config, ages, format}; released weights without
     model and opt.
 
     path: a file of this project, of MMGen, REPA or SiT, a run folder, or hf:owner/repository/file.
     Raises InputError when the file is missing, cut short, holds pickled objects, or is something else.
     """
     path = locate(path)
-    check(path.is_file(), f"{path}: no such checkpoint; train one, or leave out --ckpt for the bundled demo")
+    check(path.is_file(), f"{path}: no such checkpoint; give a file, a run's folder, or "
+          "hf:OWNER/REPOSITORY/FILE")
     with reading(path, "it may be cut short; use another of its folder"):
         try:
             checkpoint = _load(path)
@@ -380,7 +388,7 @@ def _last(name):
 # --init.
 
 @torch.no_grad()
-def fit(model, meta, checkpoint, path, method="mmgen", names=None):
+def init_from(model, meta, checkpoint, path, method="mmgen", names=None):
     """--init: copy what fits of a checkpoint's EMA into the model, modalities and classes matched by name
     -> a table of what became of each weight, and the names of those that were taken as they are.
 

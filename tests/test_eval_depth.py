@@ -623,3 +623,7 @@ def test_the_mean_of_other_frames_is_scored_beside(command, tmp_path):
     assert found["three"]["gap"]["miou"] == pytest.approx(gap)
     with pytest.raises(InputError, match="--mean-of belongs to --data"):
         command("eval_depth", "--toy", 1, *flags)
+    with pytest.raises(InputError, match="the toy world's normals are in our axes"):
+        command("eval_depth", "--toy", 1, "--axes", "marigold", "--out", tmp_path / "out")
+    with pytest.raises(InputError, match="--num -3: must be at least 1"):
+        command("eval_depth", "--scannet", tmp_path, "--num", -3, "--out", tmp_path / "out")

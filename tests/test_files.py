@@ -26,12 +26,12 @@ from conftest import ROOT, shell
 from distributed import InputError, check_apart, check_folder, whole_file
 from locks import only_writer
 from metrics import Depth, Normal, angles
-from modalities import (MODALITIES, PLAIN, centre_crop, check_turned, label_colour, read_mask, read_picture,
-                        read_rgb)
+from modalities import (MODALITIES, PLAIN_FACTS, centre_crop, check_turned, label_colour, read_mask,
+                        read_picture, read_rgb)
 from vae import load_vae
 from weights import DEMO, load_model
 
-DEPTH = PLAIN._replace(depth_space="depth")
+DEPTH = PLAIN_FACTS._replace(depth_space="depth")
 QUICK = ("--sampler", "euler", "--steps", 1)
 
 
@@ -220,7 +220,7 @@ def test_one_scene_in_three_files_is_one_condition(tmp_path):
     scene = toy_scenes.render(toy_scenes.HELD_OUT)
     disparity = 1 / scene.depth
     levels = ((disparity - disparity.min()) / np.ptp(disparity) * 65535).round().astype(np.uint16)
-    files = [(save(tmp_path / "d.png", levels), PLAIN), (save(tmp_path / "m.npy", scene.depth), DEPTH),
+    files = [(save(tmp_path / "d.png", levels), PLAIN_FACTS), (save(tmp_path / "m.npy", scene.depth), DEPTH),
              (save(tmp_path / "mm.png", (scene.depth * 1000).round().astype(np.uint16)), DEPTH)]
     row = MODALITIES["depth"]
     first, *others = [row.pixels(row.open(path, facts)) for path, facts in files]
@@ -293,7 +293,7 @@ def test_thin_pictures_are_cut_before_they_grow(monkeypatch):
 def test_tree_json_says_what_files_hold(tmp_path):
     grey(tmp_path / "t/depth/a/x.png")
     where = [tmp_path / "t", tmp_path / "t/depth", tmp_path / "t/depth/a/x.png"]
-    assert all(trees.facts_of(path) == PLAIN for path in where)
+    assert all(trees.facts_of(path) == PLAIN_FACTS for path in where)
     modalities.write_facts(tmp_path / "t", depth_space="depth", palette=[[1, 2, 3]])
     modalities.write_facts(tmp_path / "t", depth_space="depth", void=7)
     for path in where:
@@ -320,16 +320,16 @@ def test_labels_take_colours_from_who_says_them(tmp_path):
     assert np.array_equal(raster.values[0], label_colour([0, 1, 2, 2]))  # 255 takes the nearest
     assert label_colour([1, 15, 255]).tolist() == [[128, 0, 0], [192, 128, 128], [224, 224, 192]]
     told = np.array([[9, 9, 9], [50, 0, 0], [0, 60, 0]], np.uint8)
-    facts = PLAIN._replace(palette=told)
+    facts = PLAIN_FACTS._replace(palette=told)
     assert np.array_equal(row.open(path, facts).values[0], told[[0, 1, 2, 2]])
     with pytest.raises(InputError, match="labels from 0 to 2, the palette has 2 colours"):
-        row.open(path, PLAIN._replace(palette=told[:2]))
+        row.open(path, PLAIN_FACTS._replace(palette=told[:2]))
     with pytest.raises(InputError, match="labels from 0 to 255, the palette has 3 colours"):
         row.open(path, facts._replace(void=1))
     ignored = save(tmp_path / "ids.npy", np.where(labels == 255, -1, labels.astype(np.int64)))
     with pytest.raises(InputError, match='labels from -1 to 2, .*"void"'):
         row.open(ignored)
-    assert np.array_equal(row.open(ignored, PLAIN._replace(void=-1)).values, raster.values)
+    assert np.array_equal(row.open(ignored, PLAIN_FACTS._replace(void=-1)).values, raster.values)
     own = Image.fromarray(np.array([[2, 0, 1, 1]] * 4, np.uint8))
     own.putpalette(told[[1, 2, 0]].tobytes())  # an order of its own
     own.save(tmp_path / "own.png")
@@ -412,7 +412,7 @@ def test_orientation_is_read_alone_and_must_agree(tmp_path):
         raster = photo.open(tagged("c.jpg", tag, square))
         with pytest.raises(InputError, match=f"d.png: its orientation tag is 1, that of .*c.jpg is {tag}"):
             check_turned([raster, plain])
-        check_turned([raster, plain._replace(facts=PLAIN._replace(upright=True))])
+        check_turned([raster, plain._replace(facts=PLAIN_FACTS._replace(upright=True))])
         check_turned([raster, depth.open(tagged("e.png", tag, square))])
     turned = read_picture(tagged("f.tif", 3))  # Pillow turns TIFF files itself
     assert turned.turned == 3 and turned.values[0].max() < 50 < turned.values[-1].min()

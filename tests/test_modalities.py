@@ -4,11 +4,11 @@ import pytest
 from PIL import Image
 
 from distributed import InputError
-from modalities import (MODALITIES, PLAIN, PLAINLY, Flat, Scalar, Shown, Vector, canny, centre_crop,
+from modalities import (MODALITIES, PLAIN_FACTS, PLAIN_SHOWN, Flat, Scalar, Shown, Vector, canny, centre_crop,
                         shown_of)
 
 
-def read(path, modality, facts=PLAIN, **options):
+def read(path, modality, facts=PLAIN_FACTS, **options):
     row = MODALITIES[modality]
     return row.array(row.open(path, facts), **options)
 
@@ -69,7 +69,7 @@ def test_unusual_pictures_are_read_correctly(tmp_path):
     Image.fromarray(colours[..., 0]).save(tmp_path / "grey.png")
     assert read(tmp_path / "grey.png", "rgb").shape == (64, 64, 3)
     np.save(tmp_path / "depth.npy", np.array([[1.0, 2.0], [4.0, 0.0]], np.float32))
-    disparity = read(tmp_path / "depth.npy", "depth", PLAIN._replace(depth_space="depth"))
+    disparity = read(tmp_path / "depth.npy", "depth", PLAIN_FACTS._replace(depth_space="depth"))
     assert disparity.tolist() == [[1.0, 0.5], [0.25, 0.25]]  # 0 is unknown: a nearest is taken
 
 
@@ -121,7 +121,8 @@ def test_log_depth_is_near_bright_and_of_files_of_depth_alone(tmp_path):
     """1, 2 and 4 metres or levels lie evenly; what is unknown takes the nearest, 4. A bicubic fit's
     undershoot beside an edge does not widen the range.
     """
-    row, log, depth = MODALITIES["depth"], Shown(depth_target="log"), PLAIN._replace(depth_space="depth")
+    row, log = MODALITIES["depth"], Shown(depth_target="log")
+    depth = PLAIN_FACTS._replace(depth_space="depth")
     for dtype in (np.float32, np.uint16, np.uint8):
         np.save(tmp_path / "d.npy", np.array([[1, 2, 4, 0]], dtype))
         found = row.pixels(row.open(tmp_path / "d.npy", depth), shown=log)
@@ -133,11 +134,11 @@ def test_log_depth_is_near_bright_and_of_files_of_depth_alone(tmp_path):
     np.save(tmp_path / "edge.npy", edge)
     found = row.pixels(row.open(tmp_path / "edge.npy", depth), lambda image, _: centre_crop(image, 30), log)
     assert (found[:, :, :8] == 1).all() and found.min() == -1
-    assert "log" in row.meant(log) and row.meant(PLAINLY) == row.meaning
+    assert "log" in row.meant(log) and row.meant(PLAIN_SHOWN) == row.meaning
 
 
 def test_what_older_files_do_not_say_of_depth_is_as_it_was():
-    assert shown_of({}, "c.pt") == Shown("crop", "black", "minmax", "disparity") == PLAINLY
+    assert shown_of({}, "c.pt") == Shown("crop", "black", "minmax", "disparity") == PLAIN_SHOWN
     released = shown_of({"shown": {"depth_over": "picture", "uncovered": "colour"}}, "c.pt")
     assert released == Shown("picture", "colour", "minmax", "disparity")
     told = {"depth_norm": "quantile", "depth_target": "log"}

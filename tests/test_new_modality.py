@@ -9,7 +9,7 @@ import evaluation
 import mix
 import toy_scenes
 from distributed import InputError
-from modalities import MODALITIES, PLAIN, Colour, Scalar
+from modalities import MODALITIES, PLAIN_FACTS, Colour, Scalar
 from weights import DEMO
 
 
@@ -50,7 +50,7 @@ def test_scalars_have_one_scale_whatever_the_file(rows, tmp_path):
     wanted = np.repeat(grey[None] / 255 * 2 - 1, 3, 0)
     for space in ("disparity", "depth"):
         for name in ("8.png", "16.png", "a.npy"):
-            found = row.pixels(row.open(tmp_path / name, PLAIN._replace(depth_space=space)))
+            found = row.pixels(row.open(tmp_path / name, PLAIN_FACTS._replace(depth_space=space)))
             assert found.shape == (3, 8, 8) and np.abs(found - wanted).max() < 1e-5, (space, name)
     Image.fromarray((grey / 510).astype(np.float32)).save(tmp_path / "float.tiff")
     found = row.pixels(row.open(tmp_path / "float.tiff"))  # floats are as they are

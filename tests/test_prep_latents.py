@@ -376,6 +376,11 @@ def test_feature_vectors_of_a_timm_model(tree, tmp_path, command):
     assert "largest difference" in command("prep_latents", *flags, *local, "--verify")
     with pytest.raises(InputError, match="nonsense: .*--feature nonsense"):
         command("prep_latents", *flags, "--feature", "nonsense", "--out", tmp_path / "d")
+    for files in (("--seg-mode", "instance"), ("--depth-space", "depth"), ("--palette", "p.json")):
+        with pytest.raises(InputError, match="and --palette belong to --data"):
+            command("prep_latents", "--toy", 4, *files, "--out", tmp_path / "none")
+    with pytest.raises(InputError, match="--feature-file belongs to --feature"):
+        command("prep_latents", "--toy", 4, "--feature-file", "f.pt", "--out", tmp_path / "none")
     with pytest.raises(InputError, match="toy-teacher, and it alone"):
         command("prep_latents", "--toy", 4, "--feature", "test_vit", "--out", tmp_path / "d")
 
@@ -383,7 +388,7 @@ def test_feature_vectors_of_a_timm_model(tree, tmp_path, command):
 # ------------------------------------------------------------------------------------------------
 # No classes, and indices.
 
-PLAIN = ("--vae", "none", "--no-dino", "--size", 64)
+PLAIN_FACTS = ("--vae", "none", "--no-dino", "--size", 64)
 
 
 def write_index(path, rows):
@@ -400,7 +405,7 @@ def rows_of(tree, base):
 
 def test_a_cache_without_classes_is_trained_and_sampled(tree, tmp_path, command):
     """Of scenes and of files: all is of the null class, from a checkpoint of any number of classes."""
-    command("prep_latents", "--data", tree, "--out", tmp_path / "files", *PLAIN, "--no-class")
+    command("prep_latents", "--data", tree, "--out", tmp_path / "files", *PLAIN_FACTS, "--no-class")
     command("prep_latents", "--toy", 4, "--out", tmp_path / "toy", "--no-dino", "--no-class")
     for name in ("files", "toy"):
         meta = json.loads((tmp_path / name / "meta.json").read_text())
@@ -425,7 +430,7 @@ def test_a_cache_without_classes_is_trained_and_sampled(tree, tmp_path, command)
 
 def test_an_index_is_the_tree_that_it_lists(tree, tmp_path, command):
     """The same rows in its own order; a class is its own to tell, and may be none."""
-    flags = (*PLAIN, "--seg-mode", "semantic")
+    flags = (*PLAIN_FACTS, "--seg-mode", "semantic")
     command("prep_latents", "--data", tree, "--out", tmp_path / "a", *flags)
     rows = rows_of(tree, tmp_path)
     for row, label in zip(rows, ("10", 2, None, "2")):
@@ -459,7 +464,7 @@ def test_the_released_codes_metadata_is_an_index(tree, tmp_path, command):
     for i, (row, label) in enumerate(zip(rows, ("a", "b", "indoor", "outdoor"))):
         row.update(cat=label, idx_cat=(7, 3, 1000, 1000)[i], path_rel_rgb=f"x/{i}.png", caption="a room")
     index = write_index(tmp_path / "list.jsonl", rows)
-    out = command("prep_latents", "--data", index, "--out", tmp_path / "a", *PLAIN)
+    out = command("prep_latents", "--data", index, "--out", tmp_path / "a", *PLAIN_FACTS)
     assert "the key 'caption' of 4 lines is left out, no modality" in out
     meta = json.loads((tmp_path / "a/meta.json").read_text())
     assert meta["class_names"] == ["b", "a"] and meta["modalities"] == ["rgb", "depth", "normal", "seg"]
@@ -467,12 +472,12 @@ def test_the_released_codes_metadata_is_an_index(tree, tmp_path, command):
     assert (tmp_path / "a/names.txt").read_text() == "x/0\nx/1\nx/2\nx/3\n"
     pathlib.Path(rows[2]["path_mask"]).unlink()
     with pytest.raises(InputError, match=r"list.jsonl: line 3: .*\.png: no such file"):
-        command("prep_latents", "--data", index, "--out", tmp_path / "b", *PLAIN)
-    command("prep_latents", "--data", index, "--out", tmp_path / "b", *PLAIN, "--skip-broken")
+        command("prep_latents", "--data", index, "--out", tmp_path / "b", *PLAIN_FACTS)
+    command("prep_latents", "--data", index, "--out", tmp_path / "b", *PLAIN_FACTS, "--skip-broken")
     assert np.load(tmp_path / "b/done.npy").tolist() == [1, 1, 2, 1]
     for out in (tree, pathlib.Path(rows[0]["path_rgb"]).parent / "more"):
         with pytest.raises(InputError, match="whose pictures are read; use another folder"):
-            command("prep_latents", "--data", index, "--out", out, *PLAIN)
+            command("prep_latents", "--data", index, "--out", out, *PLAIN_FACTS)
 
 
 @pytest.mark.parametrize("lines, message", [
@@ -501,7 +506,7 @@ def test_what_is_no_index_is_named_by_its_line(lines, message, tmp_path, command
         (tmp_path / name).mkdir()
         (tmp_path / name / "tree.json").write_text('{"format": "mmgen-tree-1"}')
     with pytest.raises(InputError, match=message) as error:
-        command("prep_latents", "--data", index, "--out", tmp_path / "out", *PLAIN)
+        command("prep_latents", "--data", index, "--out", tmp_path / "out", *PLAIN_FACTS)
     assert str(error.value).startswith(str(index)) and not (tmp_path / "out").exists()
 
 

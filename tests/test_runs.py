@@ -358,6 +358,9 @@ def test_the_line_of_an_error_does_not_depend_on_the_launcher(rank, monkeypatch,
     with pytest.raises(SystemExit, match="2"):
         distributed.run(main)
     assert capfd.readouterr().err.endswith("error: one line\n")
+    monkeypatch.setenv("MMGEN_TRACEBACK", "1")
+    with pytest.raises(InputError, match="one line"):
+        distributed.run(main)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -385,6 +388,10 @@ def test_a_non_finite_gradient_changes_nothing_and_ten_stop_the_run(cache, tmp_p
     assert all(torch.equal(a["model"][key], b["model"][key]) for key in a["model"])
     log = log_of(tmp_path / "b")
     assert [entry["skipped"] for entry in log] == [0, 1] and log[0]["loss_rgb"] > 0
+    calls.clear()
+    command("train", *flags, "--run", tmp_path / "d", "--steps", 2, "--log-every", 2)
+    good = log_of(tmp_path / "d")[0]["grad_norm"]
+    assert good == pytest.approx(log[0]["grad_norm"])  # the bad step is not counted
     monkeypatch.setattr(train, "velocity_error", always)
     with pytest.raises(InputError, match="10 non-finite gradients in a row"):
         command("train", *flags, "--run", tmp_path / "c", "--steps", 10)

@@ -14,7 +14,7 @@ import sample
 import samplers
 from conftest import shell
 from distributed import InputError, whole_file
-from modalities import MODALITIES, PLAIN, PLAINLY, Shown, shown_of
+from modalities import MODALITIES, PLAIN_FACTS, PLAIN_SHOWN, Shown, shown_of
 from sample import Request
 from weights import DEMO, load_checkpoint
 
@@ -85,13 +85,14 @@ def test_maps_that_do_not_align_are_refused(tmp_path):
     np.save(tmp_path / "d.npy", np.random.default_rng(0).random((60, 50)))
     request = Request(0, "a", 0, {"rgb": tmp_path / "a.png", "depth": tmp_path / "d.npy"})
     crop, full = (sample.fit_of(mode, 32, 8) for mode in ("crop", "full"))
-    facts = {"rgb": PLAIN, "depth": PLAIN}
-    one = sample.read_input(request, crop, False, facts, PLAINLY)
+    facts = {"rgb": PLAIN_FACTS, "depth": PLAIN_FACTS}
+    one = sample.read_input(request, crop, False, facts, PLAIN_SHOWN)
     assert one.pixels["depth"].shape == (3, 32, 32) and one.shape is None
     assert all(np.array_equal(one.whole[m], pixels) for m, pixels in one.pixels.items())
     with pytest.raises(InputError, match="d.npy: its size does not match that of rgb"):
-        sample.read_input(request, full, True, facts, PLAINLY)
-    one = sample.read_input(request._replace(files={"rgb": tmp_path / "a.png"}), full, True, facts, PLAINLY)
+        sample.read_input(request, full, True, facts, PLAIN_SHOWN)
+    alone = request._replace(files={"rgb": tmp_path / "a.png"})
+    one = sample.read_input(alone, full, True, facts, PLAIN_SHOWN)
     assert one.pixels["rgb"].shape == (3, 48, 32) and one.whole["rgb"].shape == (3, 60, 40)
     assert one.shape == (60, 40)
 
@@ -131,7 +132,7 @@ def test_understand_shows_the_bundled_scenes_beside_the_truth(tmp_path, command)
     truth = np.asarray(Image.open(given.replace("/rgb/", "/depth/")).convert("L")) / 255.0
     assert np.corrcoef(truth.ravel(), depth.ravel())[0, 1] > 0.8  # the demo weights do understand
     crop = sample.fit_of("crop", 64, 8)
-    truths = sample.truth_pictures({"rgb": pathlib.Path(given)}, MODALITIES, crop, {"rgb": PLAIN})
+    truths = sample.truth_pictures({"rgb": pathlib.Path(given)}, MODALITIES, crop, {"rgb": PLAIN_FACTS})
     assert truths.keys() == {"depth", "normal", "seg"}
     labels = 4 + 3  # all modalities, and the truth of three of them
     assert Image.open(tmp_path / "grid.png").width == labels * 132 + 4
@@ -395,7 +396,8 @@ def test_a_given_map_is_written_as_it_was_given(tmp_path):
     request = sample.Request(0, "s", 0, {"seg": tmp_path / "s.png"})
     for mode in ("crop", "full"):
         fit = sample.fit_of(mode, 64, 16)
-        read = sample.read_input(request, fit, mode == "full", {"seg": PLAIN}, Shown(uncovered="colour"))
+        facts, shown = {"seg": PLAIN_FACTS}, Shown(uncovered="colour")
+        read = sample.read_input(request, fit, mode == "full", facts, shown)
         assert read.pixels["seg"][:, 0, 0].max() > -1 and (read.whole["seg"][:, :, :32] == -1).all()
     for shown in ({"depth_over": "banana"}, {"depth_over": ["crop"]}, {"x": 1}, 3,
                   {"depth_norm": "log"}, {"depth_target": None}):

@@ -362,6 +362,7 @@ def test_a_preview_is_drawn_where_the_autoencoder_is(cache, tmp_path, command, m
     (("--eval-toy", "2"), "--eval-every N goes with"),
     (("--eval-every", "2", "--eval-toy", "-3"), "--eval-toy -3: must be at least 1"),
     (("--rename", "seg=canny"), "--rename: belongs to --init"),
+    (("--eval-every", "-5"), "--eval-every -5: must be at least 0"),
     (("--lr", "nan"), r"must lie in \[1e-12, 1000\]"),
     (("--repa-weight", "nan"), r"must lie in \[0, 1000\]"),
     (("--middle-weight", "-1"), r"--middle-weight -1.0: must lie in \[0, 1000\]"),

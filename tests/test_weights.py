@@ -136,7 +136,7 @@ def test_init_from_rgb_models(kind, tmp_path):
     torch.save(siblings(kind, source), tmp_path / "s.pt")
     target = build_model("T/2", num_classes=12, latent_size=16)
     checkpoint = load_checkpoint(tmp_path / "s.pt")
-    table, _ = weights.fit(target, meta, checkpoint, "s.pt")
+    table, _ = weights.init_from(target, meta, checkpoint, "s.pt")
     assert checkpoint["origin"] == kind and f"({kind}" in table
     mine, theirs = target.state_dict(), source.state_dict()
     taken = ["heads.0.linear.weight", "heads.0.linear.bias", "blocks.3.attn.qkv.weight", "y_embedder.weight"]
@@ -170,7 +170,7 @@ def test_a_modality_of_the_file_goes_on_under_another_name(tmp_path):
     for old, kept in ((names, True), (None, False)):
         model = build_model("T/2", ["rgb", "depth", "normal", "canny"], 12, 4, 16)
         both = old and (old, list(model.modalities))
-        table, taken = weights.fit(model, meta, load_checkpoint(tmp_path / "a.pt"), "a.pt", names=both)
+        table, taken = weights.init_from(model, meta, load_checkpoint(tmp_path / "a.pt"), "a.pt", names=both)
         head = torch.equal(model.heads[3].linear.weight, source.heads[3].linear.weight)
         columns = model.x_embedder.proj.weight[:, 12:]
         same_columns = torch.equal(columns, source.x_embedder.proj.weight[:, 12:])
@@ -187,20 +187,20 @@ def test_init_matches_modalities_by_name(tmp_path):
     """From (rgb, depth, normal, seg) to (rgb, normal): the normals' head and columns come along."""
     source, meta = ours(tmp_path / "a.pt")
     model = build_model("T/2", ["rgb", "normal"], 12, 4, 16)
-    weights.fit(model, meta, load_checkpoint(tmp_path / "a.pt"), "a.pt")
+    weights.init_from(model, meta, load_checkpoint(tmp_path / "a.pt"), "a.pt")
     mine, theirs = model.state_dict(), source.state_dict()
     assert torch.equal(mine["heads.1.linear.weight"], theirs["heads.2.linear.weight"])
     assert torch.equal(mine["x_embedder.proj.weight"][:, 4:], theirs["x_embedder.proj.weight"][:, 8:12])
     assert torch.equal(mine["task_embedder.weight"], theirs["task_embedder.weight"][[0, 1, 3]])
     with pytest.raises(InputError, match="scale is"):
-        weights.fit(model, {**meta, "scale": 2.0}, load_checkpoint(tmp_path / "a.pt"), "a.pt")
+        weights.init_from(model, {**meta, "scale": 2.0}, load_checkpoint(tmp_path / "a.pt"), "a.pt")
 
 
 def test_init_takes_middle_heads_by_name_or_leaves_them_new(tmp_path):
     for middle in (True, False):
         source, meta = ours(tmp_path / "a.pt", name=SMALL, middle_heads=middle)
         model = build_model(SMALL, ["rgb", "normal"], 12, 4, 16, middle_heads=True)
-        table, taken = weights.fit(model, meta, load_checkpoint(tmp_path / "a.pt"), "a.pt")
+        table, taken = weights.init_from(model, meta, load_checkpoint(tmp_path / "a.pt"), "a.pt")
         mine = model.middle_heads[1].linear.weight
         assert ("middle_heads.1.linear.weight" in taken) == middle
         if middle:
@@ -226,7 +226,7 @@ def test_init_with_other_classes_and_resolution(tmp_path):
     source, meta = ours(tmp_path / "a.pt")
     model = build_model("T/2", num_classes=3, latent_size=24)
     meta = {**meta, "class_names": ["c5", "cat", "c0"], "latent_size": [24, 24]}
-    table, _ = weights.fit(model, meta, load_checkpoint(tmp_path / "a.pt"), "a.pt")
+    table, _ = weights.init_from(model, meta, load_checkpoint(tmp_path / "a.pt"), "a.pt")
     y = source.y_embedder.weight
     assert torch.equal(model.y_embedder.weight, y[[5, 12, 0, 12]])  # an unknown class is the null class
     assert "inflated    2  pos_embed, y_embedder" in table and "class rows: 2 of 3 known" in table
@@ -243,7 +243,7 @@ def rows_taken(folder, old, new):
     checkpoint = load_checkpoint(folder / "a.pt")
     checkpoint["config"]["meta"]["class_names"] = [] if isinstance(old, int) else list(old)
     model = build_model("T/2", num_classes=len(new), latent_size=16)
-    table, _ = weights.fit(model, {**meta, "class_names": list(new)}, checkpoint, "a.pt")
+    table, _ = weights.init_from(model, {**meta, "class_names": list(new)}, checkpoint, "a.pt")
     same = (model.y_embedder.weight[:, None] == source.y_embedder.weight[None]).all(2)
     return [row.nonzero().item() for row in same], table
 
@@ -343,6 +343,12 @@ def test_a_text_stands_for_the_link_to_the_latest_checkpoint(tmp_path, monkeypat
     (tmp_path / "runs/named/latest.pt").write_text("ckpt/1.pt\n")
     (tmp_path / "runs/lost/latest.pt").write_text("ckpt/2.pt")
     assert str(weights.newest_checkpoint()) == "runs/named/latest.pt"
+    assert weights.newest_checkpoint("mt-diffusion") == weights.DEMO / "mmgen.pt"  # of that there is none
+    checkpoint = torch.load("runs/linked/ckpt/1.pt", weights_only=True)
+    checkpoint["config"]["train"]["method"] = "mt-diffusion"
+    torch.save(checkpoint, "runs/linked/ckpt/1.pt")  # the newest now, of the other method
+    assert str(weights.newest_checkpoint()) == "runs/named/latest.pt"
+    assert str(weights.newest_checkpoint("mt-diffusion")) == "runs/linked/latest.pt"
     for path in ("runs/named", "runs/named/latest.pt"):
         assert weights.locate(path) == tmp_path / "runs/named/ckpt/1.pt"
         assert load_checkpoint(path)["step"] == 7
@@ -486,7 +492,8 @@ def test_init_of_another_size_says_so(tmp_path):
     _, meta = ours(tmp_path / "a.pt")
     model = build_model("S/2", num_classes=3, latent_size=16)
     with pytest.raises(InputError, match="pass --model T/2"):
-        weights.fit(model, {**meta, "class_names": list("abc")}, load_checkpoint(tmp_path / "a.pt"), "a.pt")
+        other = {**meta, "class_names": list("abc")}
+        weights.init_from(model, other, load_checkpoint(tmp_path / "a.pt"), "a.pt")
     with pytest.raises(InputError, match="the form is hf:OWNER/REPOSITORY/FILE"):
         load_checkpoint("hf:foo")
 
