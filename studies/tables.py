@@ -30,16 +30,18 @@ def made_by(recipe):
 
 
 def demo_understand():
-    """results/demo_understand.json: eval_depth.py --toy."""
-    found, rows = read("demo_understand"), []
+    """results/demo_understand.json, demo_ensemble.json: eval_depth.py --toy, with --ensemble."""
+    found, several, rows = read("demo_understand"), read("demo_ensemble"), []
     names = {"abs_rel": ("depth AbsRel (disparity-aligned)", ".4f"),
              "normal_mean": ("normals, mean angle (degrees)", ".2f"),
              "miou": ("segmentation mIoU", ".3f")}
     for key, (name, form) in names.items():
         values = [part[key] for part in (found["ceiling"], found, found["mean_map"])]
-        gap = number(found["gap"][key], ".3f")
-        rows.append([name, *(number(value, form) for value in values), gap])
-    head = ["RGB given", "VAE ceiling", "demo weights", "mean map", "remaining gap"]
+        gaps = [number(run["gap"][key], ".3f") for run in (found, several)]
+        rows.append([name, *(number(value, form) for value in values), gaps[0], number(several[key], form),
+                     gaps[1]])
+    median = f"median of {several['recipe']['ensemble']} samples"
+    head = ["RGB given", "VAE ceiling", "demo weights", "mean map", "remaining gap", median, "remaining gap"]
     return table(head, rows) + "\n\n" + made_by(found["recipe"])
 
 
