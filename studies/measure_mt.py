@@ -160,7 +160,7 @@ def main():
         if pair == "masked":
             result = restoration(args, scenes, work)
         elif pair == "label":
-            result = classification(args, scenes, work)
+            result = {} if not loaded.train["x_weight"] else classification(args, scenes, work)
         elif pair == "feature":
             result = features(args, loaded, device)
         else:

@@ -77,10 +77,11 @@ def studied():
 
 
 def mt_studied():
-    """results/mt/<row>_<seed>.json, and what they are compared with: with the weights of `masked` what SDEdit
-    restores, and what it finds; with `feature` the training set's mean vector.
+    """results/mt/<row>_<seed>.json, and what stands beside them there: of `masked` what SDEdit restores and
+    what it finds, and what both make of the rest; of `feature` the training set's mean vector.
     """
-    found, beside = {}, {"sdedit": {}, "left grey": {}, "mean vector": {}}
+    names = "sdedit", "left grey", "outside", "sdedit outside", "mean vector"
+    found, beside = {}, {name: {} for name in names}
     for path in sorted((RESULTS / "mt").glob("*.json")):
         run, name = json.loads(path.read_text()), path.stem.split("_")[0]
         for title, (keys, _, _) in MT_STUDIED.items():
@@ -199,6 +200,7 @@ MT_CLAIMS = [
           SEGMENTS),
     Claim("Table 4, all rows seeing X", "seen", "single", SEGMENTS),
     Claim("Table 1: it restores better than SDEdit", "masked", "sdedit", FOUR),
+    Claim("Sec. 4.1: it keeps what is not hidden, SDEdit does not", "outside", "sdedit outside", FOUR),
     Claim("Table 1: SDEdit is worse than leaving the squares grey", "left grey", "sdedit", FOUR),
     Claim("Table 2: masked images make generation better (-X)", "masked", "plain", ("latent FD",)),
     Claim("Table 2: (-U)", "masked-u", "plain", ("latent FD",)),
