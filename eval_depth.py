@@ -12,7 +12,6 @@ depth files hold is said by DIR/tree.json or --depth-space: disparity (of 8 or 1
 worst cases).
 """
 import csv
-import functools
 import io
 import json
 from pathlib import Path
@@ -24,8 +23,8 @@ from PIL import Image
 import samplers
 from distributed import (barrier, check, check_apart, check_folder, check_ranges, check_replaced,
                          command_parser, reading, run, setup, whole_file, write_json)
-from evaluation import (Ceiling, ModelPredictor, Files, Pairs, ScanNet, Toy, Tree, compared, dense,
-                        evaluate, mean_of, panels_of, repeated, toy_training)
+from evaluation import (Ceiling, MeanMap, ModelPredictor, Files, Pairs, ScanNet, Toy, Tree, compared, dense,
+                        evaluate, panels_of, toy_training)
 from locks import only_writer
 from metrics import SEGMENTATION, UNKNOWN, Rules, metrics_of, print_table, results
 from modalities import MODALITIES, PLAIN_FACTS, PLAIN_SHOWN, VOID, draw_grid, shown_of, write_facts
@@ -300,8 +299,7 @@ def main():
         others = Tree(args.mean_of, loaded.meta, facts_of(args.mean_of, args.depth_space))
     if others:
         others.modalities = [m for m in asked if m in others.modalities]
-        maps = mean_of(others, predictors["ceiling"], source.palette)
-        predictors["mean_map"] = functools.partial(repeated, maps=maps)
+        predictors["mean_map"] = MeanMap(others, predictors["ceiling"], source.palette)
     with only_writer(args.out):
         if rank == 0:
             check_report(args.out)

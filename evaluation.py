@@ -4,6 +4,7 @@ shows of itself while it trains.
 A source gives frames with their truth, a predictor maps for frames, a metric (metrics.py) scores the maps of
 one modality; evaluate() brings them together and knows nothing else of them.
 """
+import functools
 import hashlib
 import os
 import random
@@ -403,10 +404,19 @@ def mean_of(source, ceiling, palette):
     return {m: MODALITIES[m].mean(total, count, palette) for m, total in sums.items()}
 
 
-def repeated(frames, maps):
-    """The predictor of the same maps for every frame."""
-    return [{m: MODALITIES[m].resize(map_, frame.truth[m].shape[:2])
-             for m, map_ in maps.items() if m in frame.truth} for frame in frames]
+class MeanMap:
+    """The predictor of the same maps for every frame: mean_of's, made when they are first needed."""
+
+    def __init__(self, source, ceiling, palette):
+        self.of = source, ceiling, palette
+
+    @functools.cached_property
+    def maps(self):
+        return mean_of(*self.of)
+
+    def __call__(self, frames):
+        return [{m: MODALITIES[m].resize(map_, frame.truth[m].shape[:2])
+                 for m, map_ in self.maps.items() if m in frame.truth} for frame in frames]
 
 
 # ------------------------------------------------------------------------------------------------

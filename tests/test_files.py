@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 import distributed
+import evaluation
 import listing
 import locks
 import modalities
@@ -629,6 +630,7 @@ def test_a_changed_photo_is_labelled_again(tmp_path, command, monkeypatch):
 
 def test_what_others_have_in_a_folder_is_left(tmp_path, command, monkeypatch):
     """Files of the names that a command writes, but not by it: refused, and as they were."""
+    monkeypatch.setattr(evaluation, "GUESSED", 20)
     files = {name: tmp_path / name for name in (
         "c/rgb.npy", "r/log.jsonl", "q/args.json", "e/per_image.csv", "f/grid.png", "g/maps.json", "m.ply",
         "m.png", "p/skipped.txt")}

@@ -306,7 +306,7 @@ def test_views_of_pictures(tree, tmp_path, command, monkeypatch):
     assert not whole.all() and np.array_equal(whole[..., ::-1], mirrored)
     assert np.array_equal(*rows("part", "labels"))
     assert (tmp_path / "part/names.txt").read_text().splitlines()[4].endswith(" (view 1)")
-    with pytest.raises(InputError, match="--views belong to --data"):
+    with pytest.raises(InputError, match="--views, .* belong to --data"):
         command("prep_latents", "--toy", 2, "--views", 2, "--out", tmp_path / "toy")
     normal[4:] = 0  # known above the part alone: such a view does not have it
     Image.fromarray(normal).save(path)
