@@ -23,7 +23,7 @@ from PIL import Image
 import samplers
 from distributed import (barrier, check, check_apart, check_folder, check_ranges, check_replaced,
                          command_parser, reading, run, setup, whole_file, write_json)
-from evaluation import (Ceiling, MeanMap, ModelPredictor, Files, Pairs, ScanNet, Toy, Tree, compared, dense,
+from evaluation import (Ceiling, Files, MeanMap, ModelPredictor, Pairs, ScanNet, Toy, Tree, compared, dense,
                         evaluate, panels_of, toy_training)
 from locks import only_writer
 from metrics import SEGMENTATION, UNKNOWN, Rules, metrics_of, print_table, results
@@ -269,13 +269,18 @@ def main():
     if palette:
         source.palette = read_palette(palette)
     seg_mode = source.seg_mode = args.seg_mode or source.seg_mode
+    others = toy_training() if args.toy else None
+    if args.mean_of:
+        others = Tree(args.mean_of, loaded.meta, facts_of(args.mean_of, args.depth_space))
     inner = {path.parent for files in source.files for path in files.values()}
+    inner.update(others.folders if others else ())
     check_folder(args.out, [*source.folders, *inner])
     if args.save_crops:
         check(not args.pred, "--save-crops with --pred: there are no pictures to crop")
         check_folder(args.save_crops, [*source.folders, *inner, args.out], "--save-crops")
     read = [path for files in source.files for path in files.values()]
-    said = [root / "tree.json" for root in (args.data, args.gt, args.pred) if root]
+    said = [root / "tree.json" for root in (args.data, args.gt, args.pred, args.mean_of)
+            if root]
     check_apart([args.json], [*read, *said, loaded and loaded.path])
     if rank == 0 and "depth" in asked:
         tell_depth(source, alignment, "by --alignment" if args.alignment else why, args.depth_range)
@@ -294,9 +299,6 @@ def main():
                                          **sampling._asdict()))
     else:
         predictors = {"value": source.predict}
-    others = toy_training() if args.toy else None
-    if args.mean_of:
-        others = Tree(args.mean_of, loaded.meta, facts_of(args.mean_of, args.depth_space))
     if others:
         others.modalities = [m for m in asked if m in others.modalities]
         predictors["mean_map"] = MeanMap(others, predictors["ceiling"], source.palette)

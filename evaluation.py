@@ -105,7 +105,7 @@ class Source:
 
 
 class Toy(Source):
-    """Toy scenes from a seed on: held-out ones."""
+    """Toy scenes from a seed on, by default held-out ones."""
 
     palette = toy_scenes.PALETTE
 
@@ -119,11 +119,11 @@ class Toy(Source):
         return Frame(i, self.names[i], self.truth(scene._asdict(), scene.rgb), scene.rgb)
 
 
-GUESSED = 2000  # scenes
+GUESSED = 2000  # scenes of training, whose mean is what guessing scores
 
 
 def toy_training():
-    """The toy scenes of training whose mean is what guessing scores."""
+    """Those scenes of training."""
     return Toy(GUESSED, 0)
 
 

@@ -221,7 +221,7 @@ def report_classes(out, requests, num_classes):
 
 
 # ------------------------------------------------------------------------------------------------
-# TranslationPredictor against the truth.
+# Translations against the truth.
 
 def score(args, loaded, encoder, chain, rank):
     """Print, and write to --json, the scores of translations of RGB and of the autoencoder alone."""

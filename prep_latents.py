@@ -1,7 +1,7 @@
 """Stage 2: encode every modality once into a memory-mapped cache that train.py reads (MMGen, Sec. 4.1).
 
     python prep_latents.py --toy 20000                                    # the toy world -> data/cache
-    torchrun --nproc_per_node=8 -- prep_latents.py --data imagenet_mm        # a folder of pictures
+    torchrun --nproc_per_node=8 -- prep_latents.py --data imagenet_mm     # a folder of pictures
     python prep_latents.py --data hypersim.jsonl --no-class               # an index of pictures, no classes
 
 The pictures are ROOT/{rgb,depth,normal,seg}/<class>/<name>.png, with equal names below each modality, or

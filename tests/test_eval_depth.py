@@ -621,6 +621,11 @@ def test_the_mean_of_other_frames_is_scored_beside(command, tmp_path):
     ceiling, value = found["three"]["ceiling"]["miou"], found["three"]["miou"]
     gap = (value - ceiling) / (others["miou"] - ceiling)
     assert found["three"]["gap"]["miou"] == pytest.approx(gap)
+    with pytest.raises(InputError, match="one/rgb"):
+        command("eval_depth", "--data", tmp_path / "three", *flags, "--out", tmp_path / "one/rgb")
+    assert not list((tmp_path / "one/rgb").glob("*.*"))
+    with pytest.raises(InputError, match="one/tree.json"):
+        command("eval_depth", "--data", tmp_path / "three", *flags, "--json", tmp_path / "one/tree.json")
     with pytest.raises(InputError, match="--mean-of belongs to --data"):
         command("eval_depth", "--toy", 1, *flags)
     with pytest.raises(InputError, match="the toy world's normals are in our axes"):
