@@ -165,7 +165,8 @@ def broadcast(value):
     """Process 0's value (picklable) on every process."""
     box = [value]
     if dist.is_initialized():
-        dist.broadcast_object_list(box)
+        with torch.inference_mode(False):  # as in gather
+            dist.broadcast_object_list(box)
     return box[0]
 
 
@@ -174,7 +175,8 @@ def gather(value):
     values = [value]
     if dist.is_initialized():
         values = [None] * dist.get_world_size()
-        dist.all_gather_object(values, value)
+        with torch.inference_mode(False):  # torch 2.5 fills tensors of its own, outside of that mode
+            dist.all_gather_object(values, value)
     return values
 
 

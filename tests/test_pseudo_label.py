@@ -51,7 +51,8 @@ def test_a_tree_that_prep_latents_reads(photos, command, tmp_path):
     command("pseudo_label", "--images", photos, "--out", out, *PY)
     assert len(read(out)) == 12
     depth = np.asarray(Image.open(out / "depth/a/0.png"))
-    assert depth.dtype == np.uint16 and depth.shape == (80, 96) and depth.min() == 0 and depth.max() == 65535
+    assert depth.dtype in (np.uint16, np.int32) and depth.shape == (80, 96)  # the latter of an older Pillow
+    assert depth.min() == 0 and depth.max() == 65535
     seg = np.asarray(Image.open(out / "seg/a/0.png"))
     assert len(np.unique(seg.reshape(-1, 3), axis=0)) == 2
     assert (seg[:10, :10] == seg[0, 0]).all() and (seg[20, 20] != seg[0, 0]).any()
