@@ -27,6 +27,7 @@ from evaluation import (Ceiling, Files, MeanMap, ModelPredictor, Pairs, ScanNet,
                         evaluate, panels_of, toy_training)
 from locks import only_writer
 from metrics import SEGMENTATION, UNKNOWN, Rules, metrics_of, print_table, results
+from mix import tell_untrained
 from modalities import MODALITIES, PLAIN_FACTS, PLAIN_SHOWN, VOID, draw_grid, shown_of, write_facts
 from trees import facts_of, read_palette, sampled
 from vae import encoder_of
@@ -244,17 +245,19 @@ def main():
     args = arguments()
     sampling = samplers.from_flags(args)
     rank, _, device = setup()
-    loaded, palette, shown = None, args.palette, PLAIN_SHOWN
+    loaded, shown = None, PLAIN_SHOWN
     if args.pred:
         alignment, why = args.alignment or "disparity", "by default"
         source = truth_of(args, None, alignment)
-        palette = palette or (args.pred / "meta.json" if sampled(args.pred) else None)
+        if source.palette is None and sampled(args.pred):
+            source.palette = read_palette(args.pred / "meta.json")
     else:
         loaded = load_model(args.ckpt or newest_checkpoint(), device)
         known = loaded.model.modalities
         check("rgb" in known and len(known) > 1, f"{loaded.path}: predicts nothing of RGB, it has "
               f"{', '.join(known)}")
         samplers.check_model(loaded, sampling)
+        tell_untrained(loaded, ("rgb",))
         samplers.prepare(loaded.model, args.precision, args.compile)
         encoder = encoder_of(loaded.meta, device, args.vae)
         shown = shown_of(loaded.meta, loaded.path)
@@ -266,12 +269,13 @@ def main():
     check(both and set(asked) <= set(both), f"--modality {' '.join(asked)}: there are "
           f"{', '.join(both) or 'none'} in both truth and prediction")
     source.modalities, source.axes = asked, args.axes  # nothing else is read
-    if palette:
-        source.palette = read_palette(palette)
-    seg_mode = source.seg_mode = args.seg_mode or source.seg_mode
     others = toy_training() if args.toy else None
     if args.mean_of:
         others = Tree(args.mean_of, loaded.meta, facts_of(args.mean_of, args.depth_space))
+    for each in filter(None, (source, others) if args.palette else ()):
+        each.palette = read_palette(args.palette)
+    seg_mode = source.seg_mode = args.seg_mode or source.seg_mode
+    palette = source.palette if seg_mode == "semantic" else None
     inner = {path.parent for files in source.files for path in files.values()}
     inner.update(others.folders if others else ())
     check_folder(args.out, [*source.folders, *inner])
@@ -284,7 +288,7 @@ def main():
     check_apart([args.json], [*read, *said, loaded and loaded.path])
     if rank == 0 and "depth" in asked:
         tell_depth(source, alignment, "by --alignment" if args.alignment else why, args.depth_range)
-    rules = Rules(alignment, args.depth_range, seg_mode, source.palette, args.eps)
+    rules = Rules(alignment, args.depth_range, seg_mode, palette, args.eps, source.void)
     recipe = dict(**source.recipe, count=total, modalities=asked,
                   alignment=f"{alignment}, least squares per image", depth_range=args.depth_range,
                   axes=args.axes, seg_mode=seg_mode, cityscapes_eps=args.eps, torch=torch.__version__,
@@ -301,15 +305,16 @@ def main():
         predictors = {"value": source.predict}
     if others:
         others.modalities = [m for m in asked if m in others.modalities]
-        predictors["mean_map"] = MeanMap(others, predictors["ceiling"], source.palette)
+        numbered = metrics_of(asked, rules._replace(palette=others.palette))  # as its own files' labels are
+        predictors["mean_map"] = MeanMap(others, Ceiling(encoder, size, numbered, shown), palette)
     with only_writer(args.out):
         if rank == 0:
             check_report(args.out)
             if args.save_maps:
                 claim_maps(args.out, source)
             if args.save_crops:
-                palette = None if source.palette is None else source.palette.tolist()
-                told = dict(depth_space="depth", seg_mode=seg_mode, palette=palette, void=VOID)
+                colours = None if palette is None else palette.tolist()
+                told = dict(depth_space="depth", seg_mode=seg_mode, palette=colours, void=VOID)
                 claim_crops(args.save_crops, source, told)
         barrier()
 
@@ -331,8 +336,9 @@ def report(args, source, predict, scored, recipe):
     asked, total = source.modalities, len(source.names)
     found = {name: results(metrics) for name, metrics in scored.items()}
     metrics, result = scored["value"], found.pop("value")
-    check(result, f"none of the {total} frames has a valid truth in {', '.join(asked)} "
-          f"(depth between {args.depth_range[0]} and {args.depth_range[1]}; unknown pixels are not scored)")
+    check(result, f"none of the {total} frames has a valid truth in {', '.join(asked)} (depth between "
+          f"{args.depth_range[0]} and {args.depth_range[1]}, colours near the palette's; unknown pixels are "
+          "not scored)")
     result |= found
     if "mean_map" in found:
         ceiling, guessed = found["ceiling"], found["mean_map"]
@@ -343,6 +349,10 @@ def report(args, source, predict, scored, recipe):
     unknown = [name for i, name in enumerate(source.names) if i not in valid]
     result |= dict(no_valid_depth=unknown, recipe=recipe)
     print_table(metrics, result)
+    for m, metric in metrics.items():
+        if metric.pooled.get("unknown"):
+            share = metric.pooled["unknown"] / metric.pooled["pixels"]
+            print(f"{m}: {share:.1%} of the true pixels are void or of no class, and not scored")
     if unknown:
         print(f"{len(unknown)} of {total} frames have no valid depth and are left out of the depth figures: "
               f"{', '.join(unknown[:10])}{' ...' if len(unknown) > 10 else ''}")

@@ -21,8 +21,8 @@ import samplers
 import toy_scenes
 from distributed import InputError, barrier, check, gather, place, reading, share, whole_file
 from metrics import Rules, metric_class, metrics_of, results
-from modalities import (MODALITIES, PLAIN_FACTS, PLAIN_SHOWN, check_turned, draw_grid, draw_samples,
-                        draw_sheet, is_array, nearest_colour, shown_of, turned_of)
+from modalities import (MODALITIES, PLAIN_FACTS, PLAIN_SHOWN, check_turned, draw_grid, is_array,
+                        nearest_colour, shown_of, turned_of)
 from trees import facts_of, find_pictures, flat_name, folders_of, pictures_by_stem, sampled, stem_of
 from vae import encoder_of, latents
 from weights import classes_of
@@ -81,7 +81,7 @@ class Source:
     truth (a caller may narrow them), what its segmentation is, and load(i) -> Frame.
     """
 
-    palette, seg_mode, folders, files = None, "semantic", (), ()
+    palette, seg_mode, void, folders, files = None, "semantic", None, (), ()
     axes = "ours"  # of the true normals
 
     def frame(self, i):
@@ -145,7 +145,7 @@ class Files(Source):
         return self.facts._replace(palette=self.palette if self.seg_mode == "semantic" else None)
 
     def load(self, i):
-        """RGB is brought to the truth's size, and both are cut to the centre square; without RGB nothing is.
+        """RGB and truth, each at its own size, are cut to the centre square; without RGB nothing is.
 
         Raises InputError where they differ in shape.
         """
@@ -157,17 +157,14 @@ class Files(Source):
                  for m, raster in rasters.items() if m != "rgb"}
         if "rgb" not in files:
             return Frame(i, name, truth)
-        rgb = Image.fromarray(MODALITIES["rgb"].array(rasters["rgb"]))
-        truth = self.truth(truth, np.asarray(rgb))
+        rgb = MODALITIES["rgb"].array(rasters["rgb"])
+        truth, (high, wide) = self.truth(truth, rgb), rgb.shape[:2]
         for m, array in truth.items():
             height, width = array.shape[:2]
-            check(abs(rgb.width / rgb.height / (width / height) - 1) <= 0.02, f"{name}: the RGB is "
-                  f"{rgb.width}x{rgb.height}, its {m} {width}x{height}; they must show the same view")
-        if rgb.size != (width, height):
-            rgb = rgb.resize((width, height), Image.Resampling.BICUBIC)
-        label = self.classes.get(name)
+            check(abs(wide * height / (high * width) - 1) <= 0.02, f"{name}: the RGB is {wide}x{high}, its "
+                  f"{m} {width}x{height}; they must show the same view")
         truth = {m: square(array) for m, array in truth.items()}
-        return Frame(i, name, truth, square(np.asarray(rgb)), label)
+        return Frame(i, name, truth, square(rgb), self.classes.get(name))
 
 
 class ScanNet(Files):
@@ -242,6 +239,7 @@ class Tree(Files):
               f"{', '.join(dense())}; found {', '.join(found) or 'none'}")
         self.names, self.files = matched(found)
         self.modalities, self.facts, self.folders = available(found), facts, list(folders.values())
+        self.void = facts.void
         if "instance" in (facts.seg_mode, meta["seg_mode"]):  # one of both knows no classes
             self.seg_mode = "instance"
         self.palette = facts.palette
@@ -250,9 +248,9 @@ class Tree(Files):
         self.places = {name: stem_of(path, folders["rgb"]) for name, path in found["rgb"].items()}
         within = {name: PurePosixPath(place).parent.as_posix() for name, place in self.places.items()}
         known = classes_of(set(within.values()), meta["class_names"])
-        self.classes = {name: known[folder] for name, folder in within.items()}
+        if facts.classes != "none":
+            self.classes = {name: known[folder] for name, folder in within.items()}
         self.recipe = dict(source="folder", folder=root.name, depth_space=facts.depth_space)
-
 
     def place(self, i):
         return self.places[self.names[i]]
@@ -266,7 +264,8 @@ class Pairs(Files):
         of_pred, of_gt = folders_of(pred), folders_of(gt)
         both = [m for m in dense() if m in of_pred and m in of_gt]
         self.modalities, self.facts, self.alignment = modalities or both, facts, alignment
-        self.seg_mode, self.palette = facts.seg_mode or self.seg_mode, facts.palette
+        self.seg_mode, self.palette, self.void = facts.seg_mode or self.seg_mode, facts.palette, facts.void
+        self.of_pred = facts_of(pred)
         alone = len(self.modalities) == 1  # its files may lie in the folders themselves
         check(alone or (both and set(self.modalities) <= set(both)),
               f"--pred {pred} --gt {gt}: no {'/ '.join(dense())}/ folder in both; name one with --modality "
@@ -275,15 +274,14 @@ class Pairs(Files):
         predictions = {f"predicted_{m}": stems(of_pred.get(m, pred)) for m in self.modalities}
         self.folders = [folder.get(m, base) for m in self.modalities
                         for folder, base in ((of_gt, gt), (of_pred, pred))]
-        self._check_space(pred, predictions.get("predicted_depth", {}).values())
+        self._check_space(pred, self.of_pred, predictions.get("predicted_depth", {}).values())
         self.names, self.files = matched(truth | predictions)
         self.recipe = dict(source="predictions", pred=pred.name, gt=gt.name, depth_space=facts.depth_space)
 
-    def _check_space(self, pred, files):
+    def _check_space(self, pred, facts, files):
         """Raise InputError where depth is predicted in another space than the alignment's, or in which one
         nobody says.
         """
-        facts = facts_of(pred)
         space = None if facts.said == PLAIN_FACTS.said else facts.depth_space
         if space is None and sampled(pred):
             space = "disparity"
@@ -300,17 +298,27 @@ class Pairs(Files):
 
     def _prediction(self, frame, modality):
         files = self.files[frame.index]
-        path = files[f"predicted_{modality}"]
-        kind, facts = MODALITIES[modality], self.told()
+        path, truth, kind = files[f"predicted_{modality}"], files[modality], MODALITIES[modality]
         depth = self.alignment == "depth" and not is_array(path)  # a zero of an array is a value
-        raster = kind.open(path, facts._replace(depth_space="depth" if depth else "disparity"))
-        truth = files[modality]
+        facts = self.of_pred._replace(depth_space="depth" if depth else "disparity", palette=None)
+        raster = kind.open(path, facts)
+        if raster.labels is not None and self.told().palette is not None:
+            raster = self._labelled(path, facts)
         check_turned([raster._replace(path=truth, turned=turned_of(truth)), raster])
         found = metric_class(modality, self.seg_mode).read_prediction(kind, raster)
         size, wanted = found.shape[:2], frame.truth[modality].shape[:2]
         check(size == wanted, f"{path}: size {size}, its truth {files[modality]} has {wanted}; "
               "resize the prediction, never the truth")
         return found
+
+    def _labelled(self, path, facts):
+        """A file of labels, by the palette that numbers them: the predictions' own, whose colours are taken
+        where the truth has another one, else the truth's -> Raster.
+        """
+        told, own = self.told(), self.of_pred.palette
+        raster = MODALITIES["seg"].open(path, facts._replace(palette=told.palette if own is None else own))
+        same = own is None or np.array_equal(own, told.palette)
+        return raster._replace(labels=raster.labels if same else None, facts=told)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -466,6 +474,23 @@ def compared(metrics, frame, maps):
     return line
 
 
+def draw_samples(samples, modalities, title, cell=96):
+    """A labelled grid of pixels (n, M, 3, H, W), each modality as it looks."""
+    rows = []
+    for sample in samples:
+        rows.append([MODALITIES[m].picture(MODALITIES[m].from_pixels(p)) for m, p in zip(modalities, sample)])
+    return draw_grid(rows, [f"{m}\n({title})" for m in modalities], cell)
+
+
+def draw_sheet(grids):
+    """Grids of one size on one sheet, two in a line."""
+    width, height = grids[0].size
+    sheet = Image.new("RGB", (width * 2, height * ((len(grids) + 1) // 2)), "white")
+    for i, grid in enumerate(grids):
+        sheet.paste(grid, (i % 2 * width, i // 2 * height))
+    return sheet
+
+
 # ------------------------------------------------------------------------------------------------
 # A run that is being trained; for what an objective brings see train.MMGen.
 
@@ -513,7 +538,7 @@ class Trial:
             source.frame(i)  # a file that cannot be read ends a run before it begins
         self.encoder = encoder_of(self.meta, objective.device)
         target = shown_of(self.meta, "the cache's meta.json").depth_target
-        self.rules = Rules(target, seg_mode=source.seg_mode, palette=source.palette)
+        self.rules = Rules(target, seg_mode=source.seg_mode, palette=source.palette, void=source.void)
 
     def score(self, network, path):
         """-> {score: value}, the same on all processes; path: a picture of the first four frames."""

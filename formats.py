@@ -18,15 +18,15 @@ class Format(NamedTuple):
     lies: str                  # the same for a reader
     files: dict = {}           # {modality: patterns of paths, the better first}
     depth_space: str = "depth"
-    depth_unit: float = None   # metres of a level; None: floats, in metres
+    depth_unit: float = None   # metres of a level of 16 bits or more; None: there are floats alone, in metres
     focal: float = None        # pixels, of pictures of `width`
     width: int = None          # None: of the depth files' own
     intrinsics: str = None     # a scene's file beside the depth's folder; the focal length comes first
     along_ray: bool = False    # depth is the distance from the camera
     within: float = None       # seconds: names are times, and the nearest one is the partner
     palette: tuple = None      # colours of the labels that are written
-    void: int = VOID           # the written label of unknown pixels
-    labels: tuple = None       # the written label of each of the files' labels; None: they stay
+    void: int = VOID           # the label of unknown pixels, in the files and as written
+    labels: tuple = None       # the written label of each of the files'; None: they stay
 
 
 CAMVID = ((128, 128, 128), (128, 0, 0), (192, 192, 128), (128, 64, 128), (60, 40, 222), (128, 128, 0),
@@ -44,7 +44,8 @@ SHOT = r"(?:(?P<scene>(?!images/).+?)/)?(?:images/)?scene_(?P<view>cam_\d+)_"  #
 CITY = r"(?:(?P<scene>[^/]+/[^/]+)/)"
 
 FORMATS = {
-    "generic": Format("--color, --depth, --label: folders with equal names, or as many files in equal order"),
+    "generic": Format("--color, --depth, --label: folders with equal names, or as many files in equal order",
+                      depth_unit=0.001),
     "scannet": Format(
         "<scene>/{color,depth}/<n>, mm; focal length of <scene>/intrinsic/intrinsic_depth.txt",
         {"rgb": (SCENE + r"color/(?P<name>\d+)\.(?:jpg|png)",),

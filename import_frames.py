@@ -92,18 +92,24 @@ def width_of(frame, row):
     return read_depth(frame.files["depth"], row.depth_space).size[0]
 
 
-def written_depth(raster, row, scale, focal):
+def written_depth(raster, recipe, focal):
     """A depth file's Raster -> what is written, 0 where unknown: uint16 (H, W) of its levels, else metres,
-    float32.
+    float32; focal in pixels, where depth is along the ray.
 
-    scale: metres of a level, or of a float's 1; focal in pixels, where depth is along the ray.
+    Raises InputError for levels of which nobody says what one is in metres.
     """
-    values, top = np.where(raster.known, raster.values, 0), raster.top
+    row, values, path = recipe.row, np.where(raster.known, raster.values, 0), raster.path
+    whole, short = values.dtype.kind in "iu", values.dtype == np.uint16
+    check(values.dtype != np.uint8 or recipe.unit, f"{path}: holds levels of 8 bits, of which nobody says "
+          "the unit; bring the data set's own 16 bits, or say --depth-unit METRES of a generic one")
     if row.depth_space == "disparity":
-        return np.maximum(values, 1).astype(np.uint16) - 1 if top else values.astype(np.float32)
-    if top:
-        return values.astype(np.uint16)
-    depth = values.astype(np.float64) * scale
+        return np.maximum(values, 1) - np.uint16(1) if short else values.astype(np.float32)
+    unit_of_one = recipe.unit or (row.depth_unit if whole else 1.0)
+    check(unit_of_one, f"{path}: holds levels; what one is in metres belongs into its row of FORMATS, as "
+          "depth_unit")
+    if short and not row.along_ray:
+        return values  # of the depth_unit of tree.json
+    depth = values.astype(np.float64) * unit_of_one
     return (along_axis(depth, focal) if row.along_ray else depth).astype(np.float32)
 
 
@@ -117,6 +123,8 @@ def read_labels(path, row):
     else:
         picture = read_picture(path)
         labels, own, turned = picture.values, picture.palette, picture.turned
+        if picture.alpha is not None and labels.ndim == 2:
+            labels = np.where(picture.alpha > 0, labels, row.void)
     check(labels.ndim == 2 and labels.dtype.kind in "iu", f"{path}: holds {labels.dtype} {labels.shape}; a "
           "label for each pixel is needed, whole numbers in one channel")
     table = row.labels or (row.palette and tuple(range(len(row.palette))))
@@ -165,7 +173,7 @@ class Recipe(NamedTuple):
     """What is made of every frame."""
     row: Format
     out: pathlib.Path
-    scale: float      # metres of a level, or of a float's 1
+    unit: float       # metres of a level of depth, or of a float's 1; None: the row's, or 1
     focal: float      # of --focal, in widths of the depth file; None: the scene's own
     normals: bool
 
@@ -186,13 +194,13 @@ class Recipe(NamedTuple):
         return focal and focal / (self.row.width or width_of(frame, self.row))
 
 
-ENDINGS = {"rgb": (".png", ".jpg", ".jpeg"), "depth": (".png", ".npy")}
+ENDINGS = {"rgb": (".png", ".jpg", ".jpeg"), "depth": (".png", ".npy"), "normal": (".png",), "seg": (".png",)}
 
 
 def written(out, m, frame):
     """The file of a frame that is there already, None where there is none."""
-    place = out / m / frame.scene
-    paths = (place / f"{frame.name}{ending}" for ending in ENDINGS.get(m, (".png",)))
+    place, endings = out / m / frame.scene, ENDINGS.get(m) or (frame.files[m].suffix.lower(),)
+    paths = (place / f"{frame.name}{ending}" for ending in endings)
     return next(filter(pathlib.Path.is_file, paths), None)
 
 
@@ -208,7 +216,7 @@ def save_picture(path, values, palette=None, photo=None):
     """Write a PNG, uint8 labels in a palette's colours where there is one; photo: what it was made of."""
     image, text = Image.fromarray(values), PngImagePlugin.PngInfo()
     if palette is not None and values.dtype == np.uint8:
-        image.putpalette(palette.tobytes())
+        image.putpalette(palette.tobytes().ljust(768, b"\0"))  # of fewer bits it would cut the label of void
     if photo is not None:
         text.add_text("photo", photo)
     with whole_file(path) as file:
@@ -218,6 +226,11 @@ def save_picture(path, values, palette=None, photo=None):
 def save_array(path, values):
     with whole_file(path) as file:
         np.save(file, values)
+
+
+def copy_file(path, source):
+    with whole_file(path) as file:
+        file.write(source.read_bytes())
 
 
 def import_frame(recipe, frame):
@@ -236,18 +249,20 @@ def import_frame(recipe, frame):
           "--focal PIXELS, at the depth files' own width, or --no-normals")
     if "depth" in frame.files:
         depth = rasters["depth"] = read_depth(frame.files["depth"], recipe.row.depth_space)
-        maps["depth"] = written_depth(depth, recipe.row, recipe.scale, focal and focal * depth.size[0])
+        maps["depth"] = written_depth(depth, recipe, focal and focal * depth.size[0])
     if "seg" in frame.files:
         rasters["seg"], palette = read_labels(frame.files["seg"], recipe.row)
         maps["seg"] = rasters["seg"].values
+    for m in there.keys() - ENDINGS.keys():  # a modality of one's own: its files as they are
+        rasters[m] = MODALITIES[m].open(frame.files[m])
     _check_sizes(rasters)
     if "normal" in there:
         maps["normal"] = _normal_picture(frame, maps.get("depth"), focal)
-    for m in ("depth", "normal", "seg"):
-        if m not in there or there[m]:
-            continue
+    for m in (m for m in there if m != "rgb" and not there[m]):
         place = out / m / frame.scene
-        if maps[m].dtype == np.float32:
+        if m not in maps:
+            copy_file(place / f"{frame.name}{frame.files[m].suffix.lower()}", frame.files[m])
+        elif maps[m].dtype == np.float32:
             save_array(place / f"{frame.name}.npy", maps[m])
         else:
             save_picture(place / f"{frame.name}.png", maps[m], palette if m == "seg" else None)
@@ -258,10 +273,7 @@ def import_frame(recipe, frame):
 
 def _share(path, row):
     """The share of known pixels of a depth file that was written; of no file None."""
-    if path is None:
-        return None
-    known = read_depth(path, row.depth_space).known
-    return float(known.mean())
+    return path and float(read_depth(path, row.depth_space).known.mean())
 
 
 def _check_sizes(rasters):
@@ -294,8 +306,7 @@ def _save_rgb(place, rasters):
     size = rasters["depth"].size if "depth" in rasters else rgb.size
     ending = rgb.path.suffix.lower()
     if rgb.size == size and rgb.turned == 1 and ending in ENDINGS["rgb"]:
-        with whole_file(place.with_name(f"{place.name}{ending}")) as file:
-            file.write(rgb.path.read_bytes())
+        copy_file(place.with_name(f"{place.name}{ending}"), rgb.path)
         return
     image = Image.fromarray(MODALITIES["rgb"].array(rgb))
     save_picture(place.with_name(f"{place.name}.png"), np.asarray(cover(image, size)), photo=sha256(rgb.path))
@@ -316,8 +327,8 @@ def told_of(recipe, frames, classes):
     told = {} if classes else {"classes": "none"}
     if "depth" in first.files:
         told.update(depth_space=row.depth_space, depth_void=0)
-        if row.depth_space == "depth" and not is_array(first.files["depth"]) and not row.along_ray:
-            told["depth_unit"] = recipe.scale
+        if row.depth_space == "depth" and row.depth_unit:
+            told["depth_unit"] = recipe.unit or row.depth_unit
     if "seg" in first.files:
         told.update(seg_mode="semantic", void=row.void)
         if row.palette is not None:
@@ -401,18 +412,13 @@ def checked(args):
 
 
 def recipe_of(args, frames):
-    """The flags, and the first frame's depth, which tells what a unit and a focal length are of -> Recipe."""
-    row, scale, focal = FORMATS[args.format], args.depth_unit, args.focal
-    depth = frames[0].files.get("depth")
-    floats = depth is not None and (is_array(depth) or row.along_ray)
-    levels = depth is not None and not floats and row.depth_space == "depth"
-    check(not levels or scale or row.depth_unit or args.format == "generic", f"{depth}: holds levels; what "
-          f"one is in metres belongs into {args.format}'s row of FORMATS, as depth_unit")
-    scale = scale or row.depth_unit or (1.0 if floats else 0.001)
+    """The flags, and the first frame's depth, which tells what a focal length is of -> Recipe."""
+    row, focal = FORMATS[args.format], args.focal
     if focal is not None:
-        check(depth is not None, f"--focal {focal}: is at the width of depth files, and there are none")
+        there = "depth" in frames[0].files
+        check(there, f"--focal {focal}: is at the width of depth files, and there are none")
         focal = focal / width_of(frames[0], row)
-    return Recipe(row, args.out, scale, focal, not args.no_normals and row.depth_space == "depth")
+    return Recipe(row, args.out, args.depth_unit, focal, not args.no_normals and row.depth_space == "depth")
 
 
 def main():

@@ -10,8 +10,8 @@ import numpy as np
 from scipy import ndimage
 
 from distributed import check, gather
-from modalities import (MODALITIES, PLAIN_SHOWN, VOID, Scalar, fill_unknown, label_colour, nearest_colour,
-                        segments, spoken, unit)
+from modalities import (MODALITIES, PLAIN_SHOWN, VOID, Disparity, Scalar, fill_unknown, label_colour,
+                        nearest_colour, segments, spoken, unit)
 
 UNKNOWN = -1                            # label of pixels that are not scored
 ANGLES = (5, 7.5, 11.25, 22.5, 30)      # degrees whose share is reported
@@ -25,9 +25,9 @@ THRESHOLDS = np.arange(1, 20) / 20      # of a soft edge map
 def align(prediction, depth, valid, space):
     """Scale and shift by least squares over the valid pixels, float64 -> depth (H, W) in the truth's unit.
 
-    space "disparity": fit s * p + t to 1 / depth, keep it above 1e-3, invert; "log": to log depth, of either
-    sign, and its exponential; "depth": to depth (Marigold's). A constant prediction gets the minimum-norm
-    solution.
+    space "disparity": fit s * p + t to 1 / depth, keep it above 1e-3 (of farther truth, above its least),
+    invert; "log": to log depth, of either sign, and its exponential; "depth": to depth (Marigold's). A
+    constant prediction gets the minimum-norm solution.
     """
     p, g = prediction.astype(np.float64), depth[valid].astype(np.float64)
     target = {"disparity": np.reciprocal, "log": np.log, "depth": np.positive}[space](g)
@@ -36,7 +36,7 @@ def align(prediction, depth, valid, space):
     fit = p * scale + shift
     if space == "log":
         return np.exp(np.minimum(fit, 700))  # beyond it is infinite
-    return 1 / np.maximum(fit, 1e-3) if space == "disparity" else fit
+    return 1 / np.maximum(fit, min(1e-3, target.min())) if space == "disparity" else fit
 
 
 def depth_scores(aligned, depth, valid):
@@ -63,14 +63,15 @@ def normal_scores(angle):
     return scores | {f"normal_{a}": 100 * np.mean(angle < a) for a in ANGLES}
 
 
-def semantic_scores(confusion, eps=None):
+def semantic_scores(confusion, eps=None, void=None):
     """Confusion (K, K), rows truth -> pixel accuracy, class accuracy, mIoU.
 
     Classes absent from both sides are ignored; eps (1e-12) counts them as 0, as CycleGAN's Cityscapes script
-    does.
+    does. void, a label, is no class: to predict it is an error.
     """
-    hit, total = np.diag(confusion).astype(np.float64), confusion.sum()
-    rows, columns = confusion.sum(1), confusion.sum(0)
+    total, classes = confusion.sum(), np.arange(len(confusion)) != void
+    hit = np.diag(confusion).astype(np.float64)[classes]
+    rows, columns = confusion.sum(1)[classes], confusion.sum(0)[classes]
     union = rows + columns - hit
 
     def mean_share(parts):
@@ -146,6 +147,12 @@ class Rules(NamedTuple):
     seg_mode: str = "semantic"          # which metric is segmentation's
     palette: np.ndarray = None          # semantic colours, uint8 (K, 3)
     eps: float = None                   # of semantic_scores
+    void: int = None                    # likewise
+
+
+def finite(array):
+    """Where all is finite: (H, W[, 3]) -> bool (H, W)."""
+    return np.isfinite(np.atleast_3d(array)).all(-1)
 
 
 def heat(error, top):
@@ -173,8 +180,11 @@ class Metric:
 
     @staticmethod
     def read(kind, raster):
-        """A file of truth -> the user's array, unknown pixels as the metric marks them."""
-        return kind.array(raster)
+        """A file of truth -> the user's array, unknown pixels as the metric marks them: NaN."""
+        array, known = kind.array(raster), raster.known
+        if known is None:
+            return array
+        return np.where(known if array.ndim == 2 else known[..., None], array, np.float32(np.nan))
 
     @classmethod
     def read_prediction(cls, kind, raster):
@@ -183,7 +193,10 @@ class Metric:
 
     def target(self, truth, shown=PLAIN_SHOWN):
         """The truth as the map that a perfect model predicts, whose maps are shown so."""
-        return truth
+        known = finite(truth)
+        if known.all():
+            return truth
+        return self.kind.from_pixels(self.kind.to_pixels(fill_unknown(truth, known)))
 
     def combine(self, maps):
         """K samples of one map -> one map and its spread a pixel, None where there is none."""
@@ -199,7 +212,8 @@ class Metric:
 
         Pools what is summed over the set. Raises InputError for predictions that cannot be scored.
         """
-        return {self.headline: np.abs(prediction.astype(np.float64) - truth).mean()}
+        error, known = np.abs(prediction.astype(np.float64) - truth), finite(truth)
+        return {self.headline: error[known].mean()} if known.any() else {}
 
     def pool(self, **sums):
         self.pooled |= {key: self.pooled.get(key, 0) + value for key, value in sums.items()}
@@ -229,12 +243,12 @@ class Metric:
         return {key: float(value) for key, value in self.over_set().items()} if self.rows else {}
 
     def look(self, array):
-        """Truth or prediction -> uint8 (H, W, 3)."""
-        return self.kind.picture(array)
+        """Truth or prediction -> uint8 (H, W, 3), black where unknown."""
+        return self.kind.picture(np.nan_to_num(array))
 
     def error(self, truth, prediction):
         """Errors (H, W), and the one that is shown white."""
-        return np.abs(self.look(truth).mean(-1) - self.look(prediction).mean(-1)), 255
+        return finite(truth) * np.abs(self.look(truth).mean(-1) - self.look(prediction).mean(-1)), 255
 
     def panels(self, truth, prediction):
         """Pictures uint8 (H, W, 3) of truth, prediction and error, and the map to save; None where nothing
@@ -255,7 +269,8 @@ class Depth(Metric):
 
     @staticmethod
     def read(kind, raster):
-        """-> metres, float64 (H, W), NaN where unknown; of disparity without a unit its inverse.
+        """-> metres, float64 (H, W), NaN where unknown; of disparity, which has no unit, its inverse, where
+        levels are in [0, 1] and the largest of floats is 1.
 
         Raises InputError for depth without a unit, and for a model's log depth, which is no truth.
         """
@@ -266,7 +281,8 @@ class Depth(Metric):
         if facts.depth_space == "disparity":
             disparity = Scalar.array(kind, raster).astype(np.float64)  # of levels in [0, 1]
             known = known & (disparity > 0)
-            return np.where(known, 1 / np.where(known, disparity, 1), np.nan)
+            top = 1 if raster.top else disparity.max(initial=0, where=known)
+            return np.where(known, top / np.where(known, disparity, 1), np.nan)
         depth = values.astype(np.float64)
         if values.dtype.kind in "iu":
             check(facts.depth_unit or values.dtype == np.uint16, f"{raster.path}: {values.dtype} levels "
@@ -363,8 +379,20 @@ class Segmentation(Metric):
 
     headline, rising = "miou", True
 
+    @property
+    def palette(self):
+        """The colours of the labels, uint8 (K, 3); None: nobody says."""
+        return self.rules.palette
+
     @staticmethod
     def read(kind, raster):
+        """Labels of a file of labels, or of which not all is known, else colours; those of no class are
+        unknown.
+        """
+        return Segmentation.read_prediction(kind, kind.of_classes(raster))
+
+    @staticmethod
+    def read_prediction(kind, raster):
         """Labels of a file of labels, or of which not all is known, else colours."""
         labels, palette = raster.labels, raster.facts.palette
         if labels is None and raster.known is None:
@@ -379,17 +407,13 @@ class Segmentation(Metric):
         if image.ndim == 3:
             return image
         colours = label_colour(image.clip(0))
-        if self.rules.palette is not None:
-            colours = self.rules.palette[image.clip(0, len(self.rules.palette) - 1)]
+        if self.palette is not None:
+            colours = self.palette[image.clip(0, len(self.palette) - 1)]
         return np.where((image == UNKNOWN)[..., None], np.uint8(0), colours)
 
     def target(self, image, shown=PLAIN_SHOWN):
         """Colours; unknown pixels take the nearest known label's."""
         return self.look(fill_unknown(image, image != UNKNOWN) if image.ndim == 2 else image)
-
-    def known(self, image):
-        """bool (H, W)"""
-        return image != UNKNOWN if image.ndim == 2 else np.ones(image.shape[:2], bool)
 
 
 class Semantic(Segmentation):
@@ -399,7 +423,7 @@ class Semantic(Segmentation):
         """Labels of a picture of labels or colours. Raises InputError for labels that the palette does not
         have.
         """
-        palette = self.rules.palette
+        palette = self.palette
         if image.ndim == 3:
             check(palette is not None, f"{name}: a picture of colours without --palette FILE (JSON list of "
                   "colours, or sample.py's meta.json); or compare segments with --seg-mode instance")
@@ -415,7 +439,7 @@ class Semantic(Segmentation):
 
     def combine(self, maps):
         """The vote, and the share of the samples that voted otherwise."""
-        palette = self.rules.palette
+        palette = self.palette
         if len(maps) == 1 or palette is None:
             return super().combine(maps)
         votes = np.stack([nearest_colour(image, palette) for image in maps])
@@ -424,6 +448,7 @@ class Semantic(Segmentation):
 
     def scores(self, name, truth, prediction):
         p, g = self.labels(name, prediction), self.labels(name, truth)
+        self.pool(pixels=g.size, unknown=(g == UNKNOWN).sum())
         p, g = p[g != UNKNOWN], g[g != UNKNOWN]
         if not len(g):
             return {}
@@ -436,9 +461,9 @@ class Semantic(Segmentation):
     def of_confusion(self, confusion):
         """semantic_scores of the palette's classes; without one, of those up to the highest label."""
         K = np.nonzero(confusion + confusion.T)[0].max(initial=0) + 1
-        if self.rules.palette is not None:
-            K = len(self.rules.palette)
-        return semantic_scores(confusion[:K, :K], self.rules.eps)
+        if self.palette is not None:
+            K = len(self.palette)
+        return semantic_scores(confusion[:K, :K], self.rules.eps, self.rules.void)
 
     def over_set(self):
         return self.of_confusion(self.pooled["confusion"])
@@ -450,6 +475,12 @@ class Semantic(Segmentation):
 
 class Instance(Segmentation):
     """Segments by whatever colours, matched in each image."""
+
+    palette = None  # a label is a segment, not a class
+
+    def known(self, image):
+        """bool (H, W)"""
+        return image != UNKNOWN if image.ndim == 2 else np.ones(image.shape[:2], bool)
 
     def scores(self, name, truth, prediction):
         known = self.known(truth)
@@ -484,7 +515,9 @@ def metrics_of(modalities, rules):
 
 
 def metric_class(modality, seg_mode="semantic"):
-    """The row of METRICS that scores a modality."""
+    """The row of METRICS that scores a modality. Raises InputError where a further disparity has none."""
+    check(modality in METRICS or not isinstance(MODALITIES[modality], Disparity), f"{modality}: is known up "
+          "to scale and shift; its scores need names of their own: a subclass of Depth, its row in METRICS")
     return SEGMENTATION[seg_mode] if modality == "seg" else METRICS.get(modality, Metric)
 
 

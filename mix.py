@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from distributed import check
+from distributed import check, say
 
 
 class Role(NamedTuple):
@@ -58,6 +58,16 @@ def check_mix(mix, model, cached):
           f"--mix {mix}: gives {', '.join(sorted(named)) or 'none by name'}, the cache has "
           f"{', '.join(cached)} and the model {', '.join(model)}; rgb must be there, and where all rows are "
           "given the same, another one")
+
+
+def tell_untrained(loaded, given):
+    """Print where a checkpoint of ours has not been trained with these modalities, and they alone, given."""
+    mix = loaded.train.get("mix")
+    kinds = {0: ("none",), 1: ("random", "subset", *given)}.get(len(given), ("subset",))
+    if mix in TASK_MIX and not any(role.given in kinds for role in TASK_MIX[mix]):
+        what = f"{' and '.join(given)} alone" if given else "nothing"
+        say(f"warning: {loaded.path} was trained with --mix {mix}, in which no row is given {what}: what it "
+            "draws of that was not learned")
 
 
 # ------------------------------------------------------------------------------------------------

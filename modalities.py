@@ -81,6 +81,7 @@ class Picture(NamedTuple):
     palette: np.ndarray = None  # uint8 (256, 3)
     alpha: np.ndarray = None    # uint8 (H, W), 0 = transparent
     turned: int = 1             # the orientation tag
+    narrowed: bool = False      # several channels of 16 bits, of which Pillow gives the upper 8
 
     @property
     def colours(self):
@@ -123,12 +124,14 @@ def read_picture(path):
     with reading(path, "replace or remove it"), Image.open(path) as image:
         check(image.width * image.height <= MAX_PIXELS, f"{path}: {image.width}x{image.height} is over "
               f"{MAX_PIXELS / 1e6:.0f} megapixels; make it smaller")
+        wide = any(";16" in str(tile[3]) for tile in image.tile)  # how its bytes lie; gone when it is loaded
         turned = _orientation(image)
         image.load()
         left = _orientation(image)  # Pillow has turned TIFF files itself
         if left > 1:
             image = image.transpose(TURNS[left])
-        return _unpacked(image)._replace(turned=turned)
+        several = image.mode.startswith(("RGB", "LA"))
+        return _unpacked(image)._replace(turned=turned, narrowed=wide and several)
 
 
 def _unpacked(image):
@@ -138,9 +141,11 @@ def _unpacked(image):
         palette = np.zeros((256, 3), np.uint8)
         colours = np.array(image.getpalette("RGB"), np.uint8).reshape(-1, 3)
         palette[:len(colours)] = colours
+        if len(colours) > 1 and (colours == np.arange(len(colours))[:, None]).all():
+            palette = None  # every index is its own grey: it says no more than the indices
         clear = mode == "PA" or key is not None
         alpha = np.asarray(image.convert("RGBA"))[..., 3] if clear else None
-        return Picture(np.asarray(image.getchannel(0)), mode, palette, alpha)
+        return Picture(np.asarray(image.getchannel(0)), mode if palette is not None else "L", palette, alpha)
     if mode in ("LA", "La"):
         values, alpha = np.moveaxis(np.asarray(image.convert("LA")), -1, 0)
         return Picture(values, mode, alpha=alpha)
@@ -188,7 +193,7 @@ def read_array(path):
         kind = array.dtype.kind if isinstance(array, np.ndarray) else type(array).__name__
         check(kind in "fiub" and array.size, f"{path}: holds {kind} {getattr(array, 'shape', '')}, "
               "an .npy array of numbers is needed")
-        return array
+        return array.astype(array.dtype.newbyteorder("="), copy=False)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -237,11 +242,13 @@ def _shortened(image, most=64):
 def centre_crop(image, size, nearest=False):
     """ADM's centre crop of a PIL image to size x size: halve by boxes, then resize, then crop."""
     image = _shortened(image)
-    halving = Image.Resampling.NEAREST if nearest else Image.Resampling.BOX
-    while min(image.size) >= 2 * size:
-        image = image.resize((image.width // 2, image.height // 2), halving)
-    scale = size / min(image.size)
-    width, height = round(image.width * scale), round(image.height * scale)
+    width, height = image.size
+    while min(width, height) >= 2 * size:
+        width, height = width // 2, height // 2
+        if not nearest:  # whose halves would lie half a pixel off, more at each turn
+            image = image.resize((width, height), Image.Resampling.BOX)
+    scale = size / min(width, height)
+    width, height = round(width * scale), round(height * scale)
     image = image.resize((width, height), filter_of(image, nearest))
     left, top = (width - size) // 2, (height - size) // 2
     return image.crop((left, top, left + size, top + size))
@@ -418,8 +425,11 @@ class Kind:
         known = raster.known_at(fit)
         check(known is None or known.any(), f"{raster.path}: none of its pixels is known "
               "(zero, not finite, transparent or void); leave it out")
-        pixels = self.shown_pixels(raster, fit, known, shown)
-        check(np.abs(pixels).max() <= 1.01, f"{raster.path}: becomes pixels from {pixels.min():.3g} to "
+        return self.checked(self.shown_pixels(raster, fit, known, shown), raster.path)
+
+    def checked(self, pixels, place):
+        """The network's pixels, as they are. Raises InputError for values out of [-1, 1]."""
+        check(np.abs(pixels).max() <= 1.01, f"{place}: becomes pixels from {pixels.min():.3g} to "
               f"{pixels.max():.3g}, they must lie in [-1, 1]; {self.meaning}")
         return pixels
 
@@ -468,10 +478,10 @@ class Colour(Kind):
     """A picture: uint8 (H, W, 3)."""
 
     def of_array(self, path, array, facts):
-        """(H, W, 3) of 0 to 255; floats up to 1 could be levels or shares of them."""
+        """(H, W, 3) of 0 to 255; floats of a few units could be levels or shares of them."""
         shaped = array.ndim == 3 and array.shape[2] == 3 and np.isfinite(array).all()
-        whole = array.dtype.kind in "iu" or array.max() > 1 or not array.any()
-        check(shaped and whole and 0 <= array.min() and array.max() <= 255,
+        levels = array.dtype.kind in "iu" or array.max() > 16 or not array.any()
+        check(shaped and levels and 0 <= array.min() and array.max() <= 255,
               f"{path}: holds {_held(array)}; needs (H, W, 3) of levels from 0 to 255, best as uint8")
         return Raster(path, array if array.dtype == np.uint8 else array.astype(np.float32))
 
@@ -489,7 +499,7 @@ class Colour(Kind):
         return ((pixels.transpose(1, 2, 0) + 1) * 127.5).round().clip(0, 255).astype(np.uint8)
 
     def picture(self, image):
-        return np.asarray(image)
+        return np.asarray(image, np.uint8)
 
     def mean(self, total, count, palette):
         return (total / count).round().astype(np.uint8)
@@ -514,10 +524,22 @@ class Flat(Colour):
                   "whole numbers")
             raster = self._labelled(path, picture.values.astype(np.int64), facts, picture.palette)
             return raster if seen is None else raster._replace(known=raster.known & seen)
-        if facts.palette is not None and facts.void is not None and facts.void < len(facts.palette):
+        if facts.palette is not None and facts.void is not None and 0 <= facts.void < len(facts.palette):
             there = (picture.values != facts.palette[facts.void]).any(-1)
             seen = there if seen is None else seen & there
         return Raster(path, picture.values, seen)
+
+    def of_classes(self, raster, radius=16):
+        """A Raster of labels or colours -> the same, unknown where a colour is near none of the palette's."""
+        palette, image = raster.facts.palette, raster.values
+        if palette is None or raster.labels is not None:
+            return raster
+        distinct, index = np.unique(image.astype(np.int64) @ [65536, 256, 1], return_inverse=True)
+        colours = np.stack([distinct >> 16, distinct >> 8 & 255, distinct & 255], -1)
+        nearest = palette[nearest_colour(colours[None], palette)[0]].astype(np.int64)
+        near = ((colours - nearest) ** 2).sum(-1) <= radius ** 2
+        known = near[index].reshape(image.shape[:2]) & (True if raster.known is None else raster.known)
+        return raster if known.all() else raster._replace(values=fill_unknown(image, known), known=known)
 
     def _labelled(self, path, labels, facts, own=None):
         """Labels (H, W), and the colours that the file itself gives them -> Raster."""
@@ -543,7 +565,6 @@ class Flat(Colour):
               f"{used.min(initial=0)} to {used.max(initial=0)}, the palette has {len(told)} colours; bring "
               "the palette of all classes")
         return Raster(path, told[labels.clip(0, len(told) - 1)], labels != void, labels=labels)
-
 
     def shown_pixels(self, raster, fit, known, shown):
         """Pixels that no segment covers are one more, in a colour drawn by the file's name."""
@@ -578,6 +599,8 @@ class Scalar(Kind):
 
     def of_picture(self, path, picture, facts):
         values = picture.values
+        check(not picture.narrowed, f"{path}: has several channels of 16 bits, of which 8 would be read; "
+              "write one grey channel of 16 bits")
         if values.ndim == 3 or picture.palette is not None or picture.mode == "1":
             colours = picture.colours
             spread = np.ptp(colours.astype(np.int16), 2).max()
@@ -632,18 +655,16 @@ class Disparity(Scalar):
         return known
 
     def array(self, raster, fit=as_it_is):
-        value = raster.fitted(fit).astype(np.float32)  # of any scale
-        if raster.facts.depth_space == "depth":
-            return np.where(value > 0, 1 / np.where(value > 0, value, 1), 0)
-        return value
+        return self.spoken(raster, fit, "disparity" if raster.facts.depth_space == "depth" else None)
 
     def spoken(self, raster, fit, target):
-        """A Raster through a fit -> what is learned, float32 (h, w), not yet scaled."""
+        """A Raster through a fit -> what is learned, of None what is held, float32 (h, w), not scaled yet."""
+        value = raster.fitted(fit).astype(np.float32)  # of any scale
+        if target is None or raster.facts.depth_space == target:
+            return value
         check_target(raster.path, raster.facts, target)
-        if target == "disparity" or raster.facts.depth_space == "log":
-            return self.array(raster, fit)
         least = max(raster.fitted(as_it_is).min(), np.finfo(np.float32).tiny)  # bicubic goes below it
-        return spoken(np.maximum(raster.fitted(fit).astype(np.float32), least), target)
+        return spoken(np.maximum(value, least), target)
 
     def shown_pixels(self, raster, fit, known, shown):
         """With the range of the crop, or of the whole picture."""
@@ -842,21 +863,4 @@ def draw_grid(rows, columns, cell=128):
             image = image.resize(small, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.BOX)
             left = gap + j * pitch + (cell - image.width) // 2
             sheet.paste(image, (left, top + i * pitch + (cell - image.height) // 2))
-    return sheet
-
-
-def draw_samples(samples, modalities, title, cell=96):
-    """A labelled grid of pixels (n, M, 3, H, W), each modality as it looks."""
-    rows = []
-    for sample in samples:
-        rows.append([MODALITIES[m].picture(MODALITIES[m].from_pixels(p)) for m, p in zip(modalities, sample)])
-    return draw_grid(rows, [f"{m}\n({title})" for m in modalities], cell)
-
-
-def draw_sheet(grids):
-    """Grids of one size on one sheet, two in a line."""
-    width, height = grids[0].size
-    sheet = Image.new("RGB", (width * 2, height * ((len(grids) + 1) // 2)), "white")
-    for i, grid in enumerate(grids):
-        sheet.paste(grid, (i % 2 * width, i // 2 * height))
     return sheet

@@ -14,18 +14,42 @@ from layers import BLOCKS, Head, TimeEmbedder, rotation_of
 
 
 # ------------------------------------------------------------------------------------------------
-# Fusion: how the latents of M modalities become tokens, and which tokens each head reads. joined: {weight:
-# the dimension along which it has a block for each modality}; numbered: module lists with an entry for each.
-# By these --init matches modalities by name.
+# Fusion: how the latents of M modalities become tokens, and which tokens each head reads.
 
-class LinearFusion(nn.Module):
-    """The patches of all modalities at one place become one token: T does not grow with M (as released)."""
+class Fusion(nn.Module):
+    """What a fusion says of its weights, so that --init matches modalities by name.
 
-    joined, numbered = {"proj.weight": 1}, ()
+    joined: {weight: the dimension along which it has a block for each modality}; a new one's columns (1)
+    start at zero, so that the tokens of the others keep their meaning. numbered: names of its ModuleLists
+    with an entry for each modality; a new one's entry starts as it is drawn.
+    """
 
-    def __init__(self, num_modalities, channels, patch, width):
+    joined, numbered = {}, ()
+
+    def __init__(self, num_modalities):
         super().__init__()
         self.num_modalities = num_modalities
+
+    def initialise(self):
+        """Called when all linear layers and convolutions have been drawn anew: what shall be otherwise."""
+
+    def check_said(self):
+        """Raise ValueError where joined and numbered do not name what is there."""
+        lists = {name for name, part in self.named_children()
+                 if isinstance(part, nn.ModuleList) and len(part) == self.num_modalities}
+        lost = (lists ^ set(self.numbered)) | (set(self.joined) - dict(self.named_parameters()).keys())
+        if lost:
+            raise ValueError(f"{type(self).__name__}: joined {self.joined} and numbered {self.numbered} do "
+                             f"not fit its {', '.join(sorted(lost))}; --init would mix modalities up")
+
+
+class LinearFusion(Fusion):
+    """The patches of all modalities at one place become one token: T does not grow with M (as released)."""
+
+    joined = {"proj.weight": 1}
+
+    def __init__(self, num_modalities, channels, patch, width):
+        super().__init__(num_modalities)
         self.proj = nn.Conv2d(num_modalities * channels, width, patch, patch)
 
     def forward(self, x, position):                                # (N, M*C, H, W), (1, T, D)
@@ -48,14 +72,13 @@ class MlpFusion(LinearFusion):
         return self.mlp(tokens) + position                # (N, T, D)
 
 
-class SequenceFusion(nn.Module):
+class SequenceFusion(Fusion):
     """Every modality keeps tokens of its own, M*T in all: the supplement's Fig. 1(b), for its cost."""
 
     joined, numbered = {"modality": 0}, ("proj",)
 
     def __init__(self, num_modalities, channels, patch, width):
-        super().__init__()
-        self.num_modalities = num_modalities
+        super().__init__(num_modalities)
         self.proj = nn.ModuleList(nn.Conv2d(channels, width, patch, patch) for _ in range(num_modalities))
         self.modality = nn.Parameter(torch.randn(num_modalities, width) * 0.02)
 
@@ -116,6 +139,7 @@ class MMDiT(nn.Module):
         self.encoder_depth = encoder_depth
         self.checkpointing = False  # recompute the blocks in the backward pass
         self.x_embedder = FUSIONS[fusion](M, latent_channels, patch_size, width)
+        self.x_embedder.check_said()
         self.t_embedder = TimeEmbedder(width, M, fused_time)
         self.task_embedder = nn.Embedding(M + 1, width) if task_embedding else None
         self.y_embedder = nn.Embedding(num_classes + 1, width)
@@ -136,12 +160,11 @@ class MMDiT(nn.Module):
         torch draws them, adaLN and output layers zero, so that the first output is 0.
         """
         for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
-            elif isinstance(module, nn.Conv2d):
-                nn.init.xavier_uniform_(module.weight.view(module.weight.shape[0], -1))
-                nn.init.zeros_(module.bias)
+            if isinstance(module, (nn.Linear, nn.Conv2d)):
+                nn.init.xavier_uniform_(module.weight.flatten(1))
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        self.x_embedder.initialise()
         for layer in (*self.t_embedder.mlp[::2], self.y_embedder):
             nn.init.normal_(layer.weight, std=0.02)
         for block in self.blocks:

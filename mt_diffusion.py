@@ -13,6 +13,7 @@ import sys
 
 import torch
 
+import runs
 import train
 from dataset import cells_in
 from distributed import autocast, check, check_ranges, run, with_row
@@ -21,7 +22,7 @@ from model import training_flops
 from mt_model import (FAMILIES, METHOD, OPTIONS, PATCH, PATCHES, SETTINGS, Chain, T, TranslationPredictor,
                       build, draw_images, mean_square, per_row, visible)
 from vae import latents
-from weights import init_from
+from weights import WRAPPER, blocks_of, init_from
 
 # App. E: what --preset stands for. What all runs of a setting share (betas, squares) is in SETTINGS. The
 # patches are ours, for pixels.
@@ -66,7 +67,8 @@ class Objective:
         self.model = build(
             args.model, self.kind, names, meta["num_classes"], meta["latent_channels"], meta["latent_size"],
             agg=args.agg, head=args.head, features=meta["feature_size"] if self.kind == "feature" else None,
-            bound=1.0 if pixels else 8.0, patch_size=args.patch_size, fusion=args.fusion)
+            bound=1.0 if pixels else 8.0, patch_size=args.patch_size, fusion=args.fusion,
+            blocks=blocks_of(runs.latest(args.run) or args.init))
         self.backbone = self.model.backbone
         self.sources = list(dict.fromkeys(names))
         self.modalities = self.sources
@@ -144,7 +146,8 @@ class Objective:
         table, taken = init_from(self.backbone, self.meta, {**checkpoint, "ema": ema}, path, self.method,
                                  names)
         table += f"\n  of X's head: {', '.join(sorted(heads))}" if heads else ""
-        return table, {*(f"backbone.{name}" for name in taken), *heads}
+        taken = {f"{WRAPPER}{name}": source for name, source in taken.items()}
+        return table, taken | {key: key for key in heads}
 
     def prepare(self, step, batch, part):
         """A step's draws for the whole global batch, those of this process (slice part) beside its data.

@@ -475,5 +475,5 @@ def build(name, pair, modalities, num_classes, latent_channels, latent_size, **o
     return model
 
 
-BACKBONE = {"patch_size": 2, "fusion": "linear"}
+BACKBONE = {"patch_size": 2, "fusion": "linear", "blocks": "sit"}
 OPTIONS = {**BACKBONE, **runs.options_of(MTDiffusion)}  # what a checkpoint that lacks one was trained with

@@ -33,7 +33,7 @@ from locks import only_writer
 from metrics import Rules, metrics_of, print_table, results
 from modalities import MODALITIES, as_it_is, check_turned, enlarge, read_array, read_mask, shown_of
 from mt_model import Chain, TranslationPredictor, draw_images
-from produce import SHOWN, finish, folders_read, produce, write_grid, write_npz
+from produce import SHOWN, finish, folders_read, produce, read_meta, write_grid, write_npz
 from trees import facts_of, find_files, flat_name, picture_folder, recorded, stem_of
 from vae import encoder_of
 from weights import load_model, newest_checkpoint
@@ -206,17 +206,19 @@ class Outputs(sample.Maps):
 
 
 def report_classes(out, requests, num_classes):
-    """Print the classes of the first requests -> {top1, top5} of the pictures whose class is known."""
-    found = [json.loads((out / "classes" / f"{request.stem}.json").read_text()) for request in requests]
-    for request, best in list(zip(requests, found))[:SHOWN]:
-        print(f"{request.stem}: " + ", ".join(f"{name} {p:.3f}" for name, _, p in best))
-    told = [(request.label, [i for _, i, _ in best]) for request, best in zip(requests, found)
-            if request.files and request.label < num_classes]
-    if not told:
+    """Print the classes of the first requests -> {top1, top5} of all pictures of OUT whose class is known."""
+    samples = {entry["stem"]: entry for entry in read_meta(out)["samples"]}
+    files = {stem: out / "classes" / f"{stem}.json" for stem in samples}
+    best = {stem: json.loads(file.read_text()) for stem, file in files.items() if file.is_file()}
+    for request in requests[:SHOWN]:
+        print(f"{request.stem}: " + ", ".join(f"{name} {p:.3f}" for name, _, p in best[request.stem]))
+    found = [(samples[stem]["class_id"], [i for _, i, _ in five]) for stem, five in best.items()
+             if samples[stem]["given"] and samples[stem]["class_id"] < num_classes]
+    if not found:
         return {}
-    scores = dict(top1=np.mean([label == best[0] for label, best in told]),
-                  top5=np.mean([label in best for label, best in told]), labelled=len(told))
-    print(f"top-1 {100 * scores['top1']:.2f} %, top-5 {100 * scores['top5']:.2f} % of {len(told)} pictures")
+    scores = dict(top1=np.mean([label == five[0] for label, five in found]),
+                  top5=np.mean([label in five for label, five in found]), labelled=len(found))
+    print(f"top-1 {100 * scores['top1']:.2f} %, top-5 {100 * scores['top5']:.2f} % of {len(found)} pictures")
     return scores
 
 
@@ -233,7 +235,7 @@ def score(args, loaded, encoder, chain, rank):
     check(target in source.modalities, f"--task evaluate: there is no truth of {target}")
     source.modalities = [target]
     shown = shown_of(meta, loaded.path)
-    rules = Rules(shown.depth_target, seg_mode=source.seg_mode, palette=source.palette)
+    rules = Rules(shown.depth_target, seg_mode=source.seg_mode, palette=source.palette, void=source.void)
     metrics, size = metrics_of([target], rules), meta["resolution"]
     predictors = {"value": TranslationPredictor(model, size, encoder, chain, metrics, args.seed),
                   "ceiling": Ceiling(encoder, size, metrics, shown)}
@@ -309,15 +311,49 @@ def chain_of(args, pair):
                  classifier_scale=args.classifier_scale, precision=args.precision)
 
 
-def check_task(args, model):
-    """Raise InputError where the checkpoint's setting does not have the task."""
-    pair, needs = model.pair, NEEDS.get(args.task)
+def check_task(args, loaded):
+    """Raise InputError where the checkpoint's setting does not have the task, and where its classes are asked
+    of a head that was not trained.
+    """
+    pair, needs = loaded.model.pair, NEEDS.get(args.task)
     own = ["generate", *(task for task, setting in NEEDS.items() if setting == pair)]
     check(needs in (None, pair), f"--task {args.task}: needs a checkpoint of --pair {needs}, "
           f"this one is of {pair}; its tasks: {', '.join(own)}")
     check(not args.features or pair == "feature", "--features is for a checkpoint of --pair feature")
     check(not args.class_id or pair == "label", f"--class-id {args.class_id}: this checkpoint ({pair}) knows "
           "nothing of classes")
+    check(args.task != "classify" or learns_x(loaded.train), f"--task classify: {loaded.path} was trained "
+          f"with --x-weight {loaded.train.get('x_weight')} --single {loaded.train.get('single')}; its head "
+          "has learned nothing")
+
+
+def learns_x(train):
+    """Whether a run of these flags trains the head of X."""
+    return train.get("x_weight", 0.1) > 0 and train.get("single", 0) < 1
+
+
+def told(args, model, requests):
+    """Whether X, or all of the mask, is known of what is drawn."""
+    labelled = any(request.label < model.num_classes for request in requests)
+    return args.task != "generate" or bool(args.features) or model.pair == "masked" or labelled
+
+
+def tell_unlearned(args, loaded, known):
+    """Print what of the task the run was not trained for, and which flags do nothing; known: as of told."""
+    pair, train = loaded.model.pair, loaded.train
+    seen = train.get("single", 0) if pair in ("label", "feature") else 1 - train.get("hidden", 0)
+    masks = train.get("full_mask", 0)
+    lacks = {
+        "it was never shown X (--hidden 1, or --single 0)": known and seen == 0,
+        "it never drew an image without X (--hidden 0, or --single 1)": not known and seen == 1,
+        "its head of X has learned nothing": not known and pair != "masked-u" and not learns_x(train),
+        "it was shown masks over everything alone": args.task == "restore" and masks == 1,
+        "it was shown no mask over everything": args.task == "generate" and pair == "masked" and masks == 0,
+    }
+    for why in (why for why, lacking in lacks.items() if lacking):
+        print(f"warning: {loaded.path} was not trained for this: {why}")
+    if not known and (args.cfg != 1.0 or args.classifier_scale):
+        print("warning: --cfg and --classifier-scale have no effect where nothing is known of X")
 
 
 def with_masks(requests, mask, location):
@@ -382,7 +418,7 @@ def main():
     loaded = load_model(args.ckpt or newest_checkpoint(mt_model.METHOD), device,
                         method=mt_model.METHOD, build=mt_model.build)
     model, meta = loaded.model, loaded.meta
-    check_task(args, model)
+    check_task(args, loaded)
     chain = chain_of(args, model.pair)
     samplers.prepare(model.backbone, args.precision, args.compile)
     encoder = encoder_of(meta, device, args.vae)
@@ -401,6 +437,7 @@ def main():
         print(f"{loaded.path}: MT-Diffusion, {model.pair}: {', '.join(model.modalities)}, "
               f"step {loaded.step}; {len(requests)} samples on {device}")
         sample.tell(requests, facts, meta, shown, folders)
+        tell_unlearned(args, loaded, told(args, model, requests))
     evaluations, walk = max(1, round((args.sdedit or 1) * chain.steps)), chain._asdict()
     if args.task == "classify":
         evaluations, walk = 1, dict(precision=chain.precision)
@@ -421,21 +458,16 @@ def main():
                 names = dict.fromkeys(("masked_rgb", *draw.given, *folders))  # the given first
                 labels = {name: name.replace("_", " ") + " (given)" * (name in draw.given)
                           for name in names if name in folders}
-                truth = truth_beside(model, encoder, meta, facts, shown) if args.task == "translate" else None
+                truth = None
+                if args.task == "translate":
+                    fit = sample.fit_of(args.fit, meta["resolution"], model.patch_size * encoder.factor)
+                    truth = functools.partial(sample.truth_pictures, modalities=model.modalities, fit=fit,
+                                              facts=facts, target=shown.depth_target)
                 write_grid(args.out, requests, drawn, labels, truth)
             if args.npz or (args.out / "samples.npz").exists():
                 write_npz(args.out)
             finish(args.out, **scores)
             print(args.out / ("grid.png" if folders else "classes"))
-
-
-def truth_beside(model, encoder, meta, facts, shown):
-    """The function that reads the target beside a given picture."""
-    fit = sample.fit_of("crop", meta["resolution"], model.patch_size * encoder.factor)
-
-    def truth(request):
-        return sample.truth_pictures(request.files, model.modalities, fit, facts, shown.depth_target)
-    return truth
 
 
 def extras_of(args):

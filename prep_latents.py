@@ -67,7 +67,7 @@ class ToySource:
         for m in self.modalities:
             row = MODALITIES[m]
             array = arrays[m] if m in arrays else row.derive(arrays["rgb"])
-            pixels[m] = row.to_pixels(array, shown=self.shown)
+            pixels[m] = row.checked(row.to_pixels(array, shown=self.shown), f"{m} of scene {self.names[i]}")
         return pixels, {}, scene
 
 
@@ -163,6 +163,8 @@ class PictureSource:
             return centre_crop(view.part(image) if view else image, self.size, nearest)
 
         rasters = {m: MODALITIES[m].open(files[name], self.held) for m, files in self.files.items()}
+        if "seg" in rasters:
+            rasters["seg"] = MODALITIES["seg"].of_classes(rasters["seg"])
         aspects = {m: raster.size[0] / raster.size[1] for m, raster in rasters.items()}
         for m, raster in rasters.items():
             check(abs(aspects[m] / aspects["rgb"] - 1) <= 0.02, f"{raster.path}: aspect {aspects[m]:.3f}, "

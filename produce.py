@@ -19,8 +19,7 @@ from distributed import barrier, broadcast, check, place, prefetch, reading, sha
 from modalities import draw_grid, enlarge
 
 SHOWN = 12  # rows of the grid
-# of recipes that do not say it
-OLDER = {"given_time": 0.995, "middle_scale": 1.0, "depth_target": "disparity"}
+OLDER = {"given_time": 0.995, "middle_scale": 1.0, "depth_target": "disparity"}  # what older ones mean
 STATE = ("samples", "complete", "scores", "extras")  # of meta.json; the rest is the recipe
 WHOLE = ("grid.png", "samples.npz")  # files of OUT that show all samples
 
@@ -239,8 +238,8 @@ class Maps:
             pixels = maps[name]
             if shape is not None and pixels.shape[1:] != tuple(shape):
                 pixels = enlarge(pixels, tuple(shape), row.nearest)
-            if self.truncate and name not in request.files and not (row.floats or row.nearest):
-                pixels = np.floor((pixels + 1) * 127.5) / 127.5 - 1
+            if self.truncate and not (row.floats or row.nearest):
+                pixels = np.floor((pixels + 1) * 127.5 + 1e-4) / 127.5 - 1  # levels that are given stay
             arrays[name] = row.from_pixels(pixels)
             pictures[name] = row.picture(arrays[name])
             with whole_file(out / name / f"{request.stem}.png") as file:

@@ -54,7 +54,7 @@ def _masks(pipeline, image):
 
 
 def load_teacher(modality, name, device):
-    """The function that a --depth, --normal or --seg names. Raises InputError when it cannot be loaded."""
+    """The function that a flag of LABELS names. Raises InputError when it cannot be loaded."""
     kind, _, rest = name.partition(":")
     flag = f"--{modality} {name}"
     pipeline = LABELS[modality].pipeline
@@ -170,6 +170,8 @@ def depth_picture(array, size, seed=0, space="disparity"):
 def normal_picture(array, size, seed=0, space=None):
     """(h, w, 3), floats in [-1, 1] or uint8."""
     _fitting(array, 3)
+    if array.dtype.kind != "f" and array.dtype != np.uint8:
+        raise ValueError(f"{array.dtype}; return floats in [-1, 1], or uint8")
     if array.dtype.kind == "f" and looks_encoded(array):
         raise ValueError("values in [0, 1] that are no unit vectors; return xyz in [-1, 1], or uint8")
     if array.dtype != np.uint8:
@@ -323,7 +325,7 @@ def main():
         stem = stem_of(path, args.images)
         check(stem not in photos, f"--images {args.images}: the stem {stem} is there twice; keep one")
         photos[stem] = path
-    check(names, "no teacher; name at least one of --depth, --normal, --seg")
+    check(names, f"no teacher; name at least one of {', '.join(f'--{m}' for m in LABELS)}")
     said = {key: value for m in names for key, value in LABELS[m].facts.items()}
     if not any((args.out / m).is_dir() for m in LABELS):  # else some maps are of others' making
         said["upright"] = True

@@ -191,10 +191,13 @@ class Meter:
         self.clock += seconds
 
     def read(self, terms, batch_size, folder):
-        """The entry since the last one; starts anew. Raises InputError after ten bad steps in a row."""
-        means = (all_reduce(self.sums.clone()) / self.counts.clamp(min=1)).tolist()
+        """The entry since the last one, without the terms of which there was no row; starts anew. Raises
+        InputError after ten bad steps in a row.
+        """
+        means, counts = all_reduce(self.sums.clone()) / self.counts.clamp(min=1), self.counts.tolist()
+        means = {term: mean for term, mean, count in zip(terms, means.tolist(), counts) if count}
         seconds = time.perf_counter() - self.clock
-        entry = {**dict(zip(terms, means)), "grad_norm": (self.norms / self.good.clamp(min=1)).item(),
+        entry = {**means, "grad_norm": (self.norms / self.good.clamp(min=1)).item(),
                  "img_per_s": self.steps * batch_size / seconds, "skipped": int(self.skipped[0])}
         worst = int(self.skipped[2])
         check(worst < 10, f"{worst} non-finite gradients in a row, the run stops; the last file in "

@@ -23,6 +23,7 @@ from distributed import (InputError, barrier, check, check_folder, check_ranges,
                          run, setup)
 from locks import only_writer
 from mesh import pick_segment, write_mesh
+from mix import tell_untrained
 from modalities import (MODALITIES, PLAIN_SHOWN, as_it_is, centre_crop, check_target, check_turned, filter_of,
                         nearest_colour, segments, shown_of)
 from produce import (Maps, finish, folders_read, produce, read_rgb_file, write_grid, write_npz,
@@ -208,11 +209,11 @@ class Drawing:
 # ------------------------------------------------------------------------------------------------
 # Truth beside what was given, and objects.
 
-def truth_pictures(files, modalities, fit, facts, target="disparity"):
-    """{modality: picture} of the ground truth beside given files, as far as it can be read; facts {given
-    modality: Facts} of their tree; target: the model's depth_target.
+def truth_pictures(request, modalities, fit, facts, target="disparity"):
+    """{modality: picture} of the ground truth beside a request's files, as far as it can be read; facts
+    {given modality: Facts} of their tree; target: the model's depth_target.
     """
-    own = PLAIN_SHOWN._replace(depth_target=target)
+    own, files = PLAIN_SHOWN._replace(depth_target=target), request.files
     held = facts[next(iter(files))] if files else None
     pictures = {}
     for m, path in beside(files, modalities).items():
@@ -377,6 +378,7 @@ def main():
     samplers.prepare(model, args.precision, args.compile)
     encoder = encoder_of(meta, device, args.vae)
     given = given_of(args.task, args.given, model.modalities)
+    tell_untrained(loaded, given)
     back = args.task == "translate"
     check(args.task == "generate" or len(given) < len(model.modalities), f"{loaded.path}: has "
           f"{', '.join(model.modalities)} alone; --task {args.task} would predict nothing")
@@ -423,9 +425,8 @@ def main():
     check_folder(args.out, folders_read(locations, requests))
     labels = {name: f"{name} (given)" if name in given else name.replace("_", " ") for name in folders}
     labels = {name: labels[name] for name in (*given, *folders) if name in labels}  # the given first
-
-    def truth(request):
-        return truth_pictures(request.files, model.modalities, fit, facts, shown.depth_target)
+    truth = functools.partial(truth_pictures, modalities=model.modalities, fit=fit, facts=facts,
+                              target=shown.depth_target)
     with only_writer(args.out):
         drawn = produce(args.out, requests, draw, outputs, recipe, 1 if full and given else args.batch_size,
                         meta["class_names"], args.overwrite)

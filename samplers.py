@@ -41,10 +41,12 @@ def _runge_kutta(velocity, x, t, h):
 def _adams_bashforth(weights):
     """The multistep method with these weights, newest velocity first, on equal steps.
 
-    Runge-Kutta steps build its history.
+    Runge-Kutta steps build its history. The sampler raises ValueError for unequal ones.
     """
     def sampler(velocity, x, times, noise):
         h, history = times[1] - times[0], []
+        if not np.allclose(np.diff(times), h):
+            raise ValueError("a multistep method's weights are of equal steps: give it the grid `even`")
         for i, t in enumerate(times[:-1]):
             if i < len(weights) - 1:
                 x, v = _runge_kutta(velocity, x, t, h)

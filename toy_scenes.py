@@ -269,6 +269,7 @@ MAPS = {  # what data has of a Scene, as the registry's arrays; scored is the Sc
     "normal": operator.attrgetter("normal"),
     "seg": _colours,
 }
+assert MAPS.keys() <= set(Scene._fields), "what data has of a Scene is scored against a field of its name"
 
 
 def maps(scene):

@@ -167,7 +167,8 @@ class MMGen:
         known = batch.get("known", self.known)                                               # (N, M)
         draws = draw(self.args.seed, step, self.args.mix, self.modalities, known, shape, self.args.times)
         supervised = draws.supervised.sum(0)                                                 # (M,)
-        aligned = batch["aligned"].sum()[None] if "aligned" in batch else supervised.new_full((1,), N)  # (1,)
+        aligned = supervised.new_full((1,), N if "dino" in batch else 0)                     # (1,)
+        aligned = batch["aligned"].sum()[None] if "aligned" in batch else aligned
         counts = torch.cat([supervised, aligned, *[supervised] * self.middle])               # (K,)
         mine = Draws(*(x[part] for x in draws))
         parts = [latents(batch[m], normals, self.meta) if m in batch else torch.zeros_like(normals)
@@ -281,7 +282,8 @@ def train(args, cache, objective, place, defaults):
         if done % args.log_every == 0 or saving:
             entry = meter.read(terms, args.batch_size, args.run)
             log.write({"step": done, **now, **entry})
-            bar.set_postfix({name.removeprefix("loss_"): f"{entry[name]:.3f}" for name in terms})
+            found = {name.removeprefix("loss_"): entry[name] for name in terms if name in entry}
+            bar.set_postfix({name: f"{value:.3f}" for name, value in found.items()})
         if saving:
             runs.save_checkpoint(args.run, model, ema, optimiser, done, config, ages)
         scores, seconds = watch.look(ema, done)

@@ -387,17 +387,20 @@ def _last(name):
 # ------------------------------------------------------------------------------------------------
 # --init.
 
+WRAPPER = "backbone."  # what MT-Diffusion's checkpoints put before the network's weights
+
+
 @torch.no_grad()
 def init_from(model, meta, checkpoint, path, method="mmgen", names=None):
     """--init: copy what fits of a checkpoint's EMA into the model, modalities and classes matched by name
-    -> a table of what became of each weight, and the names of those that were taken as they are.
+    -> a table of what became of each weight, and {name: the file's} of those that were taken as they are.
 
     Where a modality is new, the columns through which it enters start at zero, so that the others keep
     their meaning (but in a sequence, where it has tokens of its own); a class that the file does not know
     starts as its null class; positions are interpolated to another grid. method is the model's: of a
     checkpoint of another one the heads are left out, what they predict is something else. names: the
     modalities' names in the file and in the model, where they are matched by other ones. Raises InputError
-    when the latents are of another kind or nothing fits.
+    when the latents or the blocks are of another kind or nothing fits.
     """
     theirs = checkpoint["config"]
     for key in ("vae_sha256", "scale", "latent_channels"):
@@ -405,19 +408,26 @@ def init_from(model, meta, checkpoint, path, method="mmgen", names=None):
               f"the cache's is {meta[key]}; the latents would not mean the same")
     size = theirs["model"]["name"]
     check(size == model.config["name"], f"--init {path}: is of size {size}; pass --model {size}")
+    kinds = {key: (theirs["model"].get(key, usual), model.config.get(key, usual))
+             for key, usual in (("blocks", "sit"), ("fusion", "linear"))}
+    was, now = kinds["blocks"]
+    check(was == now, f"--init {path}: its blocks are {was}, which compute something else than {now} ones of "
+          f"the same names; pass --blocks {was}")
     old, new = names or (theirs["model"]["modalities"], list(model.modalities))
-    state, fate, used, notes = _unwrapped(checkpoint["ema"]), {}, set(), []
+    state, fate, used, notes = _unwrapped(checkpoint["ema"]), {}, {}, []
     foreign = theirs["train"].get("method", "mmgen") != method
     for key, target in model.state_dict().items():
         source = _source(key, model.numbered, old, new)
-        if source not in state or (foreign and key.startswith("heads.")):
+        vectors = key == "y_embedder.weight" and theirs["model"].get("features")  # a layer, not a table
+        if source not in state or vectors or (foreign and key.startswith("heads.")):
             fate[key] = "new"
             continue
         value = state[source].to(target.dtype)
         if key == "y_embedder.weight":
             rows = _class_rows(theirs["meta"]["class_names"], meta["class_names"], len(value) - 1)
             fate[key] = _copy_classes(value, target, rows)
-            notes = [f"  class rows: {len(rows) - rows.count(None)} of {len(rows)} known"]
+            how = ", by their order: the file has no names" if not theirs["meta"]["class_names"] else ""
+            notes = [f"  class rows: {len(rows) - rows.count(None)} of {len(rows)} known{how}"]
         elif key == "pos_embed" and value.shape != target.shape:
             fate[key] = _copy_positions(value, target, theirs["model"], model.grid)
         elif key in model.joined and old != new and value.shape[2:] == target.shape[2:]:
@@ -429,14 +439,17 @@ def init_from(model, meta, checkpoint, path, method="mmgen", names=None):
         else:
             fate[key] = "new"
         if fate[key] != "new":
-            used.add(source)
+            used[key] = source
     check("taken" in fate.values(), f"--init {path}: none of its {len(state)} weights fits; check --model")
-    fate.update({f"{key} (file)": "left out" for key in state if key not in used})
+    fate.update({f"{key} (file)": "left out" for key in state if key not in used.values()})
     title = f"--init {path} ({checkpoint.get('origin', 'ours')}, step {checkpoint['step']})"
     was, now = theirs["meta"].get("shown", {}), meta.get("shown", {})
     maps = len(old) > 1 and len(new) > 1
     notes += [f"  its maps were shown by {was}, the cache's are by {now}"] if maps and was != now else []
-    taken = {key for key, what in fate.items() if what == "taken"}
+    if len(set(kinds["fusion"])) > 1:
+        was, now = kinds["fusion"]
+        notes.append(f"  its fusion is {was}, the model's {now}: the blocks read other tokens than they did")
+    taken = {key: source for key, source in used.items() if fate[key] == "taken"}
     return "\n".join([title, *_fate_lines(fate), *notes]), taken
 
 
@@ -458,15 +471,16 @@ def renamed(checkpoint, renames, mine, path):
 
 
 def ages_of(checkpoint, taken):
-    """{name: steps that the average of a weight has behind it} of the weights taken from a checkpoint."""
-    older = checkpoint.get("ages", {})
-    return {name: checkpoint["step"] + older.get(name, 0) for name in taken}
+    """{name: steps that the average of a weight has behind it} of the weights taken from a checkpoint, {name:
+    the file's, without a wrapper's}.
+    """
+    older = {key.removeprefix(WRAPPER): age for key, age in checkpoint.get("ages", {}).items()}
+    return {name: checkpoint["step"] + older.get(source, 0) for name, source in taken.items()}
 
 
 def _unwrapped(state):
     """The network's weights in a state dict, without what a wrapper puts before their names."""
-    wrapper = "backbone."
-    inner = {key.removeprefix(wrapper): value for key, value in state.items() if key.startswith(wrapper)}
+    inner = {key.removeprefix(WRAPPER): value for key, value in state.items() if key.startswith(WRAPPER)}
     return inner or state
 
 

@@ -33,6 +33,7 @@ def understanding(args, checkpoint, sampling):
         found = pathlib.Path(folder, "scores.json")
         flags = ["--toy", args.num, "--ckpt", checkpoint, "--sampler", sampling.sampler,
                  "--steps", sampling.steps, "--precision", sampling.precision, "--seed", args.seed,
+                 "--given-time", sampling.given_time, "--middle-scale", sampling.middle_scale,
                  "--batch-size", args.batch_size, "--out", folder, "--json", found]
         call(eval_depth, *flags, *(["--vae", args.vae] if args.vae else []))
         scores = json.loads(found.read_text())

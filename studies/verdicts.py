@@ -165,10 +165,12 @@ class Claim(NamedTuple):
     columns: tuple
     equal: bool = False  # all that is said is that it is not behind
 
-    def verdict(self, by):
-        """by: so many spreads it is ahead; of three seeds each, two are two standard errors."""
-        if by is None:
-            return "of one seed"
+    def verdict(self, by, seeds):
+        """by: so many spreads it is ahead; two are two standard errors of three seeds each, and of no fewer:
+        of two each they come by chance at one in five.
+        """
+        if seeds < 3:
+            return ("not measured", "of one seed", "of two seeds")[seeds]
         if by <= -2:
             return "does not"
         return "holds" if by >= 2 or self.equal else "cannot be told"
@@ -219,14 +221,15 @@ MT_CLAIMS = [
 
 def ahead_by(claim, title, rows, columns):
     """By how many spreads the first row of a claim is ahead: the difference of the means over the larger
-    half of a range; of a row of one seed the other row's. None where both have one seed, or one has none.
+    half of a range; and the fewer seeds of both rows, of less than two of which there is no spread, but None.
     """
     first, second = rows[claim.ahead][title], rows[claim.behind][title]
-    if not first or not second or len(first) == len(second) == 1:
-        return None
+    seeds = min(len(first), len(second))
+    if seeds < 2:
+        return None, seeds
     gap = sum(second) / len(second) - sum(first) / len(first)
     gap = -gap if columns[title].more else gap
-    return gap / max((max(values) - min(values)) / 2 for values in (first, second))
+    return gap / max((max(values) - min(values)) / 2 for values in (first, second)), seeds
 
 
 def verdicts(said, rows, columns):
@@ -236,11 +239,11 @@ def verdicts(said, rows, columns):
             continue
         names = claim.ahead, claim.behind
         for i, title in enumerate(claim.columns):
-            by = ahead_by(claim, title, rows, columns)
+            by, seeds = ahead_by(claim, title, rows, columns)
             values = [spread(rows[name][title], columns[title].form) for name in names]
             against = "" if i else f"`{names[0]}` against `{names[1]}`"
             lines.append(["" if i else claim.said, against, title, *values, number(by, "+.1f"),
-                          claim.verdict(by)])
+                          claim.verdict(by, seeds)])
     return table(["claim", "rows", "in", "first", "second", "ahead by so many spreads", "verdict"], lines)
 
 

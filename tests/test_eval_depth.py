@@ -2,6 +2,7 @@
 import json
 import os
 import pathlib
+import tempfile
 import types
 
 import numpy as np
@@ -15,9 +16,9 @@ import toy_scenes
 from conftest import shell
 from distributed import InputError
 from evaluation import Ceiling, Toy, Tree, evaluate, mean_of
-from metrics import (Normal, Rules, Semantic, align, angles, boundary, depth_scores, f_score, instance_scores,
-                     matches, metrics_of, normal_scores, results, semantic_scores)
-from modalities import MODALITIES, Shown, segments, write_facts
+from metrics import (Depth, Normal, Rules, Semantic, align, angles, boundary, depth_scores, f_score,
+                     instance_scores, matches, metrics_of, normal_scores, results, semantic_scores)
+from modalities import MODALITIES, Disparity, Raster, Scalar, Shown, segments, write_facts
 from trees import facts_of
 from vae import Pixels
 from weights import DEMO, load_checkpoint
@@ -253,7 +254,7 @@ def test_depth_scores_equal_marigold(space, figure):
 # Whole commands.
 
 def test_toy_command_reproduces_its_json(command, monkeypatch, tmp_path):
-    monkeypatch.setattr(evaluation, "GUESSED", 100)
+    monkeypatch.setattr(evaluation, "GUESSED", 10)
 
     def run(name, *more):
         return command("eval_depth", "--toy", 6, *FEW, "--out", tmp_path / name,
@@ -274,7 +275,7 @@ def test_toy_command_reproduces_its_json(command, monkeypatch, tmp_path):
 
 
 def test_an_ensemble_of_samples(command, monkeypatch, tmp_path):
-    monkeypatch.setattr(evaluation, "GUESSED", 100)
+    monkeypatch.setattr(evaluation, "GUESSED", 10)
 
     def run(name, *more):
         command("eval_depth", "--toy", 3, *FEW, "--out", tmp_path / name, "--save-maps",
@@ -632,3 +633,125 @@ def test_the_mean_of_other_frames_is_scored_beside(command, tmp_path):
         command("eval_depth", "--toy", 1, "--axes", "marigold", "--out", tmp_path / "out")
     with pytest.raises(InputError, match="--num -3: must be at least 1"):
         command("eval_depth", "--scannet", tmp_path, "--num", -3, "--out", tmp_path / "out")
+
+
+# ------------------------------------------------------------------------------------------------
+# What is told of files.
+
+A, B, C = [10, 200, 30], [200, 10, 30], [30, 30, 220]
+LABELS = RNG.integers(0, 3, (24, 24))
+COLOURS = np.array([A, B, C], np.uint8)[LABELS]
+
+
+def compared(pred, gt):
+    """{score} of predictions of segments, (tree.json's facts, array) each, against the truth likewise."""
+    folder = pathlib.Path(tempfile.mkdtemp())
+    for side, (facts, array) in (("pred", pred), ("gt", gt)):
+        (folder / side / "seg").mkdir(parents=True)
+        Image.fromarray(array.astype(np.uint8)).save(folder / side / "seg/0.png")
+        if facts:
+            write_facts(folder / side, **facts)
+    source = evaluation.Pairs(folder / "pred", folder / "gt", facts=facts_of(folder / "gt"))
+    rules = Rules(seg_mode=source.seg_mode, palette=source.palette, void=source.void)
+    return results(evaluate(source, {"value": source.predict}, rules)["value"])
+
+
+def test_each_side_numbers_labels_by_its_own_palette():
+    truth = {"palette": [A, B, C]}, LABELS
+    order = np.array([2, 0, 1])  # the place of each class in [B, C, A]
+    assert compared(({"palette": [B, C, A]}, order[LABELS]), truth)["miou"] == 1
+    assert compared((None, LABELS), truth)["miou"] == 1  # whose palette nobody says: the truth's
+    assert compared((None, COLOURS), truth)["miou"] == 1
+
+
+def test_void_and_colours_of_no_class_are_not_compared():
+    noisy = COLOURS.copy()
+    noisy[:12] = 0  # black, which is no class
+    assert compared((None, COLOURS), ({"palette": [A, B, C]}, noisy))["miou"] == 1
+    wrong = np.where(LABELS == 2, 0, LABELS)
+    third = (LABELS == 2).mean()
+    found = compared((None, wrong), ({"palette": [A, B, C], "void": -1}, COLOURS))
+    assert found["pixel_accuracy"] == pytest.approx(1 - third) and found["miou"] < 0.6
+    predicted, of_a = COLOURS.copy(), np.argwhere(LABELS == 0)
+    predicted[tuple(of_a[:8].T)] = C  # the colour of void, which is no class but an error
+    found = compared((None, predicted), ({"palette": [A, B, C], "void": 2}, COLOURS))
+    assert found["miou"] == pytest.approx((1 - 8 / len(of_a) + 1) / 2)
+    hit = np.array([[90, 6, 4], [0, 100, 0], [0, 0, 0]])
+    assert semantic_scores(hit, void=2)["miou"] == pytest.approx((90 / 100 + 100 / 106) / 2)
+    assert semantic_scores(hit)["miou"] == pytest.approx((90 / 100 + 100 / 106) / 3)
+
+
+def test_the_truths_palette_goes_before_that_of_the_samples(command, tmp_path):
+    for side, array in (("pred", COLOURS), ("gt", LABELS.astype(np.uint8))):
+        (tmp_path / side / "seg").mkdir(parents=True)
+        Image.fromarray(array).save(tmp_path / side / "seg/0.png")
+    write_facts(tmp_path / "gt", palette=[A, B, C])
+    (tmp_path / "pred/meta.json").write_text(json.dumps({"checkpoint_sha256": "0", "palette": [C, B, A]}))
+    command("eval_depth", "--pred", tmp_path / "pred", "--gt", tmp_path / "gt", "--out", tmp_path / "o",
+            "--json", tmp_path / "j.json")
+    assert json.loads((tmp_path / "j.json").read_text())["miou"] == 1
+
+
+def test_labels_of_instances_are_no_classes():
+    """Whatever palette the checkpoint has, a segment keeps a colour of its own."""
+    rules = Rules(seg_mode="instance", palette=np.array([A, B], np.uint8))
+    look = metrics_of(["seg"], rules)["seg"].look(np.arange(16)[None])
+    assert len(np.unique(look.reshape(-1, 3), axis=0)) == 16
+
+
+def test_disparity_has_no_scale_and_far_truth_no_floor():
+    kind, rules = MODALITIES["depth"], Rules()
+    disparity = RNG.uniform(0.05, 1, (20, 20)).astype(np.float32)
+    guess = disparity + RNG.normal(0, 0.02, disparity.shape)
+    found = []
+    for scale in (1, 3000):
+        metric = metrics_of(["depth"], rules)["depth"]
+        truth = Depth.read(kind, Raster("d.npy", disparity * np.float32(scale)))
+        metric.add(0, "d", truth, guess)
+        found.append(metric.result()["abs_rel"])
+    assert found[0] == pytest.approx(found[1], rel=1e-5) and 0 < found[0] < 0.2
+    far = RNG.uniform(2000, 9000, (20, 20))
+    metric = metrics_of(["depth"], Rules(depth_range=(1, 1e4)))["depth"]
+    metric.add(0, "far", far, 1 / far)
+    assert metric.result()["abs_rel"] < 1e-6
+
+
+def test_a_tree_gives_the_model_its_pictures_and_no_class_that_is_none(tmp_path):
+    scene = toy_scenes.render(3)
+    for folder, image in (("rgb", scene.rgb), ("seg", toy_scenes.PALETTE[scene.seg][::4, ::4])):
+        (tmp_path / folder / "a").mkdir(parents=True)
+        Image.fromarray(image).save(tmp_path / folder / "a/x.png")
+    write_facts(tmp_path, classes="none")
+    tree = Tree(tmp_path, dict(seg_mode="semantic", class_names=["a"], palette=None), facts_of(tmp_path))
+    tree.modalities = ["seg"]
+    frame = tree.frame(0)
+    assert (frame.rgb == scene.rgb).all() and frame.truth["seg"].shape[:2] == (16, 16)
+    assert frame.class_id is None
+
+
+def test_unknown_pixels_of_a_further_modality_are_not_compared(monkeypatch, tmp_path):
+    monkeypatch.setitem(MODALITIES, "shine", Scalar(0.1, "shine"))
+    values = RNG.random((8, 8)).astype(np.float32)
+    values[:4] = np.nan
+    np.save(tmp_path / "a.npy", values)
+    row = MODALITIES["shine"]
+    metric = metrics_of(["shine"], Rules())["shine"]
+    truth = metric.read(row, row.open(tmp_path / "a.npy"))
+    metric.add(0, "a", truth, np.where(np.isnan(values), 9, values))
+    assert metric.result() == {"shine_mae": 0} and np.isfinite(metric.target(truth)).all()
+    assert metric.panels(truth, np.nan_to_num(values))[2].max() == 0
+    monkeypatch.setitem(MODALITIES, "far", Disparity(0.1, "far"))
+    with pytest.raises(InputError, match="far: is known up to scale and shift"):
+        metrics_of(["far"], Rules())
+
+
+def test_the_mean_of_other_frames_is_read_by_their_own_palette(tmp_path):
+    """The same map, its labels in another order: the same mean."""
+    maps = []
+    for palette, order in (([A, B, C], [0, 1, 2]), ([C, A, B], [1, 2, 0])):
+        metric = metrics_of(["seg"], Rules(palette=np.array(palette, np.uint8)))
+        source = types.SimpleNamespace(names=["0"])
+        source.frame = lambda i, order=order: evaluation.Frame(0, "0", {"seg": np.array(order)[LABELS]})
+        found = mean_of(source, Ceiling(Pixels(), 24, metric), np.array([A, B, C], np.uint8))
+        maps.append(found["seg"])
+    assert (maps[0] == COLOURS).all() and (maps[1] == COLOURS).all()

@@ -123,7 +123,7 @@ def test_long_names_and_names_that_are_not_text(tmp_path, command):
     command("sample", "--task", "understand", "--image", tmp_path / "t", "--out", tmp_path / "s", *QUICK,
             "--ckpt", DEMO / "mmgen.pt")
     assert len(list((tmp_path / "s/depth").glob("*.npy"))) == 2
-    done = shell("eval_depth.py", "--data", tmp_path / "t", "--modality", "seg", "--out", tmp_path / "e",
+    done = shell("eval_depth.py", "--data", tmp_path / "t", "--seg-mode", "instance", "--out", tmp_path / "e",
                  *QUICK, "--ckpt", DEMO / "mmgen.pt", "--save-maps")
     assert done.returncode == 0 and "caf" in done.stdout
     assert len(list((tmp_path / "e/seg").glob("*.png"))) == 2
@@ -358,7 +358,7 @@ def test_label_pictures_are_cached_and_scored(tmp_path, command):
     for mode in ("semantic", "instance"):
         command("eval_depth", "--data", data, "--seg-mode", mode, "--json", tmp_path / "j", *flags)
         result = json.loads((tmp_path / "j").read_text())
-        assert result["miou"] > 0.4 and result["ceiling"]["miou"] > 0.9, mode
+        assert result["miou"] > 0.4 and result["ceiling"]["miou"] > 0.85, mode
     for path in (data / "seg").rglob("*.png"):
         save(path, np.full((64, 64), 255, np.uint8))
     for mode in ("semantic", "instance"):

@@ -14,6 +14,7 @@ from distributed import InputError
 from cameras import normals_of
 from formats import FORMATS, Format
 from locks import only_writer
+from metrics import Depth
 from modalities import MODALITIES
 from studies.run_docs import save
 from trees import facts_of, read_facts
@@ -297,7 +298,8 @@ def test_a_row_of_ones_own(tmp_path, done, monkeypatch):
     for scene in "ab":
         pairs(root / scene, "images/{}.png", "depth_cm/{}.png", 1)
         save(root / scene / "labels/0.png", labels.astype(np.uint8))
-    patterns = {"rgb": "images", "depth": "depth_cm", "seg": "labels"}
+        save(root / scene / "edges/0.png", photo(7))
+    patterns = {"rgb": "images", "depth": "depth_cm", "seg": "labels", "canny": "edges"}
     patterns = {m: (rf"(?P<scene>\w+)/{folder}/(?P<name>\d+)\.png",) for m, folder in patterns.items()}
     row = Format("<scene>/{images,depth_cm,labels}/<n>.png", patterns, depth_unit=0.01,
                  intrinsics="camera.txt")
@@ -306,7 +308,9 @@ def test_a_row_of_ones_own(tmp_path, done, monkeypatch):
     refused(done, "0.png: nobody says its focal length; give --focal", *flags, "--out", tmp_path / "tree")
     for scene in "ab":
         (root / scene / "camera.txt").write_text("20 20 8 6\n")
-    assert "2 frames of rgb, depth, normal, seg" in done(*flags, "--out", tmp_path / "tree")
+    assert "2 frames of rgb, depth, normal, seg, canny" in done(*flags, "--out", tmp_path / "tree")
+    assert (read(tmp_path / "tree/canny/b/0.png") == photo(7)).all()
+    assert "(2 were there)" in done(*flags, "--out", tmp_path / "tree")
     told = json.loads((tmp_path / "tree/tree.json").read_text())
     assert (told["focal"], told["focal_width"], told["depth_unit"]) == (20, W, 0.01)
     raster = MODALITIES["seg"].open(tmp_path / "tree/seg/a/0.png", facts_of(tmp_path / "tree"))
@@ -315,7 +319,7 @@ def test_a_row_of_ones_own(tmp_path, done, monkeypatch):
     done(*flags, "--out", tmp_path / "other")
     assert (read(tmp_path / "other/seg/b/0.png") == np.array([2, 0, 1])[labels]).all()
     monkeypatch.setitem(FORMATS, "mine", row._replace(depth_unit=None))
-    refused(done, "0.png: holds levels; what one is in metres belongs into mine's row of FORMATS",
+    refused(done, "0.png: holds levels; what one is in metres belongs into its row of FORMATS",
             *flags, "--out", tmp_path / "third")
 
 
@@ -346,7 +350,50 @@ def test_float_depth_is_in_metres(mine, done, tmp_path):
     held = read(tmp_path / "tree/depth/mine/1.npy")
     assert held.dtype == np.float32 and held[0, 5] == np.float32(1.006) and held[0, 0] == 0
     assert not (tmp_path / "tree/normal").exists()
-    assert read_facts(tmp_path / "tree/tree.json").depth_unit is None
+
+
+@pytest.mark.parametrize("name, kind, scale, flags", [
+    ("0.tif", np.float32, 1, ()),
+    ("0.npy", np.int32, 1000, ()),
+    ("0.npy", ">u2", 1000, ()),
+    ("0.npy", np.uint16, 5000, ("--depth-unit", 0.0002)),
+    ("0.png", np.uint8, 100, ("--depth-unit", 0.01)),
+])
+def test_depth_is_metres_whatever_holds_it(name, kind, scale, flags, done, tmp_path):
+    """Floats are metres, whole numbers levels, by what a file holds and not by its ending."""
+    save(tmp_path / "color/0.png", photo(0))
+    depth = np.full((H, W), 1.5 * scale).astype(kind)
+    path = tmp_path / "depth" / name
+    path.parent.mkdir()
+    np.save(path, depth) if path.suffix == ".npy" else Image.fromarray(depth).save(path)
+    done("--color", tmp_path / "color", "--depth", tmp_path / "depth", "--no-normals", "--out",
+         tmp_path / "tree", *flags)
+    facts, row = facts_of(tmp_path / "tree"), MODALITIES["depth"]
+    [path] = (tmp_path / "tree/depth").rglob("0.*")
+    assert np.allclose(Depth.read(row, row.open(path, facts)), 1.5)
+
+
+def test_depth_of_8_bits_has_no_unit_of_its_own(done, tmp_path):
+    save(tmp_path / "s/rgb/0.png", photo(0))
+    save(tmp_path / "s/depth/0.png", np.full((H, W), 40, np.uint8))
+    refused(done, "depth/0.png: holds levels of 8 bits", "--format", "nyu", "--root", tmp_path / "s",
+            "--no-normals", "--out", tmp_path / "tree")
+
+
+@pytest.mark.parametrize("count", [2, 3, 16, 17, 200])
+def test_void_is_kept_beside_few_colours(count, tmp_path):
+    """Pillow packs a palette of up to 16 colours into fewer bits than 255 needs."""
+    labels = np.array([[0, count - 1, 255]], np.uint8)
+    import_frames.save_picture(tmp_path / "s.png", labels, np.zeros((count, 3), np.uint8))
+    assert (read(tmp_path / "s.png") == labels).all()
+
+
+def test_transparent_labels_are_void(tmp_path):
+    image = Image.fromarray(np.array([[0, 1, 2]], np.uint8))
+    image.putpalette([9, 9, 9, 80, 0, 0, 0, 80, 0])
+    image.save(tmp_path / "l.png", transparency=0)
+    raster, _ = import_frames.read_labels(tmp_path / "l.png", FORMATS["generic"])
+    assert raster.values.tolist() == [[255, 1, 2]]
 
 
 def test_other_names_pair_by_order_where_counts_are_equal(mine, done, tmp_path):

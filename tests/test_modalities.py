@@ -1,11 +1,14 @@
 """modalities.py: pictures and arrays of any sort as the registry's, and back."""
+import struct
+import zlib
+
 import numpy as np
 import pytest
 from PIL import Image
 
 from distributed import InputError
-from modalities import (MODALITIES, PLAIN_FACTS, PLAIN_SHOWN, Flat, Scalar, Shown, Vector, canny, centre_crop,
-                        shown_of)
+from modalities import (MODALITIES, PLAIN_FACTS, PLAIN_SHOWN, Flat, Picture, Scalar, Shown, Vector, canny,
+                        centre_crop, shown_of)
 
 
 def read(path, modality, facts=PLAIN_FACTS, **options):
@@ -143,3 +146,68 @@ def test_what_older_files_do_not_say_of_depth_is_as_it_was():
     assert released == Shown("picture", "colour", "minmax", "disparity")
     told = {"depth_norm": "quantile", "depth_target": "log"}
     assert shown_of({"shown": told}, "c.pt").told() == told
+
+
+def test_labels_of_a_large_picture_lie_where_its_colours_lie():
+    """A crop by the nearest pixel takes the middle of what it stands for, however large the picture."""
+    columns = np.tile(np.arange(640, dtype=np.uint16) // 10, (640, 1)).astype(np.uint8)
+    assert (np.asarray(centre_crop(Image.fromarray(columns), 64, True)) == np.arange(64)).all()
+
+
+def test_a_palette_of_greys_says_no_more_than_the_labels(tmp_path):
+    """As of L pictures that were turned to P: label k is grey k, not the colour of another label."""
+    palette = np.array([[128, 64, 128], [0, 0, 0], [70, 70, 70]], np.uint8)
+    facts = PLAIN_FACTS._replace(seg_mode="semantic", palette=palette)
+    for name, used in (("one", [0]), ("two", [0, 2])):
+        labels = np.resize(np.array(used, np.uint8), (4, 6))
+        Image.fromarray(labels).convert("P").save(tmp_path / f"{name}.png")
+        raster = MODALITIES["seg"].open(tmp_path / f"{name}.png", facts)
+        assert (raster.labels == labels).all() and (raster.values == palette[labels]).all()
+
+
+def test_colours_of_no_class_are_unknown():
+    palette = np.array([[128, 64, 128], [0, 0, 142]], np.uint8)
+    image = palette[[[0, 0, 1, 1]]].repeat(2, 0)
+    image[0, 0], image[1, 0] = (0, 0, 0), (130, 60, 125)
+    facts = PLAIN_FACTS._replace(palette=palette)
+    row = MODALITIES["seg"]
+    found = row.of_classes(row.of_picture("a.png", Picture(image, "RGB"), facts)._replace(facts=facts))
+    assert found.known.tolist() == [[False, True, True, True], [True] * 4]
+    assert found.values[0, 0].tolist() in ([128, 64, 128], [130, 60, 125])  # a nearest known one's
+    colourful = row.of_picture("a.png", Picture(image, "RGB"), facts._replace(void=-1))
+    assert colourful.known is None  # of no colour: the last class is one like the others
+
+
+def test_values_that_would_be_misread_are_refused(tmp_path):
+    wide = bytes(np.random.default_rng(0).integers(0, 256, 4 * 4 * 3 * 2, np.uint8))
+    rows = b"".join(b"\0" + wide[i:i + 24] for i in range(0, 96, 24))
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 4, 4, 16, 2, 0, 0, 0)  # 16 bits, three channels
+    parts = chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b"")
+    (tmp_path / "wide.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
+    assert read(tmp_path / "wide.png", "rgb").shape == (4, 4, 3)
+    with pytest.raises(InputError, match="wide.png: has several channels of 16 bits"):
+        read(tmp_path / "wide.png", "depth")
+    np.save(tmp_path / "shares.npy", np.full((4, 4, 3), 1.02, np.float32))
+    with pytest.raises(InputError, match="shares.npy: holds float32 .* needs .* levels from 0 to 255"):
+        read(tmp_path / "shares.npy", "rgb")
+
+
+def test_numbers_of_another_byte_order_are_the_same(tmp_path):
+    depth = np.arange(1, 13, dtype=np.uint16).reshape(3, 4) * 100
+    for name, kind in (("little", "<u2"), ("big", ">u2")):
+        np.save(tmp_path / f"{name}.npy", depth.astype(kind))
+    assert (read(tmp_path / "little.npy", "depth") == read(tmp_path / "big.npy", "depth")).all()
+
+
+def test_resizing_does_not_send_the_nearest_pixels_far_away(tmp_path):
+    """Bicubic goes below the least of 8 bits: such a depth is the least one, not unknown or infinite."""
+    depth = np.full((96, 96), 200, np.uint8)
+    depth[30:60, 30:60] = 12
+    Image.fromarray(depth).save(tmp_path / "d.png")
+    found = read(tmp_path / "d.png", "depth", PLAIN_FACTS._replace(depth_space="depth"),
+                 fit=lambda image, nearest: centre_crop(image, 64, nearest))
+    assert found.max() == np.float32(1 / 12) and found.min() > 1 / 256

@@ -4,10 +4,11 @@ import re
 
 import pytest
 import torch
+import torch.nn as nn
 from conftest import ROOT
 
 from layers import BLOCKS, rotate, rotation_of
-from model import FUSIONS, SIZES, build_model, sincos_positions
+from model import FUSIONS, SIZES, Fusion, build_model, sincos_positions
 from small import SMALL
 
 
@@ -50,6 +51,30 @@ def test_initial_weights_are_distributed_as_the_released_codes():
         weight = weights[name]
         assert weight.std(unbiased=False).item() == pytest.approx(deviation, rel=0.04), name
         assert (weight.abs().max() < 2 * weight.std()) == (largest < 2 * deviation), name
+
+
+def test_a_fusion_of_ones_own(monkeypatch):
+    """It says which weights are of a modality, or is refused; what it starts with is its own affair."""
+    class Own(Fusion):
+        numbered = ("parts",)
+
+        def __init__(self, num_modalities, channels, patch, width):
+            super().__init__(num_modalities)
+            self.parts = nn.ModuleList(nn.Conv2d(channels, width, patch, patch, bias=False)
+                                       for _ in range(num_modalities))
+            self.gate = nn.Linear(width, 1)
+
+        def initialise(self):
+            nn.init.zeros_(self.gate.weight)
+
+    monkeypatch.setitem(FUSIONS, "own", Own)
+    model = build_model(SMALL, fusion="own")
+    assert not model.x_embedder.gate.weight.any() and model.x_embedder.parts[0].weight.any()
+    assert "x_embedder.parts" in model.numbered
+    for names in ({"numbered": ()}, {"joined": {"proj.weight": 1}}, {"numbered": ("parts", "more")}):
+        monkeypatch.setitem(FUSIONS, "own", type("Wrong", (Own,), names))
+        with pytest.raises(ValueError, match="--init would mix modalities up"):
+            build_model(SMALL, fusion="own")
 
 
 def test_a_time_mlp_that_is_not_fused_embeds_to_the_width():

@@ -2,6 +2,7 @@
 import functools
 import json
 import shutil
+import types
 
 import numpy as np
 import pytest
@@ -478,6 +479,60 @@ def test_translation_does_not_depend_on_the_batch(trained, command, tmp_path):
     assert len(list((tmp_path / "joint").glob("*/00000?.png"))) == 4
 
 
+@pytest.mark.parametrize("pair, shares, flags, known, said", [
+    ("label", {"single": 0}, {"task": "generate"}, True, "never shown X"),
+    ("label", {"single": 0.3, "x_weight": 0}, {"task": "generate"}, False, "its head of X has learned"),
+    ("feature", {"single": 1}, {"task": "generate"}, False, "never drew an image without X"),
+    ("pair", {"hidden": 0}, {"task": "generate"}, False, "never drew an image without X"),
+    ("pair", {"hidden": 1}, {"task": "translate"}, True, "never shown X"),
+    ("masked", {"full_mask": 1, "hidden": 0}, {"task": "restore"}, True, "masks over everything alone"),
+    ("masked", {"full_mask": 0, "hidden": 0.1}, {"task": "generate"}, True, "no mask over everything"),
+    ("pair", {"hidden": 0.2}, {"task": "generate", "cfg": 4}, False, "--cfg and --classifier-scale have no"),
+    ("masked-u", {"hidden": 1, "x_weight": 0}, {"task": "generate"}, False, ""),
+    ("label", {"single": 0.3}, {"task": "generate", "cfg": 4}, True, ""),
+    ("pair", {"hidden": 0.2}, {"task": "translate"}, True, ""),
+])
+def test_what_a_run_has_not_learned_is_said(pair, shares, flags, known, said, capsys):
+    """App. E's shares decide what a run has ever been asked for."""
+    args = types.SimpleNamespace(**{"cfg": 1.0, "classifier_scale": 0.0, **flags})
+    loaded = types.SimpleNamespace(model=types.SimpleNamespace(pair=pair), path="r.pt", train=shares)
+    mt_sample.tell_unlearned(args, loaded, known)
+    out = capsys.readouterr().out
+    assert said in out and bool(said) == bool(out)
+
+
+def test_whether_x_is_known_of_what_is_drawn():
+    def known(task="generate", features=None, pair="label", label=12):
+        args, model = types.SimpleNamespace(task=task, features=features), types.SimpleNamespace(
+            pair=pair, num_classes=12)
+        return mt_sample.told(args, model, [types.SimpleNamespace(label=label)])
+
+    assert known(task="restore") and known(features="f.npy") and known(pair="masked") and known(label=3)
+    assert not known() and not known(pair="pair") and not known(pair="masked-u")
+
+
+def test_classes_of_a_head_that_was_not_trained_are_refused():
+    args = types.SimpleNamespace(task="classify", features=None, class_id=None)
+    for shares in ({"x_weight": 0, "single": 0.3}, {"x_weight": 0.1, "single": 1}):
+        loaded = types.SimpleNamespace(model=types.SimpleNamespace(pair="label"), path="r.pt", train=shares)
+        with pytest.raises(InputError, match="its head has learned nothing"):
+            mt_sample.check_task(args, loaded)
+
+
+def test_the_scores_are_of_all_pictures_of_the_folder(tmp_path, capsys):
+    """Those of an earlier command, too."""
+    (tmp_path / "classes").mkdir()
+    samples = []
+    for stem, label, found in (("a", 1, [1, 2]), ("b", 2, [1, 2]), ("c", 12, [1]), ("d", 0, [3])):
+        best = [[str(i), i, 0.5] for i in found]
+        (tmp_path / f"classes/{stem}.json").write_text(json.dumps(best))
+        samples.append(dict(stem=stem, class_id=label, given={"rgb": f"{stem}.png"}))
+    (tmp_path / "meta.json").write_text(json.dumps({"samples": samples, "complete": True}))
+    request = types.SimpleNamespace(stem="a")
+    assert mt_sample.report_classes(tmp_path, [request], 12) == dict(top1=1 / 3, top5=2 / 3, labelled=3)
+    assert capsys.readouterr().out.startswith("a: 1 0.500, 2 0.500")
+
+
 def test_what_a_checkpoint_does_not_know_is_refused(trained, command, unknown, tmp_path):
     run = trained("rgb", "seg")
     flags = ("--task", "generate", "--ckpt", run, "--out", tmp_path / "x")
@@ -571,7 +626,7 @@ def test_older_runs_go_on_with_the_defaults_of_what_is_new(data, trained, comman
         parser.add_argument("--ramp", type=float, default=0.5)
 
     assert mt.OPTIONS == {"agg": "vp_ramp", "head": "middle", "features": None, "bound": 8.0,
-                          "patch_size": 2, "fusion": "linear"}
+                          "patch_size": 2, "fusion": "linear", "blocks": "sit"}
     monkeypatch.setattr(mt_diffusion.Objective, "add_flags", staticmethod(longer))
     monkeypatch.setattr(mt, "MTDiffusion", Gated)
     monkeypatch.setitem(mt.OPTIONS, "gated", False)

@@ -207,9 +207,9 @@ def test_blocks_are_those_of_the_file_that_a_run_begins_with(cache, tmp_path, co
         config = load_checkpoint(tmp_path / name)["config"]
         assert config["model"]["blocks"] == config["train"]["blocks"] == "modern"
     assert load_checkpoint(tmp_path / "b")["step"] == 2
-    command("train", *flags, "--run", tmp_path / "c", "--steps", 1, "--init", tmp_path / "a",
-            "--blocks", "sit")
-    assert load_checkpoint(tmp_path / "c")["config"]["model"]["blocks"] == "sit"
+    with pytest.raises(InputError, match="its blocks are modern, .* pass --blocks modern"):
+        command("train", *flags, "--run", tmp_path / "c", "--steps", 1, "--init", tmp_path / "a",
+                "--blocks", "sit")
 
 
 def test_without_repas_weight_the_projector_stays(cache, tmp_path, command):

@@ -2,6 +2,7 @@
 import re
 import subprocess
 import sys
+import types
 
 from conftest import ROOT
 
@@ -29,3 +30,19 @@ def test_the_edits_of_the_readme_fit_the_code():
             elif not line.startswith("+") and line.strip():
                 assert line[1:] in lines, (file, line)
     assert file
+
+
+def test_a_verdict_needs_three_seeds_of_both_rows(monkeypatch):
+    """Two spreads are two standard errors of three seeds each; of fewer they come by chance."""
+    monkeypatch.syspath_prepend(ROOT / "studies")
+    import verdicts
+    claim = verdicts.Claim("said", "ours", "theirs", ("FD",))
+    columns = {"FD": types.SimpleNamespace(more=False)}
+    three, higher = [1, 2, 3], [9, 10, 11]
+    for ours, theirs, said in ((three, higher, "holds"), (higher, three, "does not"),
+                               (three, [1.5, 2.5, 3.5], "cannot be told"), ([1, 2], higher, "of two seeds"),
+                               (three, [9], "of one seed"), ([], [9], "not measured")):
+        by, seeds = verdicts.ahead_by(claim, "FD", {"ours": {"FD": ours}, "theirs": {"FD": theirs}}, columns)
+        assert claim.verdict(by, seeds) == said
+        assert by is None or by == (sum(theirs) / len(theirs) - sum(ours) / len(ours)) / max(
+            (max(values) - min(values)) / 2 for values in (ours, theirs))

@@ -396,3 +396,13 @@ def test_a_non_finite_gradient_changes_nothing_and_ten_stop_the_run(cache, tmp_p
     with pytest.raises(InputError, match="10 non-finite gradients in a row"):
         command("train", *flags, "--run", tmp_path / "c", "--steps", 10)
     assert not (tmp_path / "c/latest.pt").exists()
+
+
+def test_a_term_without_rows_is_left_out_of_the_log(tmp_path):
+    """A loss of 0 is another thing."""
+    meter = runs.Meter(3, "cpu")
+    for _ in range(2):
+        sums, counts = torch.tensor([4.0, 0.0, 2.0]), torch.tensor([8, 0, 4])
+        meter.add(sums, counts, norm=torch.tensor(1.0), bad=torch.tensor(0.0))
+    entry = meter.read(["loss_rgb", "loss_canny", "loss_depth"], 8, tmp_path)
+    assert entry["loss_rgb"] == 0.5 == entry["loss_depth"] and "loss_canny" not in entry

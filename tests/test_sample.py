@@ -3,6 +3,7 @@ import builtins
 import json
 import os
 import pathlib
+import types
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ import sample
 import samplers
 from conftest import shell
 from distributed import InputError, whole_file
+from mix import tell_untrained
 from modalities import MODALITIES, PLAIN_FACTS, PLAIN_SHOWN, Shown, shown_of
 from sample import Request
 from weights import DEMO, load_checkpoint
@@ -132,7 +134,8 @@ def test_understand_shows_the_bundled_scenes_beside_the_truth(tmp_path, command)
     truth = np.asarray(Image.open(given.replace("/rgb/", "/depth/")).convert("L")) / 255.0
     assert np.corrcoef(truth.ravel(), depth.ravel())[0, 1] > 0.8  # the demo weights do understand
     crop = sample.fit_of("crop", 64, 8)
-    truths = sample.truth_pictures({"rgb": pathlib.Path(given)}, MODALITIES, crop, {"rgb": PLAIN_FACTS})
+    request = Request(0, "s", 0, {"rgb": pathlib.Path(given)})
+    truths = sample.truth_pictures(request, MODALITIES, crop, {"rgb": PLAIN_FACTS})
     assert truths.keys() == {"depth", "normal", "seg"}
     labels = 4 + 3  # all modalities, and the truth of three of them
     assert Image.open(tmp_path / "grid.png").width == labels * 132 + 4
@@ -470,3 +473,25 @@ def test_panels_show_all_maps_of_each_sample(command, tmp_path):
     (photos / "mine.png").unlink()
     command("sample", *flags, "--seed", 1, "--overwrite")
     assert [path.name for path in (out / "panels").iterdir()] == ["mine.png"]
+
+
+def test_truncation_leaves_levels_as_they_are(tmp_path):
+    """What is given is of 8 bits already; what was drawn loses its fraction."""
+    levels = np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, 2)
+    row = MODALITIES["rgb"]
+    outputs = sample.Maps({"rgb": row, "drawn": row}, truncate=True)
+    pixels = row.to_pixels(levels)
+    shown = outputs.write(tmp_path, sample.Request(0, "a", 0, {}), {
+        "rgb": pixels, "drawn": pixels + np.float32(0.6 / 127.5)}, None)
+    assert (shown["rgb"] == levels).all() and (shown["drawn"] == levels).all()
+
+
+def test_what_a_mix_does_not_train_is_said(capsys):
+    for mix, given, said in (("rgb2x", (), "no row is given nothing"),
+                             ("gen-only", ("rgb",), "no row is given rgb alone"),
+                             ("mmgen", ("rgb", "depth"), "given rgb and depth alone"),
+                             ("mmgen", ("depth",), ""), ("subset", ("rgb", "depth"), ""),
+                             ("photo", (), ""), (None, ("rgb",), "")):
+        tell_untrained(types.SimpleNamespace(train={"mix": mix}, path="r.pt"), given)
+        out = capsys.readouterr().out
+        assert said in out and bool(said) == bool(out), mix

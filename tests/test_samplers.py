@@ -211,3 +211,11 @@ def test_latents_of_pixels_are_the_pixels():
     latents = encoder.encode(torch.from_numpy(row.to_pixels(image))[None])
     pixels = decode(encoder, torch.cat([latents, latents * 2], 1))
     assert (row.from_pixels(pixels[0, 0].numpy()) == image).all() and pixels.abs().max() <= 1
+
+
+def test_a_multistep_sampler_takes_equal_steps_alone():
+    """Its weights are theirs: on the grid `late` of the README it would end at another time."""
+    late = [(i / 40) ** 0.5 for i in range(41)]
+    for name in ("ab2", "ab4"):
+        with pytest.raises(ValueError, match="equal steps"):
+            SAMPLERS[name][0](lambda x, t: -x, torch.ones(1), late, None)

@@ -196,6 +196,31 @@ def test_init_matches_modalities_by_name(tmp_path):
         weights.init_from(model, {**meta, "scale": 2.0}, load_checkpoint(tmp_path / "a.pt"), "a.pt")
 
 
+def test_init_does_not_take_what_computes_something_else(tmp_path):
+    """Modern blocks have the names and shapes of SiT's, a layer of vectors may have a class table's."""
+    source, meta = ours(tmp_path / "a.pt", name=SMALL, blocks="modern")
+    checkpoint = load_checkpoint(tmp_path / "a.pt")
+    model = build_model(SMALL, ["rgb", "normal"], 12, 4, 16)
+    with pytest.raises(InputError, match="its blocks are modern.*pass --blocks modern"):
+        weights.init_from(model, meta, checkpoint, "a.pt")
+    ours(tmp_path / "b.pt", name=SMALL, fusion="mlp")
+    table, _ = weights.init_from(model, meta, load_checkpoint(tmp_path / "b.pt"), "b.pt")
+    assert "its fusion is mlp, the model's linear" in table
+    ours(tmp_path / "c.pt", name=SMALL)
+    checkpoint = load_checkpoint(tmp_path / "c.pt")
+    checkpoint["config"]["model"]["features"] = 9
+    before = model.y_embedder.weight.clone()
+    table, taken = weights.init_from(model, meta, checkpoint, "c.pt")
+    assert torch.equal(model.y_embedder.weight, before) and "y_embedder" in table.split("new")[1]
+
+
+def test_ages_follow_a_weight_to_its_new_name():
+    checkpoint = {"step": 5000, "ages": {"pos_embed": 600_000, "backbone.heads.2.linear.bias": 7}}
+    taken = {"backbone.pos_embed": "pos_embed", "heads.1.linear.bias": "heads.2.linear.bias", "new": "new"}
+    assert weights.ages_of(checkpoint, taken) == {
+        "backbone.pos_embed": 605_000, "heads.1.linear.bias": 5007, "new": 5000}
+
+
 def test_init_takes_middle_heads_by_name_or_leaves_them_new(tmp_path):
     for middle in (True, False):
         source, meta = ours(tmp_path / "a.pt", name=SMALL, middle_heads=middle)
