@@ -136,10 +136,9 @@ def finish_masks(folder, meta):
 def shares(bits, meta):
     """Bits of known_cells (n, B) -> the share of known cells (n,)."""
     count = meta["latent_size"][0] * meta["latent_size"][1]
-    flags = np.unpackbits(np.array([255] * bits.shape[1], np.uint8))
-    flags[count:] = 0
-    ones = np.array([bin(byte).count("1") for byte in range(256)], np.uint8)
-    return ones[bits & np.packbits(flags)].sum(1, dtype=np.int64) / count
+    flags = np.packbits(np.arange(8 * bits.shape[1]) < count)
+    ones = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(1)
+    return ones[bits & flags].sum(1, dtype=np.int64) / count
 
 
 def _reserve(file, dtype, shape):

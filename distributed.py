@@ -15,8 +15,8 @@ import json
 import math
 import os
 import pathlib
-import re
 import platform
+import re
 import sys
 import tempfile
 import threading

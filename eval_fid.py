@@ -13,7 +13,6 @@ pictures of equal names.
 """
 import functools
 import hashlib
-import json
 import math
 import os
 import pathlib
@@ -32,7 +31,7 @@ from distributed import (all_reduce, bare, barrier, check, check_apart, check_ra
                          command_parser, gather, prefetch, reading, run, say, setup, share, whole_file,
                          write_json)
 from modalities import centre_crop, read_rgb
-from trees import find_pictures, flat_name, stem_of
+from trees import find_pictures, flat_name, sampled, stem_of
 from vae import load_vae, sha256
 
 INCEPTION = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
@@ -481,7 +480,7 @@ class Folder:
 
     def __init__(self, path):
         base = path / "rgb" if (path / "rgb").is_dir() else path
-        recipe = sampling(base) or {}
+        recipe = sampling(base)
         check(recipe.get("complete") is not False,
               f"{path}: the set is not complete; finish it with the same sample.py command")
         self.files = find_pictures(base)
@@ -585,14 +584,8 @@ def same_network(source, identity):
 
 
 def sampling(path):
-    """meta.json of sample.py in or beside a folder or file of samples; None where there is none."""
-    for meta in (path / "meta.json", path.parent / "meta.json"):
-        try:
-            recipe = json.loads(meta.read_text())
-            return recipe if "checkpoint_sha256" in recipe else None
-        except (OSError, ValueError, TypeError):
-            pass  # none, or somebody else's file of that name
-    return None
+    """meta.json of sample.py in or beside a folder or file of samples; {} where there is none."""
+    return sampled(path) or sampled(path.parent)
 
 
 def describe(source, count):

@@ -576,12 +576,15 @@ class Trial:
 class Watch:
     """Looks at a run's EMA while it trains: previews every so many steps and, if asked, a Trial.
 
-    toy, a number of held-out scenes, or data, a folder tree, are what it is scored on.
+    toy, a number of held-out scenes, or data, a folder tree, are what it is scored on. Raises InputError
+    where that is not said, or cannot be.
     """
 
     def __init__(self, objective, folder, preview_every, eval_every=0, toy=None, data=None):
         self.objective, self.folder, self.trial = objective, folder, None
         self.preview_every, self.eval_every = preview_every, eval_every
+        check(bool(toy) + bool(data) == (eval_every > 0),
+              "--eval-every N goes with --eval-toy K or --eval-data TREE")
         if eval_every:
             source = Toy(toy) if toy else Tree(data, objective.meta, facts_of(data))
             self.trial = Trial(source, objective)

@@ -22,19 +22,24 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x):
+    def forward(self, x, *rotation):
         N, T, D = x.shape
         qkv = self.qkv(x).reshape(N, T, 3, self.heads, D // self.heads)  # (N, T, 3, heads, d)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)                             # each (N, heads, T, d)
-        x = F.scaled_dot_product_attention(q, k, v)                      # (N, heads, T, d)
+        qkv = qkv.permute(2, 0, 3, 1, 4)                                 # (3, N, heads, T, d)
+        q, k = self.turned(qkv[:2], *rotation)                           # each (N, heads, T, d)
+        x = F.scaled_dot_product_attention(q, k, qkv[2])                 # (N, heads, T, d)
         return self.proj(x.transpose(1, 2).reshape(N, T, D))             # (N, T, D)
+
+    def turned(self, qk):
+        """Queries and keys (2, N, heads, T, d) as they are compared."""
+        return qk
 
 
 class Mlp(nn.Module):
-    def __init__(self, width, hidden):
+    def __init__(self, width):
         super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
+        self.fc1 = nn.Linear(width, 4 * width)
+        self.fc2 = nn.Linear(4 * width, width)
 
     def forward(self, x):
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))  # (N, T, 4D) inside
@@ -43,20 +48,21 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """A SiT block: attention and MLP, each with adaLN-Zero."""
 
-    rotary = False  # whether forward takes positions
+    rotary = False  # whether forward takes the tokens' rotation
+    norm, attention, feed_forward = nn.LayerNorm, Attention, Mlp
 
     def __init__(self, width, heads):
         super().__init__()
-        self.norm1 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
-        self.attn = Attention(width, heads)
-        self.norm2 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
-        self.mlp = Mlp(width, 4 * width)
+        self.norm1 = self.norm(width, elementwise_affine=False, eps=1e-6)
+        self.attn = self.attention(width, heads)
+        self.norm2 = self.norm(width, elementwise_affine=False, eps=1e-6)
+        self.mlp = self.feed_forward(width)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
-    def forward(self, x, c):
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, -1)  # each (N, D)
-        x = x + gate1[:, None] * self.attn(modulate(self.norm1(x), shift1, scale1))           # (N, T, D)
-        x = x + gate2[:, None] * self.mlp(modulate(self.norm2(x), shift2, scale2))            # (N, T, D)
+    def forward(self, x, c, *rotation):
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, -1)    # each (N, D)
+        x = x + gate1[:, None] * self.attn(modulate(self.norm1(x), shift1, scale1), *rotation)  # (N, T, D)
+        x = x + gate2[:, None] * self.mlp(modulate(self.norm2(x), shift2, scale2))              # (N, T, D)
         return x
 
 
@@ -90,13 +96,8 @@ def rotation_of(h, w, copies, d, device):
 class RotaryAttention(Attention):
     """Queries and keys of unit mean square, without a learned scale, turned by their positions."""
 
-    def forward(self, x, rotation):
-        N, T, D = x.shape
-        qkv = self.qkv(x).reshape(N, T, 3, self.heads, D // self.heads)      # (N, T, 3, heads, d)
-        qkv = qkv.permute(2, 0, 3, 1, 4)                                     # (3, N, heads, T, d)
-        q, k = rotate(F.rms_norm(qkv[:2], qkv.shape[-1:], eps=1e-6), rotation)  # each (N, heads, T, d)
-        x = F.scaled_dot_product_attention(q, k, qkv[2])                     # (N, heads, T, d)
-        return self.proj(x.transpose(1, 2).reshape(N, T, D))                 # (N, T, D)
+    def turned(self, qk, rotation):
+        return rotate(F.rms_norm(qk, qk.shape[-1:], eps=1e-6), rotation)  # (2, N, heads, T, d)
 
 
 class SwiGlu(nn.Module):
@@ -113,24 +114,11 @@ class SwiGlu(nn.Module):
         return self.fc2(F.silu(gate) * x)   # (N, T, D)
 
 
-class ModernBlock(nn.Module):
+class ModernBlock(Block):
     """Block with RMS norms, rotary positions, normalised queries and keys, and SwiGLU."""
 
     rotary = True
-
-    def __init__(self, width, heads):
-        super().__init__()
-        self.norm1 = nn.RMSNorm(width, elementwise_affine=False, eps=1e-6)
-        self.attn = RotaryAttention(width, heads)
-        self.norm2 = nn.RMSNorm(width, elementwise_affine=False, eps=1e-6)
-        self.mlp = SwiGlu(width)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
-
-    def forward(self, x, c, rotation):
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, -1)   # each (N, D)
-        x = x + gate1[:, None] * self.attn(modulate(self.norm1(x), shift1, scale1), rotation)  # (N, T, D)
-        x = x + gate2[:, None] * self.mlp(modulate(self.norm2(x), shift2, scale2))             # (N, T, D)
-        return x
+    norm, attention, feed_forward = nn.RMSNorm, RotaryAttention, SwiGlu
 
 
 BLOCKS = {"sit": Block, "modern": ModernBlock}

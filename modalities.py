@@ -289,7 +289,7 @@ class Raster(NamedTuple):
             return np.asarray(fit(Image.fromarray(self.values), nearest))
         values = self.values.astype(np.float32) / np.float32(self.top or 1)
         layers = np.atleast_3d(values).transpose(2, 0, 1)
-        arrays = [np.asarray(fit(Image.fromarray(np.ascontiguousarray(layer)), nearest)) for layer in layers]
+        arrays = [np.asarray(fit(Image.fromarray(layer.copy()), nearest)) for layer in layers]
         return arrays[0] if len(arrays) == 1 else np.stack(arrays, -1)
 
     def known_at(self, fit):
@@ -443,11 +443,10 @@ class Kind:
 
     def crop(self, array, size):
         """The user's array (H, W[, 3]) -> ADM's centre crop of it."""
-        if array.dtype == np.uint8:
-            return np.asarray(centre_crop(Image.fromarray(array), size, self.nearest))
-        layers = np.atleast_3d(array.astype(np.float32)).transpose(2, 0, 1)
-        crops = [np.asarray(centre_crop(Image.fromarray(layer.copy()), size)) for layer in layers]
-        return np.stack(crops, -1) if array.ndim == 3 else crops[0]
+        def fit(image, nearest):
+            return centre_crop(image, size, nearest)
+
+        return Raster(None, array).fitted(fit, self.nearest)
 
     def resize(self, array, shape):
         """The user's array (h, w[, 3]) -> (H, W[, 3]): bilinear, of flat colours the nearest."""

@@ -70,17 +70,16 @@ class Objective:
             bound=1.0 if pixels else 8.0, patch_size=args.patch_size, fusion=args.fusion,
             blocks=blocks_of(runs.latest(args.run) or args.init))
         self.backbone = self.model.backbone
-        self.sources = list(dict.fromkeys(names))
-        self.modalities = self.sources
-        self.reads = [*self.sources, *{"label": ["labels"], "feature": ["feature"]}.get(self.kind, []),
-                      *(stem for m in self.sources if (stem := f"{m}_known") in cache.stems)]
+        self.modalities = list(dict.fromkeys(names))
+        self.reads = [*self.modalities, *{"label": ["labels"], "feature": ["feature"]}.get(self.kind, []),
+                      *(stem for m in self.modalities if (stem := f"{m}_known") in cache.stems)]
         shares = {key: getattr(args, key) for key in ("hidden", "full_mask", "single")}
         chosen = {key: share for key, share in shares.items() if share is not None}
-        self.known = torch.ones(args.batch_size, len(self.sources), device=device)
+        self.known = torch.ones(args.batch_size, len(self.modalities), device=device)
         self.setting = self.model.setting._replace(**chosen)
         self.settings = self.setting._asdict()
-        self.conditions = self.sources[1:]
-        self.predicts = self.sources[:1] if self.conditions == ["rgb"] else []
+        self.conditions = self.modalities[1:]
+        self.predicts = self.modalities[:1] if self.conditions == ["rgb"] else []
         self.terms = ("loss_eps", "loss_x", "energy")  # energy: E(X)'s mean square, 0 at first
         self.weights = torch.tensor([args.eps_weight, args.x_weight, 0.0], device=device)
 
@@ -165,7 +164,7 @@ class Objective:
         hidden, single = rand(N) < self.setting.hidden, rand(N) < self.setting.single
         full = rand(N) < self.setting.full_mask
         corners = (rand(N, PATCHES, 2) * sides).long()
-        posterior = torch.randn((N, C * len(self.sources), *size), generator=g, device=self.device)
+        posterior = torch.randn((N, C * len(self.modalities), *size), generator=g, device=self.device)
         noise = torch.randn((N, C, *size), generator=g, device=self.device)
         known = batch.get("known", self.known)                                          # (N, 1 or 2)
         here = known[:, 0] > 0                                                          # (N,) the target is
@@ -174,7 +173,7 @@ class Objective:
         everyone = torch.full((), N, device=self.device)
         counts = torch.stack([here.sum(), (~alone).sum(), everyone])
         normals = posterior[part].split(C, 1)
-        z0, *others = (latents(batch[m], normals[i], self.meta) for i, m in enumerate(self.sources))
+        z0, *others = (latents(batch[m], normals[i], self.meta) for i, m in enumerate(self.modalities))
         if self.kind == "pair":
             x = others[0]
         elif self.model.images:
@@ -185,7 +184,7 @@ class Objective:
             x = batch["labels"] if self.kind == "label" else batch["feature"].float()
         rows = dict(z0=z0, x=x, k=k[part], noise=noise[part], seen=seen[part], alone=alone[part],
                     here=here[part])
-        cells = cells_in(batch, self.sources, self.meta)                                # (n, 1 or 2, H, W)
+        cells = cells_in(batch, self.modalities, self.meta)                                # (n, 1 or 2, H, W)
         if cells is not None:
             rows |= {"known": cells[:, 0], "x_known": cells[:, -1]}
         return rows, counts

@@ -125,6 +125,6 @@ def update_ema(ema, model, step, ages=None):
     averages, weights = list(ema.parameters()), list(model.parameters())
     older = [ages.get(name, 0) for name, _ in model.named_parameters()] if ages else [0] * len(weights)
     for age in set(older):
-        n, chosen = step + age, [i for i, own in enumerate(older) if own == age]
-        rate = min(0.9999, (1 + n) / (10 + n))
-        torch._foreach_lerp_([averages[i] for i in chosen], [weights[i] for i in chosen], 1 - rate)
+        pairs = [(average, weight) for average, weight, own in zip(averages, weights, older) if own == age]
+        rate = min(0.9999, (1 + step + age) / (10 + step + age))
+        torch._foreach_lerp_(*map(list, zip(*pairs)), 1 - rate)

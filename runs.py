@@ -191,13 +191,13 @@ class Meter:
         self.clock += seconds
 
     def read(self, terms, batch_size, folder):
-        """The entry since the last one, without the terms of which there was no row; starts anew. Raises
-        InputError after ten bad steps in a row.
+        """What the log says since the last one: {term: mean} of those that had rows, and the rest; starts
+        anew. Raises InputError after ten bad steps in a row.
         """
         means, counts = all_reduce(self.sums.clone()) / self.counts.clamp(min=1), self.counts.tolist()
         means = {term: mean for term, mean, count in zip(terms, means.tolist(), counts) if count}
         seconds = time.perf_counter() - self.clock
-        entry = {**means, "grad_norm": (self.norms / self.good.clamp(min=1)).item(),
+        entry = {"grad_norm": (self.norms / self.good.clamp(min=1)).item(),
                  "img_per_s": self.steps * batch_size / seconds, "skipped": int(self.skipped[0])}
         worst = int(self.skipped[2])
         check(worst < 10, f"{worst} non-finite gradients in a row, the run stops; the last file in "
@@ -206,4 +206,4 @@ class Meter:
         for counter in (self.sums, self.counts, self.norms, self.good, self.skipped[2:]):
             counter.zero_()
         self.steps, self.clock = 0, time.perf_counter()
-        return entry
+        return means, entry

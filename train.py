@@ -29,7 +29,7 @@ from modalities import MODALITIES
 from mixture import open_caches
 from model import FUSIONS, PROJECTORS, SIZES, MMDiT, build_model, training_flops
 from optimisers import OPTIMISERS, schedule, set_rates, update, update_ema
-from samplers import Sampling, sample_latents
+from samplers import Sampling, prepare, sample_latents
 from vae import latents
 from weights import ages_of, blocks_of, init_from, load_checkpoint, renamed
 
@@ -128,6 +128,7 @@ class MMGen:
         check_ranges(args, repa_weight=(0, 1000), middle_weight=(0, 1000), repa_until=(0, None))
         repa_weight = args.repa_weight if "dino" in cache.stems else 0.0
         blocks = args.blocks or blocks_of(runs.latest(args.run) or args.init)
+        self.aligned = torch.full((args.batch_size,), repa_weight > 0, device=device)  # likewise
         self.settings, self.middle = {"repa_weight": repa_weight, "blocks": blocks}, args.middle_weight > 0
         self.model = self.backbone = build_model(
             args.model, self.modalities, self.meta["num_classes"], self.meta["latent_channels"],
@@ -167,8 +168,7 @@ class MMGen:
         known = batch.get("known", self.known)                                               # (N, M)
         draws = draw(self.args.seed, step, self.args.mix, self.modalities, known, shape, self.args.times)
         supervised = draws.supervised.sum(0)                                                 # (M,)
-        aligned = supervised.new_full((1,), N if "dino" in batch else 0)                     # (1,)
-        aligned = batch["aligned"].sum()[None] if "aligned" in batch else aligned
+        aligned = batch.get("aligned", self.aligned).sum()[None]                             # (1,)
         counts = torch.cat([supervised, aligned, *[supervised] * self.middle])               # (K,)
         mine = Draws(*(x[part] for x in draws))
         parts = [latents(batch[m], normals, self.meta) if m in batch else torch.zeros_like(normals)
@@ -253,9 +253,7 @@ def train(args, cache, objective, place, defaults):
     say(f"{args.model}, {count:,} parameters, {objective.summary()}; {len(cache.rows)} samples, "
         f"steps {first} to {args.steps}, {said}, {args.batch_size} rows on {world} processes, "
         f"in micro-batches of {min(n, micro)}, {device}")
-    if args.compile or (args.compile is None and device.type == "cuda"):
-        for block in backbone.blocks:
-            block.compile(fullgraph=True)
+    prepare(backbone, compile=device.type == "cuda" if args.compile is None else args.compile)
     wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
 
     meter, steps = runs.Meter(len(terms), device), range(first, args.steps)
@@ -280,10 +278,9 @@ def train(args, cache, objective, place, defaults):
         done = step + 1
         saving = done % args.ckpt_every == 0 or done == args.steps
         if done % args.log_every == 0 or saving:
-            entry = meter.read(terms, args.batch_size, args.run)
-            log.write({"step": done, **now, **entry})
-            found = {name.removeprefix("loss_"): entry[name] for name in terms if name in entry}
-            bar.set_postfix({name: f"{value:.3f}" for name, value in found.items()})
+            means, entry = meter.read(terms, args.batch_size, args.run)
+            log.write({"step": done, **now, **means, **entry})
+            bar.set_postfix({name.removeprefix("loss_"): f"{mean:.3f}" for name, mean in means.items()})
         if saving:
             runs.save_checkpoint(args.run, model, ema, optimiser, done, config, ages)
         scores, seconds = watch.look(ema, done)
@@ -340,8 +337,6 @@ def command(objective, doc):
     add_flags(parser)
     objective.add_flags(parser)
     args = parser.parse_args()
-    asked = bool(args.eval_toy) + bool(args.eval_data)
-    check(asked == (args.eval_every > 0), "--eval-every N goes with --eval-toy K or --eval-data TREE")
     lost = [name for name in ("ema_from_init", "rename") if getattr(args, name, None)]
     check(args.init or not lost, f"--{' --'.join(lost).replace('_', '-')}: belongs to --init")
     counts = ("steps", "batch_size", "log_every", "ckpt_every", "preview_every", "eval_toy")

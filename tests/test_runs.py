@@ -404,5 +404,5 @@ def test_a_term_without_rows_is_left_out_of_the_log(tmp_path):
     for _ in range(2):
         sums, counts = torch.tensor([4.0, 0.0, 2.0]), torch.tensor([8, 0, 4])
         meter.add(sums, counts, norm=torch.tensor(1.0), bad=torch.tensor(0.0))
-    entry = meter.read(["loss_rgb", "loss_canny", "loss_depth"], 8, tmp_path)
-    assert entry["loss_rgb"] == 0.5 == entry["loss_depth"] and "loss_canny" not in entry
+    means, entry = meter.read(["loss_rgb", "loss_canny", "loss_depth"], 8, tmp_path)
+    assert means == {"loss_rgb": 0.5, "loss_depth": 0.5} and entry["grad_norm"] == 1
