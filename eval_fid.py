@@ -208,9 +208,10 @@ class Work(NamedTuple):
 
 
 def _load(network, path, remedy, prefix=""):
-    """The network, frozen, with a file's weights whose names have the prefix. Raises InputError naming the
-    file.
+    """The network, which may be of no memory yet, frozen, with a file's weights whose names have the prefix.
+    Raises InputError naming the file.
     """
+    network = network.to_empty(device="cpu")
     with reading(path, remedy):
         state = bare(torch.load(path, map_location="cpu", weights_only=True))
         state = {key.removeprefix(prefix): x for key, x in state.items() if key.startswith(prefix)}
@@ -240,7 +241,9 @@ class InceptionNetwork:
             with reading(path, f"the download failed; {remedy}"):
                 torch.hub.download_url_to_file(INCEPTION, str(path), hash_prefix="6726825d")
         barrier()
-        self.model = _load(Inception(), path, remedy).to(work.device, memory_format=torch.channels_last)
+        with torch.device("meta"):  # nothing is drawn that the file replaces
+            model = Inception()
+        self.model = _load(model, path, remedy).to(work.device, memory_format=torch.channels_last)
         self.preprocess, self.device = PREPROCESS[files.preprocess], work.device
         self.id = dict(preprocess=files.preprocess, inception_sha256=sha256(path))
 
@@ -316,7 +319,8 @@ class Lpips(nn.Module):
             model = nn.Sequential(nn.Identity(), nn.Conv2d(width, 1, 1, bias=False))
             heads[f"lin{i}"] = nn.ModuleDict({"model": model})
         self.heads = _load(heads, files.lpips_heads, remedy).to(work.device)
-        trunk = timm.create_model("vgg16", num_classes=0).features
+        with torch.device("meta"):
+            trunk = timm.create_model("vgg16", num_classes=0).features
         self.features = _load(trunk, files.vgg, remedy, "features.").to(work.device)
         self.shift = torch.tensor([-0.030, -0.088, -0.188], device=work.device).view(3, 1, 1)
         self.scale = torch.tensor([0.458, 0.448, 0.450], device=work.device).view(3, 1, 1)

@@ -255,8 +255,10 @@ def drawn_lpips(folder):
     """Random weights in the released files' formats -> the flags that name them."""
     import timm
     torch.manual_seed(0)
-    trunk = timm.create_model("vgg16", num_classes=0).features
-    torch.save({f"features.{key}": value for key, value in trunk.state_dict().items()}, folder / "vgg.pth")
+    with torch.device("meta"):
+        trunk = timm.create_model("vgg16", num_classes=0).features
+    drawn = {key: torch.randn(x.shape) * (2 / x[0].numel()) ** 0.5 for key, x in trunk.state_dict().items()}
+    torch.save({f"features.{key}": value for key, value in drawn.items()}, folder / "vgg.pth")
     heads = {f"lin{i}.model.1.weight": torch.rand(1, width, 1, 1)
              for i, width in enumerate((64, 128, 256, 512, 512))}
     torch.save(heads, folder / "heads.pth")
