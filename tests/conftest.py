@@ -75,22 +75,19 @@ def unknown(capsys):
     return call
 
 
-def shell(*argv, processes=1, torchrun=False, timeout=150, threads=None):
+def shell(*argv, processes=1, torchrun=False, timeout=150):
     """The command as a user starts it -> CompletedProcess.
 
     Of several processes, started as torchrun would, the worst one's.
     """
     argv = list(map(str, argv))
-    if processes > 1 and not torchrun:
+    if not torchrun:
         return _processes(argv, processes, timeout)
     argv = ["tests/small.py", *argv] if SMALL in argv else argv
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads or 2 // processes)}
-    python = [sys.executable]
-    if torchrun:
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "--"]
-        python += launcher
-    return subprocess.run([*python, *argv], cwd=ROOT, capture_output=True, text=True, timeout=timeout,
-                          env=environment)
+    environment = {**os.environ, "OMP_NUM_THREADS": str(2 // processes)}
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "--"]
+    return subprocess.run([sys.executable, *launcher, *argv], cwd=ROOT, capture_output=True, text=True,
+                          timeout=timeout, env=environment)
 
 
 def _processes(argv, world, timeout):
