@@ -426,7 +426,8 @@ def init_from(model, meta, checkpoint, path, method="mmgen", names=None):
         if key == "y_embedder.weight":
             rows = _class_rows(theirs["meta"]["class_names"], meta["class_names"], len(value) - 1)
             fate[key] = _copy_classes(value, target, rows)
-            how = ", by their order: the file has no names" if not theirs["meta"]["class_names"] else ""
+            nameless = not theirs["meta"]["class_names"] and None not in rows
+            how = ", by their order: the file has no names" if nameless else ""
             notes = [f"  class rows: {len(rows) - rows.count(None)} of {len(rows)} known{how}"]
         elif key == "pos_embed" and value.shape != target.shape:
             fate[key] = _copy_positions(value, target, theirs["model"], model.grid)

@@ -32,7 +32,7 @@ def draw(model, std=0.04, seed=0):
 
 def ours(path, **options):
     """A checkpoint of this project with drawn weights."""
-    model = draw(build_model(**{"name": "T/2", "num_classes": 12, "latent_size": 16, **options}))
+    model = draw(build_model(**{"name": SMALL, "num_classes": 12, "latent_size": 16, **options}))
     meta = dict(vae="sd-mse", vae_sha256=None, scale=weights.SD_SCALE, latent_channels=4,
                 latent_size=[16, 16], resolution=128, palette=None, depth_space="disparity",
                 seg_mode="instance", class_names=[f"c{i}" for i in range(model.num_classes)])
@@ -75,7 +75,7 @@ def test_a_released_file_is_recognised_and_runs(tmp_path):
              *(f"t_embedder.{part}.{i}" for part in ("mlp", "mlp_fused") for i in (0, 2)),
              *(f"projectors.0.{i}" for i in (0, 2, 4)),
              *(f"lis_final_layer.{m}.{layer}" for m in range(4) for layer in head),
-             *(f"blocks.{i}.{layer}" for i in range(8) for layer in block)}
+             *(f"blocks.{i}.{layer}" for i in range(2) for layer in block)}
     assert {key.removesuffix(".weight").removesuffix(".bias") for key in raw} == named  # as released
     assert torch.equal(raw["lis_final_layer.2.linear.weight"], -model.heads[2].linear.weight)
     assert "taskcond_embedder.embedding_table.weight" in raw
@@ -117,7 +117,7 @@ def siblings(kind, model):
 def test_rgb_models_generate_with_their_own_time_layers(kind, tmp_path):
     """REPA embeds the noise level, SiT the time itself."""
     options = dict(modalities=["rgb"], num_classes=12, latent_size=16, task_embedding=False)
-    source = draw(build_model("T/2", fused_time=False, **options))
+    source = draw(build_model(SMALL, fused_time=False, **options))
     file = siblings(kind, source)
     state = file["ema"] if kind == "REPA" else file
     state.update({name: p for name, p in source.state_dict().items() if name.startswith("t_embedder.")})
@@ -134,12 +134,12 @@ def test_rgb_models_generate_with_their_own_time_layers(kind, tmp_path):
 def test_init_from_rgb_models(kind, tmp_path):
     source, meta = ours(tmp_path / "a.pt")
     torch.save(siblings(kind, source), tmp_path / "s.pt")
-    target = build_model("T/2", num_classes=12, latent_size=16)
+    target = build_model(SMALL, num_classes=12, latent_size=16)
     checkpoint = load_checkpoint(tmp_path / "s.pt")
     table, _ = weights.init_from(target, meta, checkpoint, "s.pt")
     assert checkpoint["origin"] == kind and f"({kind}" in table
     mine, theirs = target.state_dict(), source.state_dict()
-    taken = ["heads.0.linear.weight", "heads.0.linear.bias", "blocks.3.attn.qkv.weight", "y_embedder.weight"]
+    taken = ["heads.0.linear.weight", "heads.0.linear.bias", "blocks.1.attn.qkv.weight", "y_embedder.weight"]
     for key in taken + ["projector.2.weight"] * (kind == "REPA"):
         assert torch.equal(mine[key], theirs[key]), key
     patches = mine["x_embedder.proj.weight"]
@@ -168,7 +168,7 @@ def test_a_modality_of_the_file_goes_on_under_another_name(tmp_path):
     source, meta = ours(tmp_path / "a.pt")
     names = weights.renamed(load_checkpoint(tmp_path / "a.pt"), ["seg=canny"], ["rgb", "canny"], "a.pt")
     for old, kept in ((names, True), (None, False)):
-        model = build_model("T/2", ["rgb", "depth", "normal", "canny"], 12, 4, 16)
+        model = build_model(SMALL, ["rgb", "depth", "normal", "canny"], 12, 4, 16)
         both = old and (old, list(model.modalities))
         table, taken = weights.init_from(model, meta, load_checkpoint(tmp_path / "a.pt"), "a.pt", names=both)
         head = torch.equal(model.heads[3].linear.weight, source.heads[3].linear.weight)
@@ -186,7 +186,7 @@ def test_a_modality_of_the_file_goes_on_under_another_name(tmp_path):
 def test_init_matches_modalities_by_name(tmp_path):
     """From (rgb, depth, normal, seg) to (rgb, normal): the normals' head and columns come along."""
     source, meta = ours(tmp_path / "a.pt")
-    model = build_model("T/2", ["rgb", "normal"], 12, 4, 16)
+    model = build_model(SMALL, ["rgb", "normal"], 12, 4, 16)
     weights.init_from(model, meta, load_checkpoint(tmp_path / "a.pt"), "a.pt")
     mine, theirs = model.state_dict(), source.state_dict()
     assert torch.equal(mine["heads.1.linear.weight"], theirs["heads.2.linear.weight"])
@@ -249,13 +249,13 @@ def test_the_released_format_has_no_place_for_other_blocks_or_middle_heads(tmp_p
 
 def test_init_with_other_classes_and_resolution(tmp_path):
     source, meta = ours(tmp_path / "a.pt")
-    model = build_model("T/2", num_classes=3, latent_size=24)
+    model = build_model(SMALL, num_classes=3, latent_size=24)
     meta = {**meta, "class_names": ["c5", "cat", "c0"], "latent_size": [24, 24]}
     table, _ = weights.init_from(model, meta, load_checkpoint(tmp_path / "a.pt"), "a.pt")
     y = source.y_embedder.weight
     assert torch.equal(model.y_embedder.weight, y[[5, 12, 0, 12]])  # an unknown class is the null class
     assert "inflated    2  pos_embed, y_embedder" in table and "class rows: 2 of 3 known" in table
-    assert model.pos_embed.shape == (1, 144, 192)
+    assert model.pos_embed.shape == (1, 144, 48)
     assert (model.pos_embed.amax() - source.pos_embed.amax()).abs() < 0.2
 
 
@@ -267,7 +267,7 @@ def rows_taken(folder, old, new):
     source, meta = ours(folder / "a.pt", num_classes=count)
     checkpoint = load_checkpoint(folder / "a.pt")
     checkpoint["config"]["meta"]["class_names"] = [] if isinstance(old, int) else list(old)
-    model = build_model("T/2", num_classes=len(new), latent_size=16)
+    model = build_model(SMALL, num_classes=len(new), latent_size=16)
     table, _ = weights.init_from(model, {**meta, "class_names": list(new)}, checkpoint, "a.pt")
     same = (model.y_embedder.weight[:, None] == source.y_embedder.weight[None]).all(2)
     return [row.nonzero().item() for row in same], table
@@ -516,7 +516,7 @@ def test_foreign_files_are_named(content, words, tmp_path):
 def test_init_of_another_size_says_so(tmp_path):
     _, meta = ours(tmp_path / "a.pt")
     model = build_model("S/2", num_classes=3, latent_size=16)
-    with pytest.raises(InputError, match="pass --model T/2"):
+    with pytest.raises(InputError, match=f"pass --model {SMALL}"):
         other = {**meta, "class_names": list("abc")}
         weights.init_from(model, other, load_checkpoint(tmp_path / "a.pt"), "a.pt")
     with pytest.raises(InputError, match="the form is hf:OWNER/REPOSITORY/FILE"):
@@ -537,7 +537,9 @@ def test_loading_maps_the_file_and_reads_the_ema_alone(tmp_path):
     """Peak memory of loading a file that is mostly optimiser state."""
     official(tmp_path / "big.pt", opt={"state": {i: torch.zeros(20_000_000) for i in range(3)}})  # 240 MB
     code = "\n".join([
-        "import resource, sys, weights",
+        "import resource, sys",
+        "sys.path.insert(0, 'tests')",
+        "import small, weights",
         "def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss",
         "before = peak()",
         "weights.load_model(sys.argv[1])",
