@@ -128,7 +128,7 @@ class MMGen:
         check_ranges(args, repa_weight=(0, 1000), middle_weight=(0, 1000), repa_until=(0, None))
         repa_weight = args.repa_weight if "dino" in cache.stems else 0.0
         blocks = args.blocks or blocks_of(runs.latest(args.run) or args.init)
-        self.aligned = torch.full((args.batch_size,), repa_weight > 0, device=device)  # likewise: all are, or none
+        self.aligned = torch.full((args.batch_size,), repa_weight > 0, device=device)  # where all or none are
         self.settings, self.middle = {"repa_weight": repa_weight, "blocks": blocks}, args.middle_weight > 0
         self.model = self.backbone = build_model(
             args.model, self.modalities, self.meta["num_classes"], self.meta["latent_channels"],
