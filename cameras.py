@@ -4,7 +4,7 @@ Focal lengths are in pixels; normals as everywhere: +x left, +y up, +z towards t
 """
 import numpy as np
 
-from modalities import unit
+from images import unit
 
 
 def rays(shape, focal):

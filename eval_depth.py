@@ -25,10 +25,11 @@ from distributed import (barrier, check, check_apart, check_folder, check_ranges
                          command_parser, reading, run, setup, whole_file, write_json)
 from evaluation import (Ceiling, Files, MeanMap, ModelPredictor, Pairs, ScanNet, Toy, Tree, compared, dense,
                         evaluate, panels_of, toy_training)
+from images import draw_grid
 from locks import only_writer
 from metrics import SEGMENTATION, UNKNOWN, Rules, metrics_of, print_table, results
 from mix import tell_untrained
-from modalities import MODALITIES, PLAIN_FACTS, PLAIN_SHOWN, VOID, draw_grid, shown_of, write_facts
+from modalities import MODALITIES, PLAIN_FACTS, PLAIN_SHOWN, VOID, shown_of, write_facts
 from trees import facts_of, read_palette, sampled
 from vae import encoder_of
 from weights import load_model, newest_checkpoint

@@ -30,7 +30,8 @@ from tqdm import tqdm
 from distributed import (all_reduce, bare, barrier, check, check_apart, check_ranges, check_replaced,
                          command_parser, gather, prefetch, reading, run, say, setup, share, whole_file,
                          write_json)
-from modalities import centre_crop, read_rgb
+from images import centre_crop
+from modalities import read_rgb
 from trees import find_pictures, flat_name, sampled, stem_of
 from vae import load_vae, sha256
 

@@ -20,12 +20,12 @@ from tqdm import tqdm
 import samplers
 import toy_scenes
 from distributed import InputError, barrier, check, gather, place, reading, share, whole_file
+from images import draw_grid, nearest_colour
 from metrics import Rules, metric_class, metrics_of, results
-from modalities import (MODALITIES, PLAIN_FACTS, PLAIN_SHOWN, check_turned, draw_grid, is_array,
-                        nearest_colour, shown_of, turned_of)
-from trees import facts_of, find_pictures, flat_name, folders_of, pictures_by_stem, sampled, stem_of
+from modalities import MODALITIES, PLAIN_FACTS, PLAIN_SHOWN, check_turned, is_array, shown_of, turned_of
+from trees import (classes_of, facts_of, find_pictures, flat_name, folders_of, pictures_by_stem, sampled,
+                   stem_of)
 from vae import encoder_of, latents
-from weights import classes_of
 
 
 # ------------------------------------------------------------------------------------------------

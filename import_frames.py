@@ -23,9 +23,10 @@ from cameras import along_axis, facing, normals_of, window_of
 from distributed import (InputError, check, check_folder, check_ranges, command_parser, prefetch, reading,
                          run, sha256, whole_file)
 from formats import FORMATS, Format, find_frames, layouts, pair_folders, pick
+from images import filter_of, unit
 from locks import only_writer
-from modalities import (MAX_PIXELS, MODALITIES, Facts, Raster, check_turned, filter_of, is_array, read_array,
-                        read_picture, unit, write_facts)
+from modalities import (MAX_PIXELS, MODALITIES, Facts, Raster, check_turned, is_array, read_array,
+                        read_picture, write_facts)
 from trees import read_facts
 
 ASPECT = 0.02  # relative difference of the aspects that one frame's files may have; ScanNet's is 0.4 %

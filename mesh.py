@@ -15,7 +15,8 @@ from scipy.ndimage import binary_erosion, label
 from scipy.sparse.linalg import cg
 
 from distributed import check, check_apart, check_ranges, command_parser, run, whole_file
-from modalities import MODALITIES, check_turned, fill_unknown, read_mask
+from images import fill_unknown
+from modalities import MODALITIES, check_turned, read_mask
 
 MADE = "comment by mesh.py"  # a line of the header: the PNG beside such a PLY shows it
 

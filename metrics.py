@@ -10,8 +10,8 @@ import numpy as np
 from scipy import ndimage
 
 from distributed import check, gather
-from modalities import (MODALITIES, PLAIN_SHOWN, VOID, Disparity, Scalar, fill_unknown, label_colour,
-                        nearest_colour, segments, spoken, unit)
+from images import fill_unknown, label_colour, nearest_colour, segments, unit
+from modalities import MODALITIES, PLAIN_SHOWN, VOID, Disparity, Scalar, spoken
 
 UNKNOWN = -1                            # label of pixels that are not scored
 ANGLES = (5, 7.5, 11.25, 22.5, 30)      # degrees whose share is reported

@@ -21,8 +21,9 @@ from mix import LEAST_GIVEN
 from model import training_flops
 from mt_model import (FAMILIES, METHOD, OPTIONS, PATCH, PATCHES, SETTINGS, Chain, T, TranslationPredictor,
                       build, draw_images, mean_square, per_row, visible)
+from transfer import WRAPPER, init_from
 from vae import latents
-from weights import WRAPPER, blocks_of, init_from
+from weights import blocks_of
 
 # App. E: what --preset stands for. What all runs of a setting share (betas, squares) is in SETTINGS. The
 # patches are ours, for pixels.

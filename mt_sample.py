@@ -29,9 +29,10 @@ from dataset import to_unit
 from distributed import (check, check_apart, check_folder, check_ranges, check_replaced, command_parser, run,
                          setup, sha256, whole_file, with_row, write_json)
 from evaluation import Ceiling, Toy, Tree, evaluate
+from images import as_it_is, enlarge
 from locks import only_writer
 from metrics import Rules, metrics_of, print_table, results
-from modalities import MODALITIES, as_it_is, check_turned, enlarge, read_array, read_mask, shown_of
+from modalities import MODALITIES, check_turned, read_array, read_mask, shown_of
 from mt_model import Chain, TranslationPredictor, draw_images
 from produce import SHOWN, finish, folders_read, produce, read_meta, write_grid, write_npz
 from trees import facts_of, find_files, flat_name, picture_folder, recorded, stem_of

@@ -26,11 +26,12 @@ import dataset
 import toy_scenes
 from distributed import (InputError, barrier, check, check_apart, check_folder, check_ranges, command_parser,
                          prefetch, run, say, setup, share)
+from images import centre_crop, label_colour
 from listing import list_samples, place_of_facts
 from locks import only_writer
 from mix import LEAST_GIVEN
-from modalities import (MODALITIES, PLAIN_FACTS, PLAIN_SHOWN, VOID, WAYS, Shown, centre_crop, check_target,
-                        check_turned, is_array, label_colour, read_picture, spoken)
+from modalities import (MODALITIES, PLAIN_FACTS, PLAIN_SHOWN, VOID, WAYS, Shown, check_target, check_turned,
+                        is_array, read_picture, spoken)
 from trees import facts_of, read_palette
 from vae import load_encoder, timm_model
 

@@ -16,7 +16,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from distributed import barrier, broadcast, check, place, prefetch, reading, sha256, share, whole_file
-from modalities import draw_grid, enlarge
+from images import draw_grid, enlarge
 
 SHOWN = 12  # rows of the grid
 OLDER = {"given_time": 0.995, "middle_scale": 1.0, "depth_target": "disparity"}  # what older ones mean

@@ -36,8 +36,9 @@ from tqdm import tqdm
 
 from distributed import (InputError, barrier, check, check_folder, command_parser, reading, run, say,
                          setup, sha256, whole_file)
+from images import fill_unknown, unit
 from locks import only_writer
-from modalities import MODALITIES, looks_encoded, fill_unknown, read_rgb, unit, write_facts
+from modalities import MODALITIES, looks_encoded, read_rgb, write_facts
 from trees import find_pictures, stem_of
 
 

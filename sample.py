@@ -21,16 +21,16 @@ import torch
 import samplers
 from distributed import (InputError, barrier, check, check_folder, check_ranges, command_parser, prefetch,
                          run, setup)
+from images import as_it_is, centre_crop, filter_of, nearest_colour, segments
 from locks import only_writer
 from mesh import pick_segment, write_mesh
 from mix import tell_untrained
-from modalities import (MODALITIES, PLAIN_SHOWN, as_it_is, centre_crop, check_target, check_turned, filter_of,
-                        nearest_colour, segments, shown_of)
+from modalities import MODALITIES, PLAIN_SHOWN, check_target, check_turned, shown_of
 from produce import (Maps, finish, folders_read, produce, read_rgb_file, write_grid, write_npz,
                      write_panels)
-from trees import beside, facts_of, find_files, flat_name, picture_folder, recorded
+from trees import beside, classes_of, facts_of, find_files, flat_name, picture_folder, recorded
 from vae import encoder_of
-from weights import DEMO, classes_of, load_model, newest_checkpoint
+from weights import DEMO, load_model, newest_checkpoint
 
 TASKS = ("generate", "understand", "condition", "translate")
 MOST_TOKENS = 2 ** 14  # of a picture with --fit full

@@ -30,8 +30,9 @@ from mixture import open_caches
 from model import FUSIONS, PROJECTORS, SIZES, MMDiT, build_model, training_flops
 from optimisers import OPTIMISERS, schedule, set_rates, update, update_ema
 from samplers import Sampling, prepare, sample_latents
+from transfer import ages_of, init_from, renamed
 from vae import latents
-from weights import ages_of, blocks_of, init_from, load_checkpoint, renamed
+from weights import blocks_of, load_checkpoint
 
 RECIPES = {  # what --recipe stands for
     "paper": "",

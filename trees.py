@@ -200,6 +200,37 @@ def beside(files, modalities):
 
 
 # ------------------------------------------------------------------------------------------------
+# Classes of folders.
+
+def classes_of(folders, class_names):
+    """The classes that pictures' relative folders name -> {folder: index of a class name, or None}.
+
+    By the whole folder ("n01440764", "red/cone"), else by its last part ("train/n01440764") where no other
+    folder and no other class ends in it. Spaces count as underscores.
+    """
+    names, plain = [_plain(name) for name in class_names], {folder: _plain(folder) for folder in folders}
+    whole = {name: i for i, name in enumerate(names)}
+    last = {_last(name): i for i, name in enumerate(names)}
+    ends = collections.Counter(map(_last, names))
+    folder_ends = collections.Counter(map(_last, set(plain.values())))
+    found = {}
+    for folder, name in plain.items():
+        end = _last(name)
+        alone = ends[end] == 1 and folder_ends[end] == 1
+        found[folder] = whole.get(name, last[end] if alone else None)
+    return found
+
+
+def _plain(name):
+    """A folder or class as it is compared: file systems write one name with combined accents or without."""
+    return unicodedata.normalize("NFC", str(name)).replace(" ", "_").strip("/")
+
+
+def _last(name):
+    return name.rpartition("/")[2]
+
+
+# ------------------------------------------------------------------------------------------------
 # What files hold.
 
 def roots_of(location):

@@ -1,4 +1,4 @@
-"""Checkpoint files: read and exported; MMGen's released ones, REPA's and SiT's; and --init.
+"""Checkpoint files: read and exported; MMGen's released ones, REPA's and SiT's.
 
     python weights.py --ckpt runs/mmgen --export demo/mmgen.pt           # EMA in bf16 without projector
     python weights.py --ckpt runs/mmgen --export mmgen.safetensors       # the same
@@ -11,7 +11,6 @@ the noise level; of its learned-sigma heads the first half is the velocity. REPA
 the RGB alone, and a time MLP that is not fused.
 """
 import argparse
-import collections
 import contextlib
 import functools
 import json
@@ -20,10 +19,8 @@ import os
 import pathlib
 import pickle
 import re
-import unicodedata
 
 import torch
-import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save
 
@@ -351,202 +348,6 @@ def to_safetensors(ema, **told):
     Under one key: safetensors writes several in any order, and weights are named by their bytes.
     """
     return save({key: value.contiguous() for key, value in ema.items()}, {"checkpoint": json.dumps(told)})
-
-
-# ------------------------------------------------------------------------------------------------
-# Classes of folders.
-
-def classes_of(folders, class_names):
-    """The classes that pictures' relative folders name -> {folder: index of a class name, or None}.
-
-    By the whole folder ("n01440764", "red/cone"), else by its last part ("train/n01440764") where no other
-    folder and no other class ends in it. Spaces count as underscores.
-    """
-    names, plain = [_plain(name) for name in class_names], {folder: _plain(folder) for folder in folders}
-    whole = {name: i for i, name in enumerate(names)}
-    last = {_last(name): i for i, name in enumerate(names)}
-    ends = collections.Counter(map(_last, names))
-    folder_ends = collections.Counter(map(_last, set(plain.values())))
-    found = {}
-    for folder, name in plain.items():
-        end = _last(name)
-        alone = ends[end] == 1 and folder_ends[end] == 1
-        found[folder] = whole.get(name, last[end] if alone else None)
-    return found
-
-
-def _plain(name):
-    """A folder or class as it is compared: file systems write one name with combined accents or without."""
-    return unicodedata.normalize("NFC", str(name)).replace(" ", "_").strip("/")
-
-
-def _last(name):
-    return name.rpartition("/")[2]
-
-
-# ------------------------------------------------------------------------------------------------
-# --init.
-
-WRAPPER = "backbone."  # what MT-Diffusion's checkpoints put before the network's weights
-
-
-@torch.no_grad()
-def init_from(model, meta, checkpoint, path, method="mmgen", names=None):
-    """--init: copy what fits of a checkpoint's EMA into the model, modalities and classes matched by name
-    -> a table of what became of each weight, and {name: the file's} of those that were taken as they are.
-
-    Where a modality is new, the columns through which it enters start at zero, so that the others keep
-    their meaning (but in a sequence, where it has tokens of its own); a class that the file does not know
-    starts as its null class; positions are interpolated to another grid. method is the model's: of a
-    checkpoint of another one the heads are left out, what they predict is something else. names: the
-    modalities' names in the file and in the model, where they are matched by other ones. Raises InputError
-    when the latents or the blocks are of another kind or nothing fits.
-    """
-    theirs = checkpoint["config"]
-    for key in ("vae_sha256", "scale", "latent_channels"):
-        check(theirs["meta"][key] in (meta[key], None), f"--init {path}: its {key} is {theirs['meta'][key]}, "
-              f"the cache's is {meta[key]}; the latents would not mean the same")
-    size = theirs["model"]["name"]
-    check(size == model.config["name"], f"--init {path}: is of size {size}; pass --model {size}")
-    kinds = {key: (theirs["model"].get(key, usual), model.config.get(key, usual))
-             for key, usual in (("blocks", "sit"), ("fusion", "linear"))}
-    was, now = kinds["blocks"]
-    check(was == now, f"--init {path}: its blocks are {was}, which compute something else than {now} ones of "
-          f"the same names; pass --blocks {was}")
-    old, new = names or (theirs["model"]["modalities"], list(model.modalities))
-    state, fate, used, notes = _unwrapped(checkpoint["ema"]), {}, {}, []
-    foreign = theirs["train"].get("method", "mmgen") != method
-    for key, target in model.state_dict().items():
-        source = _source(key, model.numbered, old, new)
-        vectors = key == "y_embedder.weight" and theirs["model"].get("features")  # a layer, not a table
-        if source not in state or vectors or (foreign and key.startswith("heads.")):
-            fate[key] = "new"
-            continue
-        value = state[source].to(target.dtype)
-        if key == "y_embedder.weight":
-            rows = _class_rows(theirs["meta"]["class_names"], meta["class_names"], len(value) - 1)
-            fate[key] = _copy_classes(value, target, rows)
-            nameless = not theirs["meta"]["class_names"] and None not in rows
-            how = ", by their order: the file has no names" if nameless else ""
-            notes = [f"  class rows: {len(rows) - rows.count(None)} of {len(rows)} known{how}"]
-        elif key == "pos_embed" and value.shape != target.shape:
-            fate[key] = _copy_positions(value, target, theirs["model"], model.grid)
-        elif key in model.joined and old != new and value.shape[2:] == target.shape[2:]:
-            first = int(key == "task_embedder.weight")  # its row 0 belongs to no modality
-            fate[key] = _copy_parts(value, target, model.joined[key], first, old, new)
-        elif value.shape == target.shape:
-            target.copy_(value)
-            fate[key] = "taken"
-        else:
-            fate[key] = "new"
-        if fate[key] != "new":
-            used[key] = source
-    check("taken" in fate.values(), f"--init {path}: none of its {len(state)} weights fits; check --model")
-    fate.update({f"{key} (file)": "left out" for key in state if key not in used.values()})
-    title = f"--init {path} ({checkpoint.get('origin', 'ours')}, step {checkpoint['step']})"
-    was, now = theirs["meta"].get("shown", {}), meta.get("shown", {})
-    maps = len(old) > 1 and len(new) > 1
-    notes += [f"  its maps were shown by {was}, the cache's are by {now}"] if maps and was != now else []
-    if len(set(kinds["fusion"])) > 1:
-        was, now = kinds["fusion"]
-        notes.append(f"  its fusion is {was}, the model's {now}: the blocks read other tokens than they did")
-    taken = {key: source for key, source in used.items() if fate[key] == "taken"}
-    return "\n".join([title, *_fate_lines(fate), *notes]), taken
-
-
-def renamed(checkpoint, renames, mine, path):
-    """A file's modalities by the names of --rename, ["theirs=ours", ...]; mine: the model's. Raises
-    InputError for those that there are not.
-    """
-    modalities, ours = checkpoint["config"]["model"]["modalities"], {}
-    for text in renames:
-        old, _, new = text.partition("=")
-        ours[old] = new
-        check(old in modalities and new, f"--rename {text}: the form is THEIRS=OURS, and {path} has "
-              f"{', '.join(modalities)}")
-        check(new in mine, f"--rename {text}: the model has {', '.join(mine)}")
-    names = [ours.get(m, m) for m in modalities]
-    check(len(set(names)) == len(names), f"--rename: two modalities of {path} would be called "
-          f"{max(names, key=names.count)}")
-    return names
-
-
-def ages_of(checkpoint, taken):
-    """{name: steps that the average of a weight has behind it} of the weights taken from a checkpoint, {name:
-    the file's, without a wrapper's}.
-    """
-    older = {key.removeprefix(WRAPPER): age for key, age in checkpoint.get("ages", {}).items()}
-    return {name: checkpoint["step"] + older.get(source, 0) for name, source in taken.items()}
-
-
-def _unwrapped(state):
-    """The network's weights in a state dict, without what a wrapper puts before their names."""
-    inner = {key.removeprefix(WRAPPER): value for key, value in state.items() if key.startswith(WRAPPER)}
-    return inner or state
-
-
-def _source(key, numbered, old, new):
-    """The file's name of a weight, None for that of a modality which the file does not have; numbered: as of
-    MMDiT.
-    """
-    place = next((name for name in numbered if key.startswith(f"{name}.")), None)
-    if place is None or old == new:
-        return key
-    index, _, after = key.removeprefix(f"{place}.").partition(".")
-    modality = new[int(index)]
-    return f"{place}.{old.index(modality)}.{after}" if modality in old else None
-
-
-def _class_rows(old, new, count):
-    """The row in a file's table of `count` classes for each new class, None for one that it does not know.
-
-    old, new: the names of the classes in the file, [] where it has none, and in the model.
-    """
-    order, known = list(range(count)), classes_of(new, old)
-    rows = [known[name] for name in new]
-    numbered = list(new) == list(map(str, order))  # folders named by the class's number
-    unknown = rows.count(None) == count
-    same = list(new) == list(old) or (unknown and (numbered or not old))
-    return order if same and len(new) == count else rows
-
-
-def _copy_classes(value, target, rows):
-    """Rows of the class table (K + 1, D), the last one, the null class, for None."""
-    null = len(value) - 1
-    target.copy_(value[[null if row is None else row for row in (*rows, null)]])
-    return "taken" if rows == list(range(null)) else "inflated"
-
-
-def _copy_positions(value, target, config, grid):
-    """The position table (1, T, D), interpolated to another grid."""
-    patch = config.get("patch_size", 2)
-    table = value.unflatten(1, [side // patch for side in config["latent_size"]]).permute(0, 3, 1, 2)
-    target.copy_(F.interpolate(table, grid, mode="bicubic", align_corners=False).flatten(2).transpose(1, 2))
-    return "inflated"
-
-
-def _copy_parts(value, target, along, first, old, new):
-    """A tensor with a part for each modality along a dimension, behind the `first` ones, which belong to
-    none: a new one's columns are zero, its rows stay as they are.
-    """
-    if along == 1:
-        target.zero_()
-    else:
-        target[:first] = value[:first]
-    theirs = value.narrow(along, first, value.shape[along] - first).chunk(len(old), along)
-    mine = target.narrow(along, first, target.shape[along] - first).chunk(len(new), along)
-    for part, modality in zip(mine, new):
-        if modality in old:
-            part.copy_(theirs[old.index(modality)])
-    return "inflated"
-
-
-def _fate_lines(fate):
-    """{weight: what became of it} -> a line for each fate: how many, and of which modules."""
-    for what in ("taken", "inflated", "new", "left out"):
-        names = [key for key, value in fate.items() if value == what]
-        modules = (re.match(r"(?:middle_)?heads\.\d+|[a-z_]+", name).group() for name in names)
-        yield f"  {what:9s}{len(names):4d}  {', '.join(dict.fromkeys(modules))}"
 
 
 # ------------------------------------------------------------------------------------------------

@@ -27,8 +27,9 @@ import toy_scenes
 from distributed import command_parser, run, setup
 from evaluation import Ceiling, mean_of, toy_training
 from eval_fid import add_moments, finish_moments, frechet
+from images import nearest_colour
 from metrics import Rules, metrics_of, results
-from modalities import MODALITIES, nearest_colour
+from modalities import MODALITIES
 from toy_scenes import hue_of, main_object
 from vae import encoder_of
 from weights import DEMO, load_model

@@ -26,7 +26,8 @@ import mt_sample
 import toy_scenes
 from distributed import command_parser, run, setup
 from eval_fid import frechet
-from modalities import read_rgb, unit
+from images import unit
+from modalities import read_rgb
 from trees import flat_name, stem_of
 from samplers import Noise
 from vae import encoder_of

@@ -16,9 +16,10 @@ import toy_scenes
 from conftest import shell
 from distributed import InputError
 from evaluation import Ceiling, Toy, Tree, evaluate, mean_of
+from images import segments
 from metrics import (Depth, Normal, Rules, Semantic, align, angles, boundary, depth_scores, f_score,
                      instance_scores, matches, metrics_of, normal_scores, results, semantic_scores)
-from modalities import MODALITIES, Disparity, Raster, Scalar, Shown, segments, write_facts
+from modalities import MODALITIES, Disparity, Raster, Scalar, Shown, write_facts
 from trees import facts_of
 from vae import Pixels
 from weights import DEMO, load_checkpoint

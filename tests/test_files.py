@@ -25,10 +25,10 @@ import toy_scenes
 import trees
 from conftest import ROOT, shell
 from distributed import InputError, check_apart, check_folder, whole_file
+from images import centre_crop, label_colour
 from locks import only_writer
 from metrics import Depth, Normal, angles
-from modalities import (MODALITIES, PLAIN_FACTS, centre_crop, check_turned, label_colour, read_mask,
-                        read_picture, read_rgb)
+from modalities import MODALITIES, PLAIN_FACTS, check_turned, read_mask, read_picture, read_rgb
 from vae import load_vae
 from weights import DEMO, load_model
 

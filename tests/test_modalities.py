@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 from distributed import InputError
-from modalities import (MODALITIES, PLAIN_FACTS, PLAIN_SHOWN, Flat, Picture, Scalar, Shown, Vector, canny,
-                        centre_crop, shown_of)
+from images import canny, centre_crop
+from modalities import MODALITIES, PLAIN_FACTS, PLAIN_SHOWN, Flat, Picture, Scalar, Shown, Vector, shown_of
 
 
 def read(path, modality, facts=PLAIN_FACTS, **options):

@@ -18,7 +18,8 @@ import toy_scenes
 from conftest import ROOT, shell
 from dataset import Cache, to_unit
 from distributed import InputError
-from modalities import MODALITIES, Facts, canny, centre_crop, shown_of
+from images import canny, centre_crop
+from modalities import MODALITIES, Facts, shown_of
 from prep_latents import View
 from trees import facts_of
 from vae import load_vae

@@ -1,4 +1,4 @@
-"""weights.py: our checkpoints, released ones, --init and export."""
+"""weights.py: our checkpoints, released ones, and export; transfer.py: --init."""
 import argparse
 import copy
 import json
@@ -12,6 +12,8 @@ import torch
 from safetensors.torch import save
 
 import runs
+import transfer
+import trees
 import weights
 from conftest import ROOT
 from distributed import InputError, sha256
@@ -136,7 +138,7 @@ def test_init_from_rgb_models(kind, tmp_path):
     torch.save(siblings(kind, source), tmp_path / "s.pt")
     target = build_model(SMALL, num_classes=12, latent_size=16)
     checkpoint = load_checkpoint(tmp_path / "s.pt")
-    table, _ = weights.init_from(target, meta, checkpoint, "s.pt")
+    table, _ = transfer.init_from(target, meta, checkpoint, "s.pt")
     assert checkpoint["origin"] == kind and f"({kind}" in table
     mine, theirs = target.state_dict(), source.state_dict()
     taken = ["heads.0.linear.weight", "heads.0.linear.bias", "blocks.1.attn.qkv.weight", "y_embedder.weight"]
@@ -166,11 +168,11 @@ def test_an_export_keeps_ages_and_says_whose_maps_are_shown_otherwise(tmp_path, 
 def test_a_modality_of_the_file_goes_on_under_another_name(tmp_path):
     """seg -> canny fine-tunes the head and the columns that there are; without --rename they are new."""
     source, meta = ours(tmp_path / "a.pt")
-    names = weights.renamed(load_checkpoint(tmp_path / "a.pt"), ["seg=canny"], ["rgb", "canny"], "a.pt")
+    names = transfer.renamed(load_checkpoint(tmp_path / "a.pt"), ["seg=canny"], ["rgb", "canny"], "a.pt")
     for old, kept in ((names, True), (None, False)):
         model = build_model(SMALL, ["rgb", "depth", "normal", "canny"], 12, 4, 16)
         both = old and (old, list(model.modalities))
-        table, taken = weights.init_from(model, meta, load_checkpoint(tmp_path / "a.pt"), "a.pt", names=both)
+        table, taken = transfer.init_from(model, meta, load_checkpoint(tmp_path / "a.pt"), "a.pt", names=both)
         head = torch.equal(model.heads[3].linear.weight, source.heads[3].linear.weight)
         columns = model.x_embedder.proj.weight[:, 12:]
         same_columns = torch.equal(columns, source.x_embedder.proj.weight[:, 12:])
@@ -180,20 +182,20 @@ def test_a_modality_of_the_file_goes_on_under_another_name(tmp_path):
                         ("seg=cany", "the model has rgb, depth"),
                         ("seg=depth", "two modalities of a.pt would be called depth")):
         with pytest.raises(InputError, match=said):
-            weights.renamed(load_checkpoint(tmp_path / "a.pt"), [wrong], ["rgb", "depth"], "a.pt")
+            transfer.renamed(load_checkpoint(tmp_path / "a.pt"), [wrong], ["rgb", "depth"], "a.pt")
 
 
 def test_init_matches_modalities_by_name(tmp_path):
     """From (rgb, depth, normal, seg) to (rgb, normal): the normals' head and columns come along."""
     source, meta = ours(tmp_path / "a.pt")
     model = build_model(SMALL, ["rgb", "normal"], 12, 4, 16)
-    weights.init_from(model, meta, load_checkpoint(tmp_path / "a.pt"), "a.pt")
+    transfer.init_from(model, meta, load_checkpoint(tmp_path / "a.pt"), "a.pt")
     mine, theirs = model.state_dict(), source.state_dict()
     assert torch.equal(mine["heads.1.linear.weight"], theirs["heads.2.linear.weight"])
     assert torch.equal(mine["x_embedder.proj.weight"][:, 4:], theirs["x_embedder.proj.weight"][:, 8:12])
     assert torch.equal(mine["task_embedder.weight"], theirs["task_embedder.weight"][[0, 1, 3]])
     with pytest.raises(InputError, match="scale is"):
-        weights.init_from(model, {**meta, "scale": 2.0}, load_checkpoint(tmp_path / "a.pt"), "a.pt")
+        transfer.init_from(model, {**meta, "scale": 2.0}, load_checkpoint(tmp_path / "a.pt"), "a.pt")
 
 
 def test_init_does_not_take_what_computes_something_else(tmp_path):
@@ -202,22 +204,22 @@ def test_init_does_not_take_what_computes_something_else(tmp_path):
     checkpoint = load_checkpoint(tmp_path / "a.pt")
     model = build_model(SMALL, ["rgb", "normal"], 12, 4, 16)
     with pytest.raises(InputError, match="its blocks are modern.*pass --blocks modern"):
-        weights.init_from(model, meta, checkpoint, "a.pt")
+        transfer.init_from(model, meta, checkpoint, "a.pt")
     ours(tmp_path / "b.pt", name=SMALL, fusion="mlp")
-    table, _ = weights.init_from(model, meta, load_checkpoint(tmp_path / "b.pt"), "b.pt")
+    table, _ = transfer.init_from(model, meta, load_checkpoint(tmp_path / "b.pt"), "b.pt")
     assert "its fusion is mlp, the model's linear" in table
     ours(tmp_path / "c.pt", name=SMALL)
     checkpoint = load_checkpoint(tmp_path / "c.pt")
     checkpoint["config"]["model"]["features"] = 9
     before = model.y_embedder.weight.clone()
-    table, taken = weights.init_from(model, meta, checkpoint, "c.pt")
+    table, taken = transfer.init_from(model, meta, checkpoint, "c.pt")
     assert torch.equal(model.y_embedder.weight, before) and "y_embedder" in table.split("new")[1]
 
 
 def test_ages_follow_a_weight_to_its_new_name():
     checkpoint = {"step": 5000, "ages": {"pos_embed": 600_000, "backbone.heads.2.linear.bias": 7}}
     taken = {"backbone.pos_embed": "pos_embed", "heads.1.linear.bias": "heads.2.linear.bias", "new": "new"}
-    assert weights.ages_of(checkpoint, taken) == {
+    assert transfer.ages_of(checkpoint, taken) == {
         "backbone.pos_embed": 605_000, "heads.1.linear.bias": 5007, "new": 5000}
 
 
@@ -225,7 +227,7 @@ def test_init_takes_middle_heads_by_name_or_leaves_them_new(tmp_path):
     for middle in (True, False):
         source, meta = ours(tmp_path / "a.pt", name=SMALL, middle_heads=middle)
         model = build_model(SMALL, ["rgb", "normal"], 12, 4, 16, middle_heads=True)
-        table, taken = weights.init_from(model, meta, load_checkpoint(tmp_path / "a.pt"), "a.pt")
+        table, taken = transfer.init_from(model, meta, load_checkpoint(tmp_path / "a.pt"), "a.pt")
         mine = model.middle_heads[1].linear.weight
         assert ("middle_heads.1.linear.weight" in taken) == middle
         if middle:
@@ -251,7 +253,7 @@ def test_init_with_other_classes_and_resolution(tmp_path):
     source, meta = ours(tmp_path / "a.pt")
     model = build_model(SMALL, num_classes=3, latent_size=24)
     meta = {**meta, "class_names": ["c5", "cat", "c0"], "latent_size": [24, 24]}
-    table, _ = weights.init_from(model, meta, load_checkpoint(tmp_path / "a.pt"), "a.pt")
+    table, _ = transfer.init_from(model, meta, load_checkpoint(tmp_path / "a.pt"), "a.pt")
     y = source.y_embedder.weight
     assert torch.equal(model.y_embedder.weight, y[[5, 12, 0, 12]])  # an unknown class is the null class
     assert "inflated    2  pos_embed, y_embedder" in table and "class rows: 2 of 3 known" in table
@@ -268,7 +270,7 @@ def rows_taken(folder, old, new):
     checkpoint = load_checkpoint(folder / "a.pt")
     checkpoint["config"]["meta"]["class_names"] = [] if isinstance(old, int) else list(old)
     model = build_model(SMALL, num_classes=len(new), latent_size=16)
-    table, _ = weights.init_from(model, {**meta, "class_names": list(new)}, checkpoint, "a.pt")
+    table, _ = transfer.init_from(model, {**meta, "class_names": list(new)}, checkpoint, "a.pt")
     same = (model.y_embedder.weight[:, None] == source.y_embedder.weight[None]).all(2)
     return [row.nonzero().item() for row in same], table
 
@@ -289,7 +291,7 @@ def test_init_takes_the_rows_of_the_classes_it_knows(tmp_path):
             (3, ("a", "b"), [3, 3, 3], "inflated", "0 of 2"),
             (wnids, (), [3], "inflated", "0 of 0"), (3, (), [3], "inflated", "0 of 0")):  # into no classes
         names, null = ([], old) if isinstance(old, int) else (old, len(old))
-        found = [null if row is None else row for row in weights._class_rows(names, new, null)]
+        found = [null if row is None else row for row in transfer._class_rows(names, new, null)]
         assert [*found, null] == rows, (old, new)
         if known == "1 of 2" or old == new or not new:
             found, table = rows_taken(tmp_path, old, new)
@@ -300,7 +302,7 @@ def test_init_takes_the_rows_of_the_classes_it_knows(tmp_path):
 def test_classes_of_folders():
     """By the whole folder, else by a last part that is unique among the folders and among the classes."""
     def found(folders, names):
-        return list(weights.classes_of(folders, names).values())
+        return list(trees.classes_of(folders, names).values())
 
     wnids = ["n01440764", "n02123045"]
     assert found(["n02123045", "train/n01440764", "n09", ".", ""], wnids) == [1, 0, None, None, None]
@@ -310,7 +312,7 @@ def test_classes_of_folders():
     assert found(["cone"], ["blue/cone", "red/cone"]) == [None]
     assert found(["red cone", "red_cone", "x/red box"], ["red_cone", "red box"]) == [0, 0, 1]
     assert found(["caf\u00e9", "caf\udce9"], ["cafe\u0301"]) == [0, None]  # NFC and NFD, old latin-1 bytes
-    assert weights.classes_of(["a", "a"], []) == {"a": None}
+    assert trees.classes_of(["a", "a"], []) == {"a": None}
 
 
 def test_released_weights_have_imagenets_classes(tmp_path):
@@ -518,7 +520,7 @@ def test_init_of_another_size_says_so(tmp_path):
     model = build_model("S/2", num_classes=3, latent_size=16)
     with pytest.raises(InputError, match=f"pass --model {SMALL}"):
         other = {**meta, "class_names": list("abc")}
-        weights.init_from(model, other, load_checkpoint(tmp_path / "a.pt"), "a.pt")
+        transfer.init_from(model, other, load_checkpoint(tmp_path / "a.pt"), "a.pt")
     with pytest.raises(InputError, match="the form is hf:OWNER/REPOSITORY/FILE"):
         load_checkpoint("hf:foo")
 
