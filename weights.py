@@ -85,7 +85,9 @@ def target_of(latest):
 
 
 def newest_checkpoint(method="mmgen"):
-    """The newest runs/*/latest.pt of a method, else the bundled demo."""
+    """The newest runs/*/latest.pt of a method, else the bundled demo, which is MMGen's. Raises InputError where
+    there is none.
+    """
     times = {}
     for path in pathlib.Path("runs").glob("*/latest.pt"):
         with contextlib.suppress(InputError, FileNotFoundError):  # a lost one is passed over
@@ -97,6 +99,7 @@ def newest_checkpoint(method="mmgen"):
             return path  # what is wrong with it is said when it is opened
         if train.get("method", "mmgen") == method:
             return path
+    check(method == "mmgen", f"runs/*/latest.pt: none is of {method}; train one, or pass --ckpt")
     return DEMO / "mmgen.pt"
 
 

@@ -25,8 +25,7 @@ WRITTEN = "<!-- Written by studies/tables.py from studies/page.md and results/*.
 def made_by(recipe):
     """A sentence with a recipe of eval_depth.py."""
     return (f"{recipe['count']} held-out scenes, no class, {recipe['sampler']}, {recipe['steps']} steps, "
-            f"{recipe['precision']}, seed {recipe['seed']}, {recipe['device'].upper()}; checkpoint sha256 "
-            f"{recipe['checkpoint_sha256'][:12]}. Remaining gap = (value - ceiling) / (mean map - ceiling).")
+            f"{recipe['precision']}, seed {recipe['seed']}, {recipe['device'].upper()}.")
 
 
 def demo_understand():
@@ -42,7 +41,9 @@ def demo_understand():
                      gaps[1]])
     median = f"median of {several['recipe']['ensemble']} samples"
     head = ["RGB given", "VAE ceiling", "demo weights", "mean map", "remaining gap", median, "remaining gap"]
-    return table(head, rows) + "\n\n" + made_by(found["recipe"])
+    sha256 = found["recipe"]["checkpoint_sha256"][:12]
+    return (f"{table(head, rows)}\n\n{made_by(found['recipe'])} Checkpoint sha256 {sha256}. Remaining gap = "
+            "(value - ceiling) / (mean map - ceiling).")
 
 
 def three(row):
@@ -85,7 +86,7 @@ def ten_minutes():
     rows = [["trained from nothing", *understanding(found)],
             ["the training set's mean map", *understanding(found["mean_map"])],
             ["the autoencoder", *understanding(found["ceiling"])]]
-    return f"{clock['cores']} cores: {laps}. {made_by(found['recipe'])}\n\n" + table(["", *NAMES], rows)
+    return f"{clock['cores']} cores: {laps}. {made_by(found['recipe'])}\n\n{table(['', *NAMES], rows)}"
 
 
 def few_steps():

@@ -1,4 +1,5 @@
 """Fixtures: a tiny toy cache and a short run, made once; and a way to call a command as its user does."""
+import contextlib
 import gc
 import importlib
 import json
@@ -90,14 +91,19 @@ def shell(*argv, processes=1, torchrun=False, timeout=150):
                           timeout=timeout, env=environment)
 
 
+def _free_port():
+    """A port that nobody has, below those that the system gives to whoever connects: it stays free."""
+    for port in range(20000 + os.getpid() % 10000, 32768):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+
+
 def _processes(argv, world, timeout):
     """The command in `world` processes that find each other -> the worst one's CompletedProcess. They are
     forks of one that has imported what is slow to import.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1",
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "OMP_NUM_THREADS": "1",
               "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
     started = []
     with tempfile.TemporaryDirectory() as folder:

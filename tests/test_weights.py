@@ -370,7 +370,8 @@ def test_a_text_stands_for_the_link_to_the_latest_checkpoint(tmp_path, monkeypat
     (tmp_path / "runs/named/latest.pt").write_text("ckpt/1.pt\n")
     (tmp_path / "runs/lost/latest.pt").write_text("ckpt/2.pt")
     assert str(weights.newest_checkpoint()) == "runs/named/latest.pt"
-    assert weights.newest_checkpoint("mt-diffusion") == weights.DEMO / "mmgen.pt"  # of that there is none
+    with pytest.raises(InputError, match="none is of mt-diffusion; train one, or pass --ckpt"):
+        weights.newest_checkpoint("mt-diffusion")
     checkpoint = torch.load("runs/linked/ckpt/1.pt", weights_only=True)
     checkpoint["config"]["train"]["method"] = "mt-diffusion"
     torch.save(checkpoint, "runs/linked/ckpt/1.pt")  # the newest now, of the other method
