@@ -48,6 +48,11 @@ def masks(meta):
     return {f"{m}_known": (np.uint8, (bits,)) for m in meta["modalities"]}
 
 
+def stems_of(folder, meta):
+    """The arrays of a cache: schema's, and of masks those that are there."""
+    return *schema(meta), *(stem for stem in masks(meta) if (folder / f"{stem}.npy").is_file())
+
+
 def known_cells(known, factor):
     """Known pixels bool (n, fH, fW) -> a bit a cell (n, ceil(H*W/8)): where at least half of it is known."""
     n, height, width = known.shape
@@ -219,8 +224,8 @@ class Cache:
 
     def __init__(self, folder):
         self.folder, self.meta = folder, read_meta(folder)
-        there = [stem for stem in masks(self.meta) if (pathlib.Path(folder) / f"{stem}.npy").is_file()]
-        self.modalities, self.stems = tuple(self.meta["modalities"]), (*schema(self.meta), *there)
+        self.modalities = tuple(self.meta["modalities"])
+        self.stems = stems_of(pathlib.Path(folder), self.meta)
         self._arrays, self._known, self._shuffled = {}, {}, (None, None)
         done, count, classes = self.array("done"), self.meta["count"], self.meta["num_classes"]
         left = int((done == 0).sum())

@@ -30,7 +30,7 @@ from locks import only_writer
 from metrics import SEGMENTATION, UNKNOWN, Rules, metrics_of, print_table, results
 from mix import tell_untrained
 from modalities import MODALITIES, PLAIN_FACTS, PLAIN_SHOWN, VOID, shown_of, write_facts
-from trees import facts_of, read_palette, sampled
+from trees import facts_of, read_palette, sample_meta
 from vae import encoder_of
 from weights import load_model, newest_checkpoint
 
@@ -106,7 +106,8 @@ def claim_crops(out, source, told):
     files = [str(file) for files in source.files for file in files.values()]
     held = dict(recipe=source.recipe, modalities=source.modalities, files=files,
                 places=[source.place(i) for i in range(len(source.names))])
-    same = path.is_file() and json.loads(path.read_text()) == json.loads(json.dumps(held))
+    with reading(path, "it is of no evaluation; use another folder"):
+        same = path.is_file() and json.loads(path.read_text()) == json.loads(json.dumps(held))
     check(same or not out.exists() or not any(out.iterdir()), f"--save-crops {out}: holds something else "
           "than the squares of these frames; use another folder")
     write_json(path, held)
@@ -154,8 +155,7 @@ def write_grid(path, source, predict, metrics):
         maps, = predict([frame])
         lines.append(compared(metrics, frame, maps))
     if lines:
-        grid = draw_grid([list(line.values()) for line in lines], list(lines[-1]))
-        save_array(path, np.asarray(grid))
+        save_array(path, np.asarray(draw_grid(lines)))
         names = ", ".join(source.names[i] for i in picks)
         print(f"{path}: best, median and worst by {metric.headline}: {names}")
 
@@ -220,7 +220,7 @@ def truth_of(args, meta, alignment):
     if args.data:
         return Tree(args.data, meta, facts)
     if facts.said == PLAIN_FACTS.said:
-        made = sampled(args.gt)
+        made = sample_meta(args.gt)
         facts = facts._replace(depth_space="disparity" if made else "depth",
                                said="by its meta.json" if made else facts.said)
     return Pairs(args.pred, args.gt, args.modality, alignment, facts)
@@ -250,7 +250,7 @@ def main():
     if args.pred:
         alignment, why = args.alignment or "disparity", "by default"
         source = truth_of(args, None, alignment)
-        if source.palette is None and sampled(args.pred):
+        if source.palette is None and sample_meta(args.pred):
             source.palette = read_palette(args.pred / "meta.json")
     else:
         loaded = load_model(args.ckpt or newest_checkpoint(), device)
@@ -276,16 +276,16 @@ def main():
     for each in filter(None, (source, others) if args.palette else ()):
         each.palette = read_palette(args.palette)
     seg_mode = source.seg_mode = args.seg_mode or source.seg_mode
+    if others:
+        others.seg_mode = seg_mode
     palette = source.palette if seg_mode == "semantic" else None
-    inner = {path.parent for files in source.files for path in files.values()}
-    inner.update(others.folders if others else ())
+    read = [path for files in source.files for path in files.values()]
+    inner = {path.parent for path in read}.union(others.folders if others else ())
     check_folder(args.out, [*source.folders, *inner])
     if args.save_crops:
         check(not args.pred, "--save-crops with --pred: there are no pictures to crop")
         check_folder(args.save_crops, [*source.folders, *inner, args.out], "--save-crops")
-    read = [path for files in source.files for path in files.values()]
-    said = [root / "tree.json" for root in (args.data, args.gt, args.pred, args.mean_of)
-            if root]
+    said = [root / "tree.json" for root in (args.data, args.gt, args.pred, args.mean_of) if root]
     check_apart([args.json], [*read, *said, loaded and loaded.path])
     if rank == 0 and "depth" in asked:
         tell_depth(source, alignment, "by --alignment" if args.alignment else why, args.depth_range)
@@ -300,8 +300,7 @@ def main():
         drawn = ModelPredictor(loaded.model, size, encoder, sampling, fresh, args.seed, args.ensemble)
         predictors = {"value": drawn, "ceiling": Ceiling(encoder, size, fresh, shown)}
         recipe |= dict(depth_target=shown.depth_target, ensemble=args.ensemble,
-                       **samplers.recipe(loaded, encoder, args.seed, sampling.evaluations(),
-                                         **sampling._asdict()))
+                       **sampling.recipe(loaded, encoder, args.seed))
     else:
         predictors = {"value": source.predict}
     if others:

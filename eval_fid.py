@@ -28,12 +28,12 @@ from PIL import Image
 from tqdm import tqdm
 
 from distributed import (all_reduce, bare, barrier, check, check_apart, check_ranges, check_replaced,
-                         command_parser, gather, prefetch, reading, run, say, setup, share, whole_file,
-                         write_json)
+                         command_parser, gather, prefetch, reading, run, say, setup, sha256, share,
+                         whole_file, write_json)
 from images import centre_crop
 from modalities import read_rgb
-from trees import find_pictures, flat_name, sampled, stem_of
-from vae import load_vae, sha256
+from trees import find_pictures, flat_name, sample_meta, stem_of
+from vae import load_vae, timm_model
 
 INCEPTION = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
              "pt_inception-2015-12-05-6726825d.pth")
@@ -190,7 +190,7 @@ PREPROCESS = {"adm": _as_adm, "pytorch_fid": _as_pytorch_fid}  # (N, 3, H, W) in
 # Networks: network(list of uint8 (H, W, 3)) -> {output: (n, D) float32 on the device}. .keys: the names of
 # an output's mean and covariance in statistics files; .id: what it is, for recipes and statistics files.
 
-class Files(NamedTuple):
+class Weights(NamedTuple):
     """The networks' weights, and how Inception's pictures are prepared, as the flags of these names."""
     inception: pathlib.Path = None
     preprocess: str = "adm"
@@ -233,10 +233,10 @@ class InceptionNetwork:
 
     keys = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
 
-    def __init__(self, files, work):
+    def __init__(self, weights, work):
         remedy = f"get {INCEPTION} and pass it with --inception FILE"
         cached = pathlib.Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION.rsplit("/")[-1]
-        path = files.inception or cached
+        path = weights.inception or cached
         if path == cached and not path.is_file() and work.rank == 0:
             path.parent.mkdir(parents=True, exist_ok=True)
             with reading(path, f"the download failed; {remedy}"):
@@ -245,8 +245,8 @@ class InceptionNetwork:
         with torch.device("meta"):  # nothing is drawn that the file replaces
             model = Inception()
         self.model = _load(model, path, remedy).to(work.device, memory_format=torch.channels_last)
-        self.preprocess, self.device = PREPROCESS[files.preprocess], work.device
-        self.id = dict(preprocess=files.preprocess, inception_sha256=sha256(path))
+        self.preprocess, self.device = PREPROCESS[weights.preprocess], work.device
+        self.id = dict(preprocess=weights.preprocess, inception_sha256=sha256(path))
 
     def __call__(self, pictures):
         x = torch.cat([self.preprocess(x) for x in _batches(pictures, self.device)])
@@ -259,20 +259,16 @@ class DinoNetwork:
     keys = {"cls": ("mu_dinov2", "sigma_dinov2")}
     name = "vit_large_patch14_dinov2.lvd142m"
 
-    def __init__(self, files, work):
-        import timm
-        path, device = files.dinov2, work.device
-        overlay = dict(file=str(path)) if path else None
-        with reading(f"DINOv2 weights {path or self.name}", "pass a local file with --dinov2 FILE"):
-            model = timm.create_model(self.name, pretrained=True, num_classes=0,
-                                      pretrained_cfg_overlay=overlay)
+    def __init__(self, weights, work):
+        path, device = weights.dinov2, work.device
+        model = timm_model(self.name, path, "pass a local file with --dinov2 FILE")
         table = model.pos_embed.detach()                                         # (1, 1 + 37*37, 1024)
         grid = table[:, 1:].unflatten(1, (37, 37)).permute(0, 3, 1, 2)           # (1, 1024, 37, 37)
         scale = (16 + 0.1) / 37  # the hub model resamples by this factor, not to this size: other points
         grid = F.interpolate(grid, scale_factor=(scale, scale), mode="bicubic")  # (1, 1024, 16, 16)
         model.set_input_size(img_size=224)
         model.pos_embed = nn.Parameter(torch.cat([table[:, :1], grid.flatten(2).transpose(1, 2)], 1))
-        self.model, self.device = model.to(device).eval().requires_grad_(False), device
+        self.model, self.device = model.to(device).requires_grad_(False), device
         statistics = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
         self.mean, self.std = torch.tensor(statistics, device=device)[..., None, None]  # each (3, 1, 1)
         self.id = dict(dinov2="vitl14", dinov2_sha256=sha256(path) if path else None)
@@ -288,9 +284,9 @@ class VaeNetwork:
 
     keys = {"latent": ("mu_latent", "sigma_latent")}
 
-    def __init__(self, files, work):
-        self.model, self.device, self.shape = load_vae(files.vae).to(work.device), work.device, None
-        self.id = dict(vae=files.vae, vae_sha256=sha256(self.model.path))
+    def __init__(self, weights, work):
+        self.model, self.device, self.shape = load_vae(weights.vae).to(work.device), work.device, None
+        self.id = dict(vae=weights.vae, vae_sha256=sha256(self.model.path))
 
     def __call__(self, pictures):
         self.shape = self.shape or pictures[0].shape  # of both sets: latents of other sizes do not compare
@@ -309,23 +305,24 @@ class Lpips(nn.Module):
     keys = {}
     taps = (3, 8, 15, 22, 29)  # relu1_2, relu2_2, relu3_3, relu4_3, relu5_3
 
-    def __init__(self, files, work):
+    def __init__(self, weights, work):
         super().__init__()
         import timm
         remedy = ("lpips needs --vgg FILE (torchvision's vgg16-397923af.pth) and --lpips-heads FILE "
                   "(the lpips release's weights/v0.1/vgg.pth)")
-        check(files.vgg and files.lpips_heads, remedy)
+        check(weights.vgg and weights.lpips_heads, remedy)
         heads = nn.ModuleDict()
         for i, width in enumerate((64, 128, 256, 512, 512)):
             model = nn.Sequential(nn.Identity(), nn.Conv2d(width, 1, 1, bias=False))
             heads[f"lin{i}"] = nn.ModuleDict({"model": model})
-        self.heads = _load(heads, files.lpips_heads, remedy).to(work.device)
+        self.heads = _load(heads, weights.lpips_heads, remedy).to(work.device)
         with torch.device("meta"):
             trunk = timm.create_model("vgg16", num_classes=0).features
-        self.features = _load(trunk, files.vgg, remedy, "features.").to(work.device)
+        self.features = _load(trunk, weights.vgg, remedy, "features.").to(work.device)
         self.shift = torch.tensor([-0.030, -0.088, -0.188], device=work.device).view(3, 1, 1)
         self.scale = torch.tensor([0.458, 0.448, 0.450], device=work.device).view(3, 1, 1)
-        self.id = dict(lpips="v0.1 vgg", vgg_sha256=sha256(files.vgg), heads_sha256=sha256(files.lpips_heads))
+        self.id = dict(lpips="v0.1 vgg", vgg_sha256=sha256(weights.vgg),
+                       heads_sha256=sha256(weights.lpips_heads))
 
     def forward(self, a, b):
         x = (torch.cat([a, b]) - self.shift) / self.scale                        # (2N, 3, H, W)
@@ -485,7 +482,7 @@ class Folder:
 
     def __init__(self, path):
         base = path / "rgb" if (path / "rgb").is_dir() else path
-        recipe = sampling(base)
+        recipe = meta_near(base)
         check(recipe.get("complete") is not False,
               f"{path}: the set is not complete; finish it with the same sample.py command")
         self.files = find_pictures(base)
@@ -588,9 +585,9 @@ def same_network(source, identity):
               f"{stored[:20]}, this run has {str(value)[:20]}; the two never mix: {remedy} or make them anew")
 
 
-def sampling(path):
+def meta_near(path):
     """meta.json of sample.py in or beside a folder or file of samples; {} where there is none."""
-    return sampled(path) or sampled(path.parent)
+    return sample_meta(path) or sample_meta(path.parent)
 
 
 def describe(source, count):
@@ -605,7 +602,7 @@ def describe(source, count):
         listing = "".join(f"{file.relative_to(path)} {file.stat().st_size}\n" for file in files)
         digest = hashlib.sha256(os.fsencode(listing)).hexdigest()  # a name need not be UTF-8
     described = dict(name=path.name, count=count, sha256=digest)
-    recipe = sampling(path)
+    recipe = meta_near(path)
     if recipe:
         lists = ("samples", "outputs", "palette")
         described["sampling"] = {key: value for key, value in recipe.items() if key not in lists}
@@ -736,7 +733,7 @@ def study(source, network, taken, work):
     found = source.statistics
     stored = {("moments", output): tuple(torch.from_numpy(found[key]).double() for key in pair)
               for output, pair in network.keys.items() if found.keys() >= set(pair)}
-    needed = not stored or any(kind != "moments" for kind, _ in taken)
+    needed = not stored or not taken <= stored.keys()
     known, pictures = {}, None
     if source.pictures and needed:
         known = extract(source, network, {output for kind, output in taken if kind == "features"}, work)
@@ -761,18 +758,15 @@ def study_all(sources, metrics, networks, work):
 
 
 def compare(sides, metrics):
-    """The metrics of {network: [Side of SAMPLES, Side of REF]} -> {figure: number}, None where a side cannot
-    give what it takes. Raises InputError where none can be had, or dimensions differ.
+    """The metrics, those that are possible, of {network: [Side of SAMPLES, Side of REF]} -> {figure: number}.
+
+    Raises InputError where dimensions differ.
     """
     figures, deficient = {}, False
     for metric in metrics:
-        row, figure = METRICS[metric], _figure(metric)
+        row = METRICS[metric]
         chosen = sides[row.network][:1] if row.alone else sides[row.network]
-        given = [side.known.get(row.takes) for side in chosen]
-        if None in given:
-            print(f"{figure}: left out, one side is statistics alone; give its pictures")
-            figures[figure] = None
-            continue
+        given = [side.known[row.takes] for side in chosen]
         dimensions = [values[0].shape[-1] for values in given]
         check(len(set(dimensions)) == 1, f"{_both(chosen)}: features of {' and '.join(map(str, dimensions))} "
               "dimensions; use pictures of one size and statistics of one kind")
@@ -783,9 +777,7 @@ def compare(sides, metrics):
                       f"{dimensions[0]} dimensions ({metric}); the distance depends on this number, compare "
                       "equal numbers only")
         value = row.compute(*(x for values in given for x in values))
-        figures.update(value if isinstance(value, dict) else {figure: value})
-    check(set(figures.values()) != {None}, f"{_both(chosen)}: neither pictures nor statistics in common for "
-          f"{', '.join(metrics)}; give pictures")
+        figures.update(value if isinstance(value, dict) else {_figure(metric): value})
     return {**figures, "rank_deficient": deficient}
 
 
@@ -882,7 +874,7 @@ def main():
     """
     args = arguments()
     work = Work(*setup(), args.batch_size)
-    files = Files(*(getattr(args, name) for name in Files._fields))
+    weights = Weights(*(getattr(args, name) for name in Weights._fields))
     sources = [open_source(path, args.crop) for path in (args.samples, args.reference) if path]
     for source in sources:
         beside = [folder / "meta.json" for folder in (source.path, source.path.parent)]
@@ -892,7 +884,7 @@ def main():
     metrics = possible(sources, args.metrics) if args.reference and not paired else args.metrics
     rows = [METRICS[metric] for metric in metrics]
     names = dict.fromkeys(row.network for row in rows)
-    networks = {name: NETWORKS[name](files, work) for name in names if name}
+    networks = {name: NETWORKS[name](weights, work) for name in names if name}
     if paired:
         figures, seen = compare_pairs(sources, metrics, networks, work)
     else:

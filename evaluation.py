@@ -23,7 +23,7 @@ from distributed import InputError, barrier, check, gather, place, reading, shar
 from images import draw_grid, nearest_colour
 from metrics import Rules, metric_class, metrics_of, results
 from modalities import MODALITIES, PLAIN_FACTS, PLAIN_SHOWN, check_turned, is_array, shown_of, turned_of
-from trees import (classes_of, facts_of, find_pictures, flat_name, folders_of, pictures_by_stem, sampled,
+from trees import (classes_of, facts_of, find_pictures, flat_name, folders_of, pictures_by_stem, sample_meta,
                    stem_of)
 from vae import encoder_of, latents
 
@@ -33,11 +33,12 @@ from vae import encoder_of, latents
 
 def stems(base):
     """Files below a folder -> {stem as one name: path}."""
-    found = pictures_by_stem(base)
-    files = {flat_name(stem): path for stem, path in found.items()}
-    names = list(map(flat_name, found))
-    twice = [stem for stem in found if names.count(flat_name(stem)) > 1] if len(files) < len(found) else []
-    check(not twice, f"{base}: {' and '.join(twice[:2])} have one name with _ for /; rename one")
+    files, first = {}, {}
+    for stem, path in pictures_by_stem(base).items():
+        name = flat_name(stem)
+        check(name not in files, f"{base}: {first.get(name)} and {stem} have one name with _ for /; "
+              "rename one")
+        files[name], first[name] = path, stem
     return files
 
 
@@ -283,7 +284,7 @@ class Pairs(Files):
         nobody says.
         """
         space = None if facts.said == PLAIN_FACTS.said else facts.depth_space
-        if space is None and sampled(pred):
+        if space is None and sample_meta(pred):
             space = "disparity"
         check(not files or space in (None, self.alignment), f"--pred {pred}: holds {space} ({facts.said}); "
               f"add --alignment {space}")
@@ -478,8 +479,9 @@ def draw_samples(samples, modalities, title, cell=96):
     """A labelled grid of pixels (n, M, 3, H, W), each modality as it looks."""
     rows = []
     for sample in samples:
-        rows.append([MODALITIES[m].picture(MODALITIES[m].from_pixels(p)) for m, p in zip(modalities, sample)])
-    return draw_grid(rows, [f"{m}\n({title})" for m in modalities], cell)
+        rows.append({f"{m}\n({title})": MODALITIES[m].picture(MODALITIES[m].from_pixels(pixels))
+                     for m, pixels in zip(modalities, sample)})
+    return draw_grid(rows, cell)
 
 
 def draw_sheet(grids):
@@ -498,7 +500,7 @@ def preview(objective, network, path):
     """Four rows of the cache, their class told: generated, from what may be given, and as they are."""
     cache, device, channels = objective.cache, objective.device, network.latent_channels
     rows = cache.rows[:4]
-    here = dict.fromkeys(m for m in network.modalities if m in cache.modalities)
+    here = [m for m in network.modalities if m in cache.modalities]
     batch = {stem: x.to(device) for stem, x in cache.gather(rows, ["labels", *here]).items()}
     blank = torch.zeros(len(rows), channels, *network.latent_size, device=device)
     data = {m: latents(batch[m], blank, cache.meta) if m in here else blank for m in network.modalities}
@@ -548,9 +550,8 @@ class Trial:
         if place()[0] == 0:
             frames = [source.frame(i) for i in range(min(4, len(source.names)))]
             lines = [compared(scored, frame, maps) for frame, maps in zip(frames, predict(frames))]
-            labels = list(max(lines, key=len))
             with whole_file(path) as file:
-                draw_grid([[line.get(label) for label in labels] for line in lines], labels).save(file, "png")
+                draw_grid(lines).save(file, "png")
         found = results(scored)
         if isinstance(source, Toy) and self.meta["class_names"] == list(toy_scenes.CLASSES):
             found |= self.classes(network, len(source.names))

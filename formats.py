@@ -15,7 +15,7 @@ class Format(NamedTuple):
 
     The groups scene, view and name of the patterns are what a frame's files have in common.
     """
-    lies: str                  # the same for a reader
+    layout: str                # how they lie, for --help
     files: dict = {}           # {modality: patterns of paths, the better first}
     depth_space: str = "depth"
     depth_unit: float = None   # metres of a level of 16 bits or more; None: there are floats alone, in metres
@@ -94,7 +94,7 @@ FORMATS = {
 
 def layouts():
     """What lies below --root, format by format, for --help."""
-    rows = [textwrap.fill(row.lies, 106, initial_indent=f"  {name:12s}", subsequent_indent=" " * 14)
+    rows = [textwrap.fill(row.layout, 106, initial_indent=f"  {name:12s}", subsequent_indent=" " * 14)
             for name, row in FORMATS.items()]
     return "\n".join(["What lies below --root (FORMATS of formats.py):", *rows])
 

@@ -10,7 +10,7 @@ from scipy import ndimage
 
 
 # ------------------------------------------------------------------------------------------------
-# Sizes. A fit brings a PIL image (RGB, or F a channel) to the wanted size; nearest: without new values.
+# Sizes. A fit brings a PIL image (RGB, or L or F a channel) to the wanted size; nearest: without new values.
 
 def as_it_is(image, nearest=False):
     """The fit that keeps a file's size."""
@@ -131,9 +131,8 @@ def segments(image, least=0.0005, small=32):
     for k in range(index.max() + 1):
         parts, _ = ndimage.label(index == k)
         debris |= (np.bincount(parts.ravel()) < small)[parts] & (parts > 0)
-    if debris.any() and not debris.all():
-        nearest = ndimage.distance_transform_edt(debris, return_distances=False, return_indices=True)
-        index = index[tuple(nearest)]
+    if not debris.all():
+        index = fill_unknown(index, ~debris)
     return np.unique(index, return_inverse=True)[1].reshape(index.shape)
 
 
@@ -162,8 +161,9 @@ def _principal_colours(colours, least, radius=24):
 
 # ------------------------------------------------------------------------------------------------
 
-def draw_grid(rows, columns, cell=128):
-    """rows: lists of uint8 (H, W, 3) or None; columns: their labels, of one line or more -> PIL image."""
+def draw_grid(rows, cell=128):
+    """rows {label, of one line or more: uint8 (H, W, 3)}, each with some of the columns -> PIL image."""
+    columns = list(dict.fromkeys(label for row in rows for label in row))
     font = ImageFont.load_default(13)
     gap, lines = 4, max(label.count("\n") + 1 for label in columns)
     pitch, top = cell + gap, 8 + 15 * lines
@@ -173,10 +173,8 @@ def draw_grid(rows, columns, cell=128):
         middle = gap + j * pitch + cell / 2
         pen.text((middle, top / 2), label, fill="black", font=font, anchor="mm", align="center")
     for i, row in enumerate(rows):
-        for j, picture in enumerate(row):
-            if picture is None:
-                continue
-            image = Image.fromarray(picture)
+        for label, picture in row.items():
+            image, j = Image.fromarray(picture), columns.index(label)
             scale = cell / max(image.size)
             small = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
             image = image.resize(small, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.BOX)

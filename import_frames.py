@@ -16,7 +16,7 @@ import re
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, PngImagePlugin
+from PIL import Image
 from tqdm import tqdm
 
 from cameras import along_axis, facing, normals_of, window_of
@@ -25,8 +25,8 @@ from distributed import (InputError, check, check_folder, check_ranges, command_
 from formats import FORMATS, Format, find_frames, layouts, pair_folders, pick
 from images import filter_of, unit
 from locks import only_writer
-from modalities import (MAX_PIXELS, MODALITIES, Facts, Raster, check_turned, is_array, read_array,
-                        read_picture, write_facts)
+from modalities import (MAX_PIXELS, MODALITIES, Facts, Raster, check_told, check_turned, is_array,
+                        photo_of, read_array, read_picture, write_facts, write_picture)
 from trees import read_facts
 
 ASPECT = 0.02  # relative difference of the aspects that one frame's files may have; ScanNet's is 0.4 %
@@ -207,21 +207,16 @@ def written(out, m, frame):
 
 def check_same(path, source):
     """Raise InputError where a picture that is there was not made of this one."""
-    with reading(path, "remove it"), Image.open(path) as image:
-        made_of = image.info.get("photo")
-    same = filecmp.cmp(path, source, shallow=False) or made_of == sha256(source)
+    same = filecmp.cmp(path, source, shallow=False) or photo_of(path) == sha256(source)
     check(same, f"{path}: is there, and of another picture than {source}; use another --scene or --out")
 
 
-def save_picture(path, values, palette=None, photo=None):
-    """Write a PNG, uint8 labels in a palette's colours where there is one; photo: what it was made of."""
-    image, text = Image.fromarray(values), PngImagePlugin.PngInfo()
+def save_picture(path, values, palette=None):
+    """Write a PNG, uint8 labels in a palette's colours where there is one."""
+    image = Image.fromarray(values)
     if palette is not None and values.dtype == np.uint8:
         image.putpalette(palette.tobytes().ljust(768, b"\0"))  # of fewer bits it would cut the label of void
-    if photo is not None:
-        text.add_text("photo", photo)
-    with whole_file(path) as file:
-        image.save(file, "png", pnginfo=text)
+    write_picture(path, image)
 
 
 def save_array(path, values):
@@ -309,8 +304,8 @@ def _save_rgb(place, rasters):
     if rgb.size == size and rgb.turned == 1 and ending in ENDINGS["rgb"]:
         copy_file(place.with_name(f"{place.name}{ending}"), rgb.path)
         return
-    image = Image.fromarray(MODALITIES["rgb"].array(rgb))
-    save_picture(place.with_name(f"{place.name}.png"), np.asarray(cover(image, size)), photo=sha256(rgb.path))
+    image = cover(Image.fromarray(MODALITIES["rgb"].array(rgb)), size)
+    write_picture(place.with_name(f"{place.name}.png"), image, sha256(rgb.path))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -435,8 +430,7 @@ def main():
     recipe = recipe_of(args, frames)
     shares, kept = [], 0
     with only_writer(args.out):
-        known = (args.out / "tree.json").exists() or not any((args.out / m).exists() for m in MODALITIES)
-        check(known, f"--out {args.out}: holds pictures of which no tree.json tells; use another folder")
+        check_told(args.out)
         write_facts(args.out, **told_of(recipe, frames, args.scene_is_class))
         results = prefetch(functools.partial(import_frame, recipe), frames, ahead=4)
         for share, old in tqdm(results, "import", len(frames), unit="frame"):

@@ -16,7 +16,7 @@ from distributed import InputError, check, reading, say
 from modalities import MODALITIES
 from trees import ALIASES, bare_name, folders_of, left_out, natural, pictures_by_stem, tree_json_of
 
-LONGEST = 2 ** 16  # bytes of a line
+LONGEST_LINE = 2 ** 16  # bytes of a line
 MOST = 10 ** 7     # lines
 THEIRS = {**ALIASES, "path_rgb": "rgb", "path_depth": "depth", "path_normal": "normal", "path_mask": "seg",
           "cat": "class"}  # the released code's keys: ours
@@ -109,10 +109,10 @@ def read_index(path):
     """The lines of an index, blank ones left out -> [Line]. Raises InputError for what is none."""
     lines, at = [], 0
     with reading(path, "give a file of JSON lines"), open(path, "rb") as file:
-        while raw := file.readline(LONGEST + 1):
+        while raw := file.readline(LONGEST_LINE + 1):
             at += 1
-            check(len(raw) <= LONGEST and at <= MOST, f"{path}: line {at}: is over {LONGEST} bytes or after "
-                  f"{MOST} others; an index has a JSON object for each sample")
+            check(len(raw) <= LONGEST_LINE and at <= MOST, f"{path}: line {at}: is over {LONGEST_LINE} "
+                  f"bytes or after {MOST} others; an index has a JSON object for each sample")
             if raw.strip():
                 lines.append(_line(path, at, raw))
     check(lines, f"{path}: holds no sample; an index has a JSON object for each")

@@ -247,17 +247,16 @@ def main():
     row = MODALITIES["normal"]
     raster = row.open(args.normal)
     normal = row.array(raster) if raster.top else raster.values
-    known = np.ones(normal.shape[:2], bool) if raster.known is None else raster.known
     check(args.focal is None or args.focal > 0,
           f"--focal {args.focal}: must be positive, in half-widths of the picture")
     check_ranges(args, border=(0, 1000))
     photo = MODALITIES["rgb"].open(args.rgb)
-    masked = read_mask(args.mask) if args.mask else raster._replace(values=known)
+    masked = read_mask(args.mask) if args.mask else raster._replace(values=raster.where_known)
     check_turned([photo, raster, masked])
     rgb, mask = photo.values, masked.values
     check(normal.shape == rgb.shape and mask.shape == rgb.shape[:2], f"{args.normal}: normals "
           f"{normal.shape}, picture {rgb.shape}, mask {mask.shape}; they must be of one size")
-    vertices, faces = write_mesh(args.out, normal, mask & known, rgb, args.focal, args.border)
+    vertices, faces = write_mesh(args.out, normal, mask & raster.where_known, rgb, args.focal, args.border)
     print(f"{args.out}: {vertices} vertices, {faces} faces")
 
 

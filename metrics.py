@@ -277,7 +277,7 @@ class Depth(Metric):
         values, facts = raster.values, raster.facts
         check(facts.depth_space != "log", f"{raster.path}: holds a model's log depth ({facts.said}), which "
               "is no truth; give files of depth or disparity")
-        known = np.ones(values.shape, bool) if raster.known is None else raster.known
+        known = raster.where_known
         if facts.depth_space == "disparity":
             disparity = Scalar.array(kind, raster).astype(np.float64)  # of levels in [0, 1]
             known = known & (disparity > 0)
@@ -294,8 +294,7 @@ class Depth(Metric):
     @classmethod
     def read_prediction(cls, kind, raster):
         """-> float64 (H, W) of any scale, NaN where unknown."""
-        values = raster.values.astype(np.float64)
-        return values if raster.known is None else np.where(raster.known, values, np.nan)
+        return np.where(raster.where_known, raster.values.astype(np.float64), np.nan)
 
     def target(self, depth, shown=PLAIN_SHOWN):
         """Disparity or minus log depth; unknown pixels take the nearest known depth."""
@@ -344,7 +343,7 @@ class Normal(Metric):
         """-> floats (H, W, 3) of unit length, 0 where unknown."""
         values = raster.values
         normal = unit(values / 255.0 * 2 - 1 if raster.top else values)
-        return normal if raster.known is None else np.where(raster.known[..., None], normal, 0)
+        return np.where(raster.where_known[..., None], normal, 0)
 
     def scores(self, name, truth, prediction):
         angle = angles(prediction, truth)
@@ -400,7 +399,7 @@ class Segmentation(Metric):
         if labels is None:
             colours = kind.array(raster)
             labels = segments(colours) if palette is None else nearest_colour(colours, palette)
-        return labels if raster.known is None else np.where(raster.known, labels, UNKNOWN)
+        return np.where(raster.where_known, labels, UNKNOWN)
 
     def look(self, image):
         """Labels or colours -> colours, black where unknown."""
@@ -505,7 +504,7 @@ class Edges(Metric):
         return {"edge_f": f_score(self.pooled["counts"]).max()}
 
 
-METRICS = {"depth": Depth, "normal": Normal, "seg": Semantic, "canny": Edges}
+METRICS = {"depth": Depth, "normal": Normal, "canny": Edges}  # that of seg is one of
 SEGMENTATION = {"semantic": Semantic, "instance": Instance}
 
 

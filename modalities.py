@@ -11,7 +11,7 @@ import pathlib
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from distributed import InputError, check, reading, whole_file
 from images import as_it_is, canny, centre_crop, enlarge, fill_unknown, label_colour, nearest_colour, unit
@@ -62,6 +62,12 @@ def write_facts(root, **told):
             file.write(json.dumps({**held, **told}, indent=1).encode())
 
 
+def check_told(root, modalities=None):
+    """Raise InputError where a tree to be written holds maps already, and no tree.json says what."""
+    told = (root / "tree.json").exists() or not any((root / m).exists() for m in modalities or MODALITIES)
+    check(told, f"--out {root}: holds pictures of which no tree.json tells; use another folder")
+
+
 def is_array(path):
     """Whether a file is an array, not a picture."""
     return pathlib.Path(path).suffix.lower() == ".npy"
@@ -81,8 +87,10 @@ class Picture(NamedTuple):
         """uint8 (H, W, 3) of 8 bits a channel, else None."""
         if self.palette is not None:
             return self.palette[self.values]
-        if self.values.dtype != np.uint8 or self.values.ndim == 3:
-            return self.values if self.values.ndim == 3 else None
+        if self.values.ndim == 3:
+            return self.values
+        if self.values.dtype != np.uint8:
+            return None
         grey = self.values * np.uint8(255) if self.mode == "1" else self.values
         return np.repeat(grey[..., None], 3, 2)
 
@@ -155,6 +163,21 @@ def _unpacked(image):
     return Picture(np.asarray(image.convert("RGB")), mode)
 
 
+def write_picture(path, image, photo=None):
+    """Write a PIL image as PNG; photo: the sha256 of the picture that it was made of."""
+    text = PngImagePlugin.PngInfo()
+    if photo is not None:
+        text.add_text("photo", photo)
+    with whole_file(path) as file:
+        image.save(file, "png", pnginfo=text)
+
+
+def photo_of(path):
+    """The photo of write_picture that a picture says, or None."""
+    with reading(path, "remove it"), Image.open(path) as image:
+        return image.info.get("photo")
+
+
 def _to_rgb(path, picture):
     """A Picture -> uint8 (H, W, 3), what is transparent laid over white.
 
@@ -207,6 +230,11 @@ class Raster(NamedTuple):
         """(width, height)"""
         return self.values.shape[1::-1]
 
+    @property
+    def where_known(self):
+        """Where its pixels are known: bool (H, W), also of all."""
+        return np.ones(self.values.shape[:2], bool) if self.known is None else self.known
+
     def fitted(self, fit, nearest=False):
         """Its values through a fit: (h, w) or (h, w, 3), uint8 or float32; of 16 bits in [0, 1]."""
         if self.values.dtype == np.uint8:
@@ -227,10 +255,10 @@ def check_turned(rasters):
     """Raise InputError where an orientation tag turns one of the rasters alone, and their shapes do not tell
     whether the others were made before or after.
     """
-    for other in rasters[1:]:
-        first = rasters[0]
-        sides = [(raster.turned > 4, raster.size) for raster in (first, other)]
-        told = sides[0][0] != sides[1][0] and first.size[0] != first.size[1]  # else of another aspect
+    first, *others = rasters
+    for other in others:
+        lies = (first.turned > 4) != (other.turned > 4)  # one alone is turned by a quarter
+        told = lies and first.size[0] != first.size[1]   # else of another aspect
         check(first.turned == other.turned or told or other.facts.upright, f"{other.path}: its orientation "
               f"tag is {other.turned}, that of {first.path} is {first.turned} (1: none); one alone would be "
               "turned: make both upright")
@@ -377,6 +405,7 @@ class Kind:
         if array.shape[:2] == tuple(shape):
             return array
         x = enlarge(np.atleast_3d(array).transpose(2, 0, 1), shape, self.nearest).transpose(1, 2, 0)
+        x = x.round() if array.dtype == np.uint8 else x
         return (x if array.ndim == 3 else x[..., 0]).astype(array.dtype)
 
     def median(self, arrays):
@@ -461,7 +490,7 @@ class Flat(Colour):
         colours = np.stack([distinct >> 16, distinct >> 8 & 255, distinct & 255], -1)
         nearest = palette[nearest_colour(colours[None], palette)[0]].astype(np.int64)
         near = ((colours - nearest) ** 2).sum(-1) <= radius ** 2
-        known = near[index].reshape(image.shape[:2]) & (True if raster.known is None else raster.known)
+        known = near[index].reshape(image.shape[:2]) & raster.where_known
         return raster if known.all() else raster._replace(values=fill_unknown(image, known), known=known)
 
     def _labelled(self, path, labels, facts, own=None):
@@ -595,7 +624,7 @@ class Disparity(Scalar):
         if shown.depth_over == "crop":
             return self.to_pixels(values, known, shown)
         whole = self.spoken(raster, as_it_is, shown.depth_target)
-        there = whole if raster.known is None else whole[raster.known]
+        there = whole[raster.where_known]
         return self.to_pixels(values, known, shown, span_of(there, shown.depth_norm))
 
     def to_pixels(self, values, known=None, shown=PLAIN_SHOWN, span=None):

@@ -56,10 +56,10 @@ class ToySource:
                   "give files with --data")
         self.names = [str(seed) for seed in range(start, start + count)]
         self.labels = None
-        self.facts = dict(source="toy", seg_mode="semantic", depth_space="disparity",
-                          palette=toy_scenes.PALETTE.tolist(), class_names=list(toy_scenes.CLASSES))
+        self.told = dict(source="toy", seg_mode="semantic", depth_space="disparity",
+                         palette=toy_scenes.PALETTE.tolist(), class_names=list(toy_scenes.CLASSES))
         if shown != PLAIN_SHOWN:
-            self.facts["shown"] = shown.told()
+            self.told["shown"] = shown.told()
 
     def load(self, i):
         scene = toy_scenes.render(self.start + i, self.size)
@@ -94,8 +94,8 @@ def palette_of(files, facts):
             return -1, None
         if raster.labels is None:
             return -1, None
-        known = raster.labels if raster.known is None else raster.labels[raster.known]
-        return known.max(initial=-1), None if own is None else own.tobytes()
+        highest = raster.labels[raster.where_known].max(initial=-1)
+        return highest, None if own is None else own.tobytes()
 
     highest, own = zip(*prefetch(look, files, threads=8, ahead=64))
     count = int(max(highest)) + 1
@@ -130,19 +130,19 @@ class PictureSource:
     """The files of a Listing; facts: what they hold; shown: how the network is shown them."""
 
     def __init__(self, listing, size, facts=PLAIN_FACTS, shown=PLAIN_SHOWN):
-        self.listing, self.size, self.held, self.shown = listing, size, facts, shown
+        self.listing, self.size, self.facts, self.shown = listing, size, facts, shown
         self.modalities, self.files, self.names = listing.modalities, listing.files, listing.names
         number = {name: i for i, name in enumerate(listing.classes)}
         self.labels = np.array([number.get(label, len(number)) for label in listing.labels])
         self.labelled = "seg" in self.files and hold_labels(self.files["seg"].values(), facts)
         semantic = facts.seg_mode == "semantic"
         if semantic and self.labelled and facts.palette is None:
-            self.held = facts._replace(palette=palette_of(self.files["seg"].values(), facts))
-        told = semantic and self.held.palette is not None
-        self.facts = dict(source="index" if listing.lines else "folder",
-                          seg_mode=facts.seg_mode or "instance", depth_space=facts.depth_space,
-                          class_names=listing.classes, shown=shown.told(),
-                          palette=self.held.palette.tolist() if told else None)
+            self.facts = facts._replace(palette=palette_of(self.files["seg"].values(), facts))
+        told = semantic and self.facts.palette is not None
+        self.told = dict(source="index" if listing.lines else "folder",
+                         seg_mode=facts.seg_mode or "instance", depth_space=facts.depth_space,
+                         class_names=listing.classes, shown=shown.told(),
+                         palette=self.facts.palette.tolist() if told else None)
 
     def load(self, i):
         """Raises InputError for a broken file, and for maps of another aspect than their RGB's."""
@@ -163,7 +163,7 @@ class PictureSource:
         def fit(image, nearest):
             return centre_crop(view.part(image) if view else image, self.size, nearest)
 
-        rasters = {m: MODALITIES[m].open(files[name], self.held) for m, files in self.files.items()}
+        rasters = {m: MODALITIES[m].open(files[name], self.facts) for m, files in self.files.items()}
         if "seg" in rasters:
             rasters["seg"] = MODALITIES["seg"].of_classes(rasters["seg"])
         aspects = {m: raster.size[0] / raster.size[1] for m, raster in rasters.items()}
@@ -197,7 +197,7 @@ def add_views(source, views):
 def drop_classes(source):
     """--no-class: the label of every row is the number of classes, 0."""
     source.labels = np.zeros(len(source.names), np.int64)
-    source.facts["class_names"] = []
+    source.told["class_names"] = []
 
 
 # ------------------------------------------------------------------------------------------------
@@ -305,11 +305,11 @@ class Pipeline(NamedTuple):
         return dict(format=dataset.FORMAT, modalities=list(source.modalities), vae=encoder.name,
                     vae_sha256=encoder.sha256, scale=encoder.scale, space=encoder.space,
                     latent_channels=encoder.channels, latent_size=[side, side], resolution=source.size,
-                    count=len(source.names), num_classes=len(source.facts["class_names"]),
+                    count=len(source.names), num_classes=len(source.told["class_names"]),
                     batch_size=batch_size,
                     grid=[side // 2, side // 2], teacher=self.teacher and self.teacher.id,
                     feature=self.feature and self.feature.id,
-                    feature_size=self.feature and self.feature.size, names_sha256=names, **source.facts)
+                    feature_size=self.feature and self.feature.size, names_sha256=names, **source.told)
 
     def load(self, rows, skip_broken):
         """The rows (a range) -> Block. Raises InputError for a broken file unless skip_broken."""
@@ -352,9 +352,8 @@ class Writer:
     """Writes blocks into a cache's arrays; marks them done when their data is on the disk."""
 
     def __init__(self, out, meta):
-        stems = [stem for stem in dataset.masks(meta) if (out / f"{stem}.npy").is_file()]
-        stems += dataset.schema(meta)
-        self.arrays = {stem: dataset.open_array(out, stem, meta, "r+") for stem in stems}
+        self.arrays = {stem: dataset.open_array(out, stem, meta, "r+")
+                       for stem in dataset.stems_of(out, meta)}
         self.done = self.arrays.pop("done")
         self.pending, self.flushed = [], time.monotonic()
 
@@ -428,19 +427,19 @@ def verify(out, meta, pipeline):
 
 def describe(source):
     """What the files of a PictureSource are taken to hold."""
-    classes = len(source.facts["class_names"])
+    classes = len(source.told["class_names"])
     without = int((source.labels == classes).sum())
     lines = [f"{len(source.names)} samples in {classes} classes"]
     if without:
         lines = [f"{len(source.names)} samples, {without} of no class, {classes} classes"]
     if "depth" in source.files:
-        lines.append(f"depth files hold {source.held.depth_space} ({source.held.said})")
+        lines.append(f"depth files hold {source.facts.depth_space} ({source.facts.said})")
     if "seg" in source.files:
         held = "colours"
         if source.labelled:
-            told = source.held.palette is not None
+            told = source.facts.palette is not None
             held = f"labels in {'the palette' if told else 'their own, else Pascal VOC'}'s colours"
-        lines.append(f"segmentation is {source.facts['seg_mode']}, files hold {held}")
+        lines.append(f"segmentation is {source.told['seg_mode']}, files hold {held}")
     return "; ".join(lines)
 
 
@@ -493,9 +492,7 @@ def main():
     """Encode what is missing of the cache, or --verify. A killed run continues."""
     args = arguments()
     toy = args.toy is not None
-    size = args.size
-    if size is None:
-        size = 64 if toy else 256
+    size = args.size or (64 if toy else 256)
     check_ranges(args, toy=(1, 10 ** 7), batch_size=(1, None), size=(1, None), views=(1, 1000))
     modalities = tuple(m for m in MODALITIES if m in args.modalities)  # the registry's order
     check(not modalities or "rgb" in modalities,
@@ -504,8 +501,8 @@ def main():
           "--toy, which brings its own alignment targets")
     check(not args.feature or toy == (args.feature == ToyFeature.id), f"--feature {args.feature}: the toy "
           "world brings toy-teacher, and it alone; pictures need the name of a timm model")
-    files = args.depth_over, args.uncovered, args.views > 1, args.depth_space, args.seg_mode, args.palette
-    check(not toy or not any(files), "--depth-over, --uncovered, --views, --depth-space, --seg-mode and "
+    of_files = args.depth_over, args.uncovered, args.views > 1, args.depth_space, args.seg_mode, args.palette
+    check(not toy or not any(of_files), "--depth-over, --uncovered, --views, --depth-space, --seg-mode and "
           "--palette belong to --data")
     check(args.feature or not args.feature_file, "--feature-file belongs to --feature")
     given = {name: getattr(args, name) for name in WAYS}

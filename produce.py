@@ -221,34 +221,31 @@ def produce(out, requests, draw, outputs, recipe, batch_size, class_names=(), ov
 class Maps:
     """The outputs of requests: a picture, and an array where it is of floats, in a folder for each map.
 
-    folders {name: row of MODALITIES}; truncate: cut to 8 bits in the place of rounding; finish(request,
-    arrays), if given, is called with what was written.
+    folders {name: row of MODALITIES}; truncate: cut to 8 bits in the place of rounding.
     """
 
     extras = {}  # {folder: endings} of files that only some samples have
 
-    def __init__(self, folders, truncate=False, finish=None):
-        self.folders, self.truncate, self.finish = folders, truncate, finish
+    def __init__(self, folders, truncate=False):
+        self.folders, self.truncate = folders, truncate
         self.endings = {name: [".png", ".npy"] if row.floats else [".png"] for name, row in folders.items()}
 
     def write(self, out, request, maps, shape):
         """Write {folder: pixels}, at the shape (H, W) if there is one -> {folder: picture}."""
-        arrays, pictures = {}, {}
+        pictures = {}
         for name, row in self.folders.items():
             pixels = maps[name]
             if shape is not None and pixels.shape[1:] != tuple(shape):
                 pixels = enlarge(pixels, tuple(shape), row.nearest)
             if self.truncate and not (row.floats or row.nearest):
                 pixels = np.floor((pixels + 1) * 127.5 + 1e-4) / 127.5 - 1  # levels that are given stay
-            arrays[name] = row.from_pixels(pixels)
-            pictures[name] = row.picture(arrays[name])
+            array = row.from_pixels(pixels)
+            pictures[name] = row.picture(array)
             with whole_file(out / name / f"{request.stem}.png") as file:
                 Image.fromarray(pictures[name]).save(file, "png")
             if row.floats:
                 with whole_file(out / name / f"{request.stem}.npy") as file:
-                    np.save(file, arrays[name].astype(np.float32))
-        if self.finish:
-            self.finish(request, arrays)
+                    np.save(file, array.astype(np.float32))
         return pictures
 
 
@@ -269,9 +266,8 @@ def _row(out, request, drawn, folders, truth):
 
 
 def _save_rows(path, rows, cell=128):
-    labels = list(dict.fromkeys(label for row in rows for label in row))
     with whole_file(path) as file:
-        draw_grid([[row.get(label) for label in labels] for row in rows], labels, cell).save(file, "png")
+        draw_grid(rows, cell).save(file, "png")
 
 
 def write_grid(out, requests, drawn, folders, truth=None):

@@ -31,14 +31,14 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, PngImagePlugin
+from PIL import Image
 from tqdm import tqdm
 
 from distributed import (InputError, barrier, check, check_folder, command_parser, reading, run, say,
-                         setup, sha256, whole_file)
+                         setup, sha256)
 from images import fill_unknown, unit
 from locks import only_writer
-from modalities import MODALITIES, looks_encoded, read_rgb, write_facts
+from modalities import MODALITIES, looks_encoded, photo_of, read_rgb, write_facts, write_picture
 from trees import find_pictures, stem_of
 
 
@@ -236,18 +236,7 @@ def to_picture(modality, array, size, stem, depth_space):
 
 def is_of(path, digest):
     """Whether a picture is there and was made of the photo of this content, as far as it says."""
-    if not path.is_file():
-        return False
-    with reading(path, "remove it"), Image.open(path) as image:
-        return image.info.get("photo", digest) == digest
-
-
-def save_picture(path, picture, digest):
-    """Write a PNG that says of which photo it was made."""
-    text = PngImagePlugin.PngInfo()
-    text.add_text("photo", digest)
-    with whole_file(path) as file:
-        picture.save(file, "png", pnginfo=text)
+    return path.is_file() and photo_of(path) in (None, digest)
 
 
 def label_photo(path, stem, out, teachers, depth_space):
@@ -271,20 +260,16 @@ def label_photo(path, stem, out, teachers, depth_space):
     for m in missing:
         with reading(f"{path}: what the {m} teacher makes of it", "mend the teacher, or remove the photo"):
             picture = to_picture(m, teachers[m](image), image.size, stem, depth_space)
-        save_picture(out / m / f"{stem}.png", picture, digest)
+        write_picture(out / m / f"{stem}.png", picture, digest)
     if copy:
-        save_picture(rgb, image, digest)
+        write_picture(rgb, image, digest)
 
 
 def remove_own(path):
     """Remove a picture that this command has made, nobody else's."""
-    try:
-        with Image.open(path) as image:
-            own = "photo" in image.info
-    except OSError:
-        own = False
-    if own:
-        path.unlink()
+    with contextlib.suppress(InputError):  # it is not there, or no picture
+        if photo_of(path) is not None:
+            path.unlink()
 
 
 def label(photos, out, teachers, depth_space, skip_broken):
@@ -296,7 +281,6 @@ def label(photos, out, teachers, depth_space, skip_broken):
             check(skip_broken, f"{error}, or leave it out with --skip-broken")
             for m in teachers:  # no modality without the others
                 remove_own(out / m / f"{stem}.png")
-            out.mkdir(parents=True, exist_ok=True)
             with open(out / "skipped.txt", "a", errors="backslashreplace") as file:
                 file.write(f"{stem}\t{error}\n")
 

@@ -227,23 +227,21 @@ def truth_pictures(request, modalities, fit, facts, target="disparity"):
     return pictures
 
 
-def write_object(request, arrays, out, palette, segment, focal):
-    """OUT/mesh/<stem>.ply: a segment's normals, integrated, in the colours of the RGB (Fig. 6)."""
-    index = nearest_colour(arrays["seg"], np.array(palette)) if palette else segments(arrays["seg"])
+def write_object(request, out, palette, segment, focal):
+    """OUT/mesh/<stem>.ply of a sample that is written: a segment's normals, integrated, in the colours of the
+    RGB (Fig. 6).
+    """
+    rgb, seg = (read_rgb_file(out, m, request.stem) for m in ("rgb", "seg"))
+    normal = np.load(out / "normal" / f"{request.stem}.npy")
+    index = nearest_colour(seg, np.array(palette)) if palette else segments(seg)
     path = out / "mesh" / f"{request.stem}.ply"
     try:
         mask = pick_segment(index, segment)
     except InputError as error:
         print(f"warning: no mesh of {request.stem}: {error}")
         return
-    vertices, faces = write_mesh(path, arrays["normal"].astype(np.float32), mask, arrays["rgb"], focal)
+    vertices, faces = write_mesh(path, normal, mask, rgb, focal)
     print(f"{path}: {vertices} vertices, {faces} faces")
-
-
-def read_arrays(out, request):
-    """What write_object needs of a sample that was written earlier."""
-    arrays = {name: read_rgb_file(out, name, request.stem) for name in ("rgb", "seg")}
-    return {**arrays, "normal": np.load(out / "normal" / f"{request.stem}.npy")}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -386,8 +384,9 @@ def main():
              ("--task translate", back, ("rgb",)))
     needed = {flag: names for flag, asked, names in needs if asked}
     wanted = outputs_of(args.outputs, model.modalities, needed)
-    check_classes(args.class_id, meta["num_classes"])
-    classes, facts, locations = meta["num_classes"], {}, []
+    classes = meta["num_classes"]
+    check_classes(args.class_id, classes)
+    facts, locations = {}, []
     if given:
         check(len(args.class_id or ()) < 2, f"--class-id {args.class_id}: give one class for all pictures")
         label = args.class_id[0] if args.class_id else None
@@ -411,14 +410,11 @@ def main():
     folders = {m: MODALITIES[m] for m in wanted}
     if back:
         folders.update({f"{m}_to_rgb": MODALITIES["rgb"] for m in model.modalities[1:]})
-    mesh = functools.partial(write_object, out=args.out, palette=meta["palette"], segment=args.segment,
-                             focal=args.focal)
-    outputs = Maps(folders, args.truncate, mesh if args.mesh else None)
+    outputs = Maps(folders, args.truncate)
     asked = {"mesh": args.mesh and [".ply", ".png"], "panels": args.panels and [".png"]}
     outputs.extras = {folder: endings for folder, endings in asked.items() if endings}
     recipe = None if rank > 0 else dict(
-        task=args.task, given=given, **samplers.recipe(
-            loaded, encoder, args.seed, sampling.evaluations(), **sampling._asdict()),
+        task=args.task, given=given, **sampling.recipe(loaded, encoder, args.seed),
         fit=args.fit, truncate=args.truncate, outputs={m: MODALITIES[m].meant(shown) for m in wanted},
         endings=outputs.endings, depth_target=shown.depth_target, reading=recorded(facts),
         palette=meta["palette"])
@@ -430,10 +426,8 @@ def main():
     with only_writer(args.out):
         drawn = produce(args.out, requests, draw, outputs, recipe, 1 if full and given else args.batch_size,
                         meta["class_names"], args.overwrite)
-        if args.mesh:
-            for request in requests[rank::world]:
-                if request.index not in drawn:  # there already
-                    mesh(request, read_arrays(args.out, request))
+        for request in requests[rank::world] if args.mesh else ():
+            write_object(request, args.out, meta["palette"], args.segment, args.focal)
         if args.panels:
             write_panels(args.out, requests[rank::world], drawn, labels, truth)
         barrier()

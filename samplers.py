@@ -123,6 +123,10 @@ class Sampling(NamedTuple):
         self.run(velocity, zero, lambda: zero)
         return len(calls)
 
+    def recipe(self, loaded, encoder, seed):
+        """What drew samples so."""
+        return recipe(loaded, encoder, seed, self.evaluations(), **self._asdict())
+
 
 class Noise:
     """Standard normals, each sample's from a generator of its own seeded by (seed, global index)."""

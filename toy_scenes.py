@@ -22,7 +22,7 @@ from PIL import Image
 
 from distributed import check, command_parser, run, whole_file
 from locks import only_writer
-from modalities import MODALITIES, write_facts
+from modalities import MODALITIES, check_told, write_facts
 
 HELD_OUT = 2 ** 31
 SEGMENTS = ("floor", "wall", "sphere", "box", "cylinder", "cone")
@@ -344,8 +344,7 @@ def main():
           f"--num {args.num} --start {args.start} --size {args.size}: "
           "1 to ten million scenes from seed 0 on, of 8 to 4096 pixels")
     with only_writer(args.out):
-        told = (args.out / "tree.json").exists() or not any((args.out / m).exists() for m in MAPS)
-        check(told, f"--out {args.out}: holds pictures of which no tree.json tells; use another folder")
+        check_told(args.out, MAPS)
         write_facts(args.out, depth_space="disparity", seg_mode="semantic", palette=PALETTE.tolist())
         for seed in range(args.start, args.start + args.num):
             write_scene(args.out, seed, args.size)

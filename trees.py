@@ -59,7 +59,7 @@ def flat_name(stem):
     if len(raw) <= LONGEST:
         return name
     digest = hashlib.sha256(raw).hexdigest()[:8]
-    return f"{os.fsencode(name)[:LONGEST - 9].decode(errors='ignore')}-{digest}"
+    return f"{raw[:LONGEST - 9].decode(errors='ignore')}-{digest}"
 
 
 def natural(name):
@@ -104,7 +104,7 @@ def walk(folder):
         above[place] = {real, *real.parents} | above.get(place.parent, set())
         for name in list(folders):
             circular = (place / name).is_symlink() and (place / name).resolve() in above[place]
-            if name.startswith((".", "@eaDir")) or circular:  # the latter: a network drive's thumbnails
+            if name.startswith((".", "@eaDir")) or circular:  # @eaDir: a network drive's thumbnails
                 folders.remove(name)
                 yield place / name, "circular" if circular else "hidden"
         for name in files:
@@ -247,7 +247,7 @@ def tree_json_of(location):
     return next((root / "tree.json" for root in roots_of(location) if (root / "tree.json").is_file()), None)
 
 
-def sampled(folder):
+def sample_meta(folder):
     """The meta.json of a folder that sample.py made; {} of any other."""
     try:
         meta = json.loads((folder / "meta.json").read_text())
@@ -266,7 +266,7 @@ def facts_of(location, depth_space=None, palette=None):
     if path is not None:
         facts = read_facts(path)
     for root in roots_of(location) if path is None else ():
-        if sampled(root).get("depth_target") == "log":
+        if sample_meta(root).get("depth_target") == "log":
             facts = Facts(depth_space="log", said=f"by {root / 'meta.json'}")
     if depth_space is not None:
         facts = facts._replace(depth_space=depth_space, said="by --depth-space")

@@ -85,8 +85,8 @@ def target_of(latest):
 
 
 def newest_checkpoint(method="mmgen"):
-    """The newest runs/*/latest.pt of a method, else the bundled demo, which is MMGen's. Raises InputError where
-    there is none.
+    """The newest runs/*/latest.pt of a method, else of MMGen the bundled demo. Raises InputError where there
+    is neither.
     """
     times = {}
     for path in pathlib.Path("runs").glob("*/latest.pt"):

@@ -210,8 +210,7 @@ class Measure:
     def recipe(self, args):
         """What was measured, and how."""
         reader = str(args.reader) if args.reader else None
-        return dict(**samplers.recipe(self.loaded, self.encoder, self.seed, self.sampling.evaluations(),
-                                       **self.sampling._asdict()),
+        return dict(**self.sampling.recipe(self.loaded, self.encoder, self.seed),
                     reader=reader, guidance=args.guidance, held_out=args.num, generated=args.generate,
                     scenes=args.scenes, torch=torch.__version__, device=self.device.type)
 

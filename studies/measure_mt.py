@@ -26,6 +26,7 @@ import mt_sample
 import toy_scenes
 from distributed import command_parser, run, setup
 from eval_fid import frechet
+from evaluation import GUESSED
 from images import unit
 from modalities import read_rgb
 from trees import flat_name, stem_of
@@ -91,13 +92,13 @@ def classification(args, scenes, work):
 
 
 def features(args, loaded, device):
-    """Cosines over held-out scenes; the mean vector is of 2,000 training scenes."""
+    """Cosines over held-out scenes; the mean vector is of training scenes."""
     encoder, scenes = encoder_of(loaded.meta, device), held_out(0, args.num)
 
     def vectors(scenes):
         return unit(np.stack([toy_scenes.teacher(scene, 1)[0] for scene in scenes]))
 
-    truth, mean = vectors(scenes), unit(vectors([toy_scenes.render(i) for i in range(2000)]).mean(0))
+    truth, mean = vectors(scenes), unit(vectors([toy_scenes.render(i) for i in range(GUESSED)]).mean(0))
     found = []
     for start in range(0, args.num, 64):
         part = scenes[start:start + 64]

@@ -6,7 +6,7 @@ from unittest import mock
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from distributed import whole_file  # noqa: E402
+from distributed import write_json  # noqa: E402
 
 
 def call(module, *argv):
@@ -21,11 +21,6 @@ def named(flags, *keys):
         return [name(part) for part in value] if isinstance(value, list) else pathlib.PurePath(value).name
 
     return {**flags, **{key: name(flags[key]) for key in keys if flags.get(key)}}
-
-
-def write_json(path, result):
-    with whole_file(path) as file:
-        file.write(json.dumps(result, indent=1).encode())
 
 
 def report(result, recipe, path):

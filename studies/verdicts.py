@@ -96,7 +96,7 @@ def mt_studied():
     return {**rows, **{other: {**blank, **row} for other, row in beside.items()}}
 
 
-def cells(row, columns, titles):
+def spreads(row, columns, titles):
     return [spread(row[title], columns[title].form) for title in titles]
 
 
@@ -108,7 +108,7 @@ def seeds(row):
 # Tables.
 
 def study():
-    rows = [[name, seeds(row), *cells(row, STUDIED, STUDIED)] for name, row in studied().items()]
+    rows = [[name, seeds(row), *spreads(row, STUDIED, STUDIED)] for name, row in studied().items()]
     known = read("study/mmgen_0_understand")
     real = read("study/mmgen_0_generate")["latent_fd_of_as_many_scenes"]
     blank = [""] * (len(STUDIED) - 5)
@@ -120,7 +120,7 @@ def study():
 
 def mt_table(titles):
     """The rows that have one of the columns."""
-    return [[name, seeds(row), *cells(row, MT_STUDIED, titles)] for name, row in mt_studied().items()
+    return [[name, seeds(row), *spreads(row, MT_STUDIED, titles)] for name, row in mt_studied().items()
             if any(row[title] for title in titles)]
 
 
@@ -230,7 +230,8 @@ def ahead_by(claim, title, rows, columns):
         return None, seeds
     gap = sum(second) / len(second) - sum(first) / len(first)
     gap = -gap if columns[title].more else gap
-    return gap / max((max(values) - min(values)) / 2 for values in (first, second)), seeds
+    spread = max((max(values) - min(values)) / 2 for values in (first, second))
+    return gap / max(spread, 1e-12), seeds
 
 
 def verdicts(said, rows, columns):

@@ -327,6 +327,10 @@ def test_scannet_folder(command, scannet, tmp_path):
     assert np.load(tmp_path / "crops/depth/scene0000_00/color/000001.npy").shape == (96, 96)
     with pytest.raises(InputError, match="holds something else than the squares of these frames"):
         run("o", "--num", 3, "--save-crops", tmp_path / "crops")
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own/crops.json").write_text("a list of mine")
+    with pytest.raises(InputError, match="own/crops.json: .* it is of no evaluation"):
+        run("o", "--save-crops", tmp_path / "own")
     command("eval_depth", "--data", tmp_path / "crops", *FEW, "--out", tmp_path / "c", "--json",
             tmp_path / "c.json")  # the model again, on the squares
     again = json.loads((tmp_path / "c.json").read_text())

@@ -271,7 +271,7 @@ def test_lpips_and_psnr_of_pairs(command, tmp_path):
     metrics = ("--metrics", "lpips", "psnr", "--json", tmp_path / "o.json")
     command("eval_fid", tmp_path / "a.npz", tmp_path / "b.npz", *metrics, *weights)
     result = strict(tmp_path / "o.json")
-    network = eval_fid.Lpips(eval_fid.Files(vgg=weights[1], lpips_heads=weights[3]),
+    network = eval_fid.Lpips(eval_fid.Weights(vgg=weights[1], lpips_heads=weights[3]),
                              eval_fid.Work(0, 1, torch.device("cpu"), 1))
     x, y = (torch.from_numpy(c).permute(0, 3, 1, 2).float() / 127.5 - 1 for c in (a, b))
     with torch.inference_mode():
@@ -282,7 +282,7 @@ def test_lpips_and_psnr_of_pairs(command, tmp_path):
     assert result["recipe"]["lpips"] == "v0.1 vgg" and len(result["recipe"]["heads_sha256"]) == 64
     torch.save({}, tmp_path / "heads.pth")
     with pytest.raises(InputError, match="lacks lin0.model.1.weight"):
-        eval_fid.Lpips(eval_fid.Files(vgg=weights[1], lpips_heads=weights[3]),
+        eval_fid.Lpips(eval_fid.Weights(vgg=weights[1], lpips_heads=weights[3]),
                        eval_fid.Work(0, 1, torch.device("cpu"), 1))
 
 
@@ -335,6 +335,30 @@ def small(monkeypatch, tmp_path):
         monkeypatch.setitem(eval_fid.METRICS, metric, row)
     pictures(tmp_path / "3.npz", 3, 1), pictures(tmp_path / "6.npz", 6, 2)
     return tmp_path / "3.npz", tmp_path / "6.npz"
+
+
+class TwoOutputs:
+    """The mean colour of a picture, and its double."""
+
+    keys, id = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}, {}
+
+    def __call__(self, pictures):
+        x = torch.tensor(np.stack([picture.mean((0, 1)) for picture in pictures]), dtype=torch.float32)
+        return {"pool": x, "spatial": 2 * x}
+
+
+def test_pictures_are_looked_at_for_the_moments_that_their_file_lacks(small):
+    source = eval_fid.open_source(small[0])
+    stored = {"mu": np.ones(3), "sigma": np.eye(3)}
+    work = eval_fid.Work(0, 1, torch.device("cpu"), 8)
+    both = {("moments", "pool"), ("moments", "spatial")}
+    for held, known in ((stored, stored["mu"]), ({}, None)):
+        side = eval_fid.study(source._replace(statistics=held), TwoOutputs(), both, work)
+        pool, spatial = (side.known["moments", name][0] for name in ("pool", "spatial"))
+        seen = np.stack([np.asarray(image).mean((0, 1)) for image in source.read(range(3))]).mean(0)
+        assert np.allclose(pool, seen if known is None else known) and np.allclose(spatial, 2 * seen)
+    alone = eval_fid.study(source._replace(statistics=stored), TwoOutputs(), {("moments", "pool")}, work)
+    assert alone.pictures is None  # nothing is looked at for what is there
 
 
 def unread(monkeypatch):
@@ -597,7 +621,7 @@ def test_lpips_equals_the_package(tmp_path, figure):
     for module in slices:
         for name, layer in module.named_children():
             layer.load_state_dict(trunk.features[int(name)].state_dict())
-    ours = eval_fid.Lpips(eval_fid.Files(vgg=tmp_path / "vgg.pth", lpips_heads=heads),
+    ours = eval_fid.Lpips(eval_fid.Weights(vgg=tmp_path / "vgg.pth", lpips_heads=heads),
                           eval_fid.Work(0, 1, torch.device("cpu"), 1))
     a, b = (torch.rand(3, 3, 64, 64) * 2 - 1 for _ in range(2))
     with torch.inference_mode():

@@ -101,7 +101,7 @@ def test_accents_match_in_both_spellings(tmp_path):
     for m, form in (("rgb", "NFC"), ("seg", "NFD")):
         grey(tmp_path / m / unicodedata.normalize(form, "café") / unicodedata.normalize(form, "é.png"), 9)
     source = prep_latents.PictureSource(listing.list_samples(tmp_path), 8)
-    assert source.names == ["café/é"] and source.facts["class_names"] == ["café"]
+    assert source.names == ["café/é"] and source.told["class_names"] == ["café"]
 
 
 def test_long_names_and_names_that_are_not_text(tmp_path, command):
@@ -133,7 +133,7 @@ def test_classes_in_natural_order(tmp_path):
     for name in ("10", "2", "1", "0"):
         grey(tmp_path / "rgb" / name / "x.png")
     source = prep_latents.PictureSource(listing.list_samples(tmp_path), 8)
-    assert source.facts["class_names"] == ["0", "1", "2", "10"]
+    assert source.told["class_names"] == ["0", "1", "2", "10"]
     assert [(name, int(label)) for name, label in zip(source.names, source.labels)] == [
         ("0/x", 0), ("1/x", 1), ("10/x", 3), ("2/x", 2)]
 

@@ -33,6 +33,12 @@ def test_registry_round_trips():
         assert row.picture(array).dtype == np.uint8 and row.picture(array).shape == (6, 6, 3)
 
 
+def test_levels_between_two_pixels_are_rounded():
+    row = MODALITIES["canny"]
+    wide = row.resize(np.repeat(np.uint8([[[0], [255]]]), 3, 2), (1, 4))
+    assert wide[0, :, 0].tolist() == [0, 64, 191, 255]
+
+
 def test_canny_finds_a_square():
     image = np.full((40, 40, 3), 60, np.uint8)
     image[10:30, 12:28] = 200

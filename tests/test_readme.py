@@ -41,8 +41,9 @@ def test_a_verdict_needs_three_seeds_of_both_rows(monkeypatch):
     three, higher = [1, 2, 3], [9, 10, 11]
     for ours, theirs, said in ((three, higher, "holds"), (higher, three, "does not"),
                                (three, [1.5, 2.5, 3.5], "cannot be told"), ([1, 2], higher, "of two seeds"),
+                               ([1, 1, 1], [1, 1, 1], "cannot be told"), ([1, 1, 1], [2, 2, 2], "holds"),
                                (three, [9], "of one seed"), ([], [9], "not measured")):
         by, seeds = verdicts.ahead_by(claim, "FD", {"ours": {"FD": ours}, "theirs": {"FD": theirs}}, columns)
         assert claim.verdict(by, seeds) == said
-        assert by is None or by == (sum(theirs) / len(theirs) - sum(ours) / len(ours)) / max(
-            (max(values) - min(values)) / 2 for values in (ours, theirs))
+        spread = max((max(values) - min(values)) / 2 for values in (ours, theirs)) if by else 0
+        assert not spread or by == (sum(theirs) / len(theirs) - sum(ours) / len(ours)) / spread
