@@ -69,12 +69,12 @@ def cells_of(bits, size):
 
 def cells_in(batch, modalities, meta):
     """Of a batch {stem: tensor}: which cells are known (n, M, H, W) bool, None where it does not say."""
-    size, found = meta["latent_size"], {}
-    for m in modalities:
-        if f"{m}_known" in batch:
-            found[m] = cells_of(batch[f"{m}_known"], size)
-    everywhere = torch.ones_like(next(iter(found.values()))) if found else None
-    return torch.stack([found.get(m, everywhere) for m in modalities], 1) if found else None
+    found = {m: cells_of(batch[f"{m}_known"], meta["latent_size"])
+             for m in modalities if f"{m}_known" in batch}
+    if not found:
+        return None
+    everywhere = torch.ones_like(next(iter(found.values())))
+    return torch.stack([found.get(m, everywhere) for m in modalities], 1)
 
 
 def to_unit(vectors):
@@ -233,8 +233,7 @@ class Cache:
               "run the same prep_latents.py command again")
         self.rows = np.flatnonzero(done == 1)
         check(len(self.rows), f"{folder}: none of its {count} rows could be encoded, see skipped.txt")
-        labels = self.array("labels")[self.rows]
-        low, high = labels.min(), labels.max()
+        low, high = self.labels.min(), self.labels.max()
         check(0 <= low and high <= classes,
               f"{folder}/labels.npy: classes {low} to {high}, meta.json has {classes} ({classes}: none)")
 
@@ -252,10 +251,6 @@ class Cache:
                 share = shares(self.array(stem), self.meta)
             self._known[modality] = share
         return self._known[modality]
-
-    def partial(self, modalities):
-        """Whether rows differ in what they have of these modalities."""
-        return any(f"{m}_known" in self.stems for m in modalities)
 
     def known_of(self, rows, modalities):
         """The shares of known cells of rows (n,): (n, M)."""
@@ -308,19 +303,15 @@ def part_of(batch_size, micro_batch, rank, world, group):
 def batches(cache, stems, modalities, seed, steps, batch_size, part, device):
     """Yield {stem: tensor on the device} of each step: this process's part (a slice) of the global batch.
 
-    Where rows differ in what they have, of the whole batch (N rows) also "known", the shares of known cells
-    of the modalities (N, M), and "aligned" (N,), whether there are alignment targets. The next steps' rows
-    are gathered in threads while the device works: pages may be cold.
+    Of the whole batch (N rows) also "known", the shares of known cells of the modalities (N, M), and
+    "aligned" (N,), whether alignment targets of a row are read. The next steps' rows are gathered in threads
+    while the device works: pages may be cold.
     """
-    partial = cache.partial(modalities)
-
     def read(step):
         rows = cache.order(seed, step * batch_size, batch_size)
         batch = cache.gather(rows[part], stems, pin=device.type == "cuda")
-        if partial:
-            batch["known"] = torch.from_numpy(cache.known_of(rows, modalities)).float()
-            if "dino" in stems:
-                batch["aligned"] = torch.from_numpy(cache.aligned(rows))
+        batch["known"] = torch.from_numpy(cache.known_of(rows, modalities)).float()
+        batch["aligned"] = torch.from_numpy(cache.aligned(rows) & ("dino" in stems))
         return batch
 
     for batch in prefetch(read, steps, threads=4, ahead=4):

@@ -161,15 +161,6 @@ def all_reduce(tensor):
     return tensor
 
 
-def broadcast(value):
-    """Process 0's value (picklable) on every process."""
-    box = [value]
-    if dist.is_initialized():
-        with torch.inference_mode(False):  # as in gather
-            dist.broadcast_object_list(box)
-    return box[0]
-
-
 def gather(value):
     """The values (picklable) of all processes, in the order of their ranks, on every process."""
     values = [value]

@@ -259,7 +259,7 @@ def main():
               f"{', '.join(known)}")
         samplers.check_model(loaded, sampling)
         tell_untrained(loaded, ("rgb",))
-        samplers.prepare(loaded.model, args.precision, args.compile)
+        samplers.make_fast(loaded.model, args.precision, args.compile)
         encoder = encoder_of(loaded.meta, device, args.vae)
         shown = shown_of(loaded.meta, loaded.path)
         alignment, why = args.alignment or shown.depth_target, f"{loaded.path} learned {shown.depth_target}"

@@ -330,7 +330,7 @@ class Pairs(Files):
 class ModelPredictor(NamedTuple):
     """A model's maps of RGB: frame i's member k of the ensemble is drawn with the noise of i + k * 2^32.
 
-    A model of another kind overrides draw.
+    A model of another kind overrides latents.
     """
     model: torch.nn.Module
     resolution: int
@@ -340,20 +340,19 @@ class ModelPredictor(NamedTuple):
     seed: int = 0
     ensemble: int = 1
 
-    def inputs(self, frames):
-        """Pixels (N, 3, S, S) and classes (N,) on the model's device."""
+    def latents(self, rgb, y, noise):
+        """Latents of the RGB (N, C, H, W) and classes (N,) -> of all modalities (N, M*C, H, W)."""
+        return samplers.sample_latents(self.model, y, {"rgb": rgb}, noise, self.sampling)
+
+    def draw(self, frames, modalities, indices):
+        """Pixels (N, len(modalities), 3, S, S), with the noise of these indices."""
         kind, null = MODALITIES["rgb"], self.model.num_classes
         device = next(self.model.parameters()).device
         rgb = np.stack([kind.to_pixels(kind.crop(frame.rgb, self.resolution)) for frame in frames])
         y = [null if frame.class_id is None else frame.class_id for frame in frames]
-        return torch.from_numpy(rgb).to(device), torch.tensor(y, device=device)
-
-    def draw(self, frames, modalities, indices):
-        """Pixels (N, len(modalities), 3, S, S), with the noise of these indices."""
-        rgb, y = self.inputs(frames)
-        noise = samplers.Noise(self.seed, indices, y.device)
-        given = {"rgb": self.encoder.encode(rgb, noise)}
-        x = samplers.sample_latents(self.model, y, given, noise, self.sampling)
+        noise = samplers.Noise(self.seed, indices, device)
+        given = self.encoder.encode(torch.from_numpy(rgb).to(device), noise)
+        x = self.latents(given, torch.tensor(y, device=device), noise)
         wanted = [self.model.modalities.index(m) for m in modalities]
         return samplers.decode(self.encoder, x, wanted, self.sampling.precision)
 

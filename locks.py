@@ -20,11 +20,13 @@ def _kernel_lock(path):
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.exists(path) and os.path.samestat(os.fstat(descriptor), os.stat(path)):
+            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
                 return descriptor
         except BlockingIOError:
             os.close(descriptor)
             return None
+        except FileNotFoundError:
+            pass
         except OSError:
             os.close(descriptor)
             raise

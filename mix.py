@@ -132,7 +132,7 @@ def mix_columns(mix, modalities, rows, device):
     return {name: torch.tensor(values, device=device)[:, None] for name, values in fields.items()}
 
 
-def draw(seed, step, mix, modalities, known, shape, times="uniform"):
+def draws_of(seed, step, mix, modalities, known, shape, times="uniform"):
     """The Draws of a step, on the device of known. shape is (N, M*C, H, W); known (N, M), the share of known
     cells of each row and modality, 0 where a row has none of it; times is a row of TIMES.
 
@@ -140,9 +140,10 @@ def draw(seed, step, mix, modalities, known, shape, times="uniform"):
     than LEAST_GIVEN is known is not given. A condition that is missing, or that leaves nothing to supervise,
     makes the row a joint one.
     """
-    N, M = shape[0], len(modalities)
-    device, has, may = known.device, known > 0, known >= LEAST_GIVEN
-    role, k = mix_columns(mix, tuple(modalities), N, device), may.sum(1, keepdim=True)  # k (N, 1)
+    N, M, device = shape[0], len(modalities), known.device
+    has, givable = known > 0, known >= LEAST_GIVEN  # (N, M)
+    k = givable.sum(1, keepdim=True)                # (N, 1)
+    role = mix_columns(mix, tuple(modalities), N, device)
     g = torch.Generator(device).manual_seed((seed * 0x9E3779B1 + step) % 2 ** 32)  # a CPU's reads 32 bits
 
     def rand(*size):  # new draws at the end: older runs go on with theirs
@@ -152,14 +153,15 @@ def draw(seed, step, mix, modalities, known, shape, times="uniform"):
     chosen = torch.minimum((rand(N, 1) * k).long(), k - 1)  # (N, 1), of the k that may be given
     posterior = torch.randn(shape, generator=g, device=device)
     noise = torch.randn(shape, generator=g, device=device)
-    order = torch.where(may, rand(N, M), 2.0)  # the others last
+    order = torch.where(givable, rand(N, M), 2.0)  # the others last
+    rank = order.argsort(1).argsort(1)             # (N, M), of each in a random order
     size = 1 + torch.minimum((rand(N, 1) * (k - 1)).long(), (k - 2).clamp(min=0))  # (N, 1): 1 to k - 1
 
     index = torch.arange(M, device=device)
     given = index == role["fixed"]
-    given = given | (role["random"] & (may.cumsum(1) - 1 == chosen))
-    given = given | (role["subset"] & (order.argsort(1).argsort(1) < size))  # the first in a random order
-    given = given & may
+    given = given | (role["random"] & (givable.cumsum(1) - 1 == chosen))
+    given = given | (role["subset"] & (rank < size))
+    given = given & givable
     given = given & (has & ~given).any(1, keepdim=True)
     free, conditioned = TIMES[times]
     u, dimension = torch.where(role["independent"], t_each, t_shared), math.prod(shape[1:])

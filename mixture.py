@@ -41,10 +41,6 @@ class Mixture:
     def labels(self):
         return np.concatenate([table[cache.labels] for table, cache in zip(self._classes, self.caches)])
 
-    def partial(self, modalities):
-        """Whether rows differ in what they have of these modalities, or in having alignment targets."""
-        return any(cache.partial(modalities) or set(self.stems) - set(cache.stems) for cache in self.caches)
-
     def known_of(self, rows, modalities):
         """The shares of known cells of rows (n, 2): (n, M)."""
         out = np.zeros((len(rows), len(modalities)))
@@ -102,11 +98,12 @@ class Mixture:
 
 def _united(metas, folders, modalities):
     """The meta.json of several caches. Raises InputError for the first key that does not go together."""
-    first, out = metas[0], {"shown": {}, **metas[0]}
+    metas = [{"shown": {}, **meta} for meta in metas]  # older ones do not say it
+    first, out = metas[0], dict(metas[0])
     for meta, folder in zip(metas, folders):
         for key in ("vae", "vae_sha256", "scale", "latent_channels", "latent_size", "resolution", "feature",
                     "shown"):
-            ours, theirs = (held.get(key, {} if key == "shown" else None) for held in (first, meta))
+            ours, theirs = first.get(key), meta.get(key)
             check(ours == theirs, f"{folder}/meta.json: {key} is {str(theirs)[:60]}, {folders[0]} has "
                   f"{str(ours)[:60]}; caches that train together must be alike")
     labelled = [meta for meta in metas if "seg" in meta["modalities"]]

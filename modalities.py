@@ -255,8 +255,8 @@ def check_turned(rasters):
     """Raise InputError where an orientation tag turns one of the rasters alone, and their shapes do not tell
     whether the others were made before or after.
     """
-    first, *others = rasters
-    for other in others:
+    for other in rasters[1:]:
+        first = rasters[0]
         lies = (first.turned > 4) != (other.turned > 4)  # one alone is turned by a quarter
         told = lies and first.size[0] != first.size[1]   # else of another aspect
         check(first.turned == other.turned or told or other.facts.upright, f"{other.path}: its orientation "

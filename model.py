@@ -108,14 +108,17 @@ def sincos_positions(width, h, w):
 # ------------------------------------------------------------------------------------------------
 # REPA's projectors, of the hidden state after block encoder_depth.
 
-def mlp_projector(width, z_dim):
+FEATURES = 768  # numbers of a target: DINOv2-B's
+
+
+def mlp_projector(width):
     return nn.Sequential(nn.Linear(width, 2048), nn.SiLU(), nn.Linear(2048, 2048), nn.SiLU(),
-                         nn.Linear(2048, z_dim))
+                         nn.Linear(2048, FEATURES))
 
 
-def conv_projector(width, z_dim):
+def conv_projector(width):
     """iREPA's (Singh et al., 2025): what is aligned is the arrangement of the tokens."""
-    return nn.Conv2d(width, z_dim, 3, padding=1)
+    return nn.Conv2d(width, FEATURES, 3, padding=1)
 
 
 PROJECTORS = {"mlp": mlp_projector, "conv": conv_projector}
@@ -128,7 +131,7 @@ class MMDiT(nn.Module):
 
     def __init__(self, depth, width, heads, encoder_depth, modalities, num_classes, latent_channels,
                  latent_size, patch_size=2, fusion="linear", fused_time=True, task_embedding=True,
-                 projector=True, z_dim=768, blocks="sit", projector_kind="mlp", middle_heads=False):
+                 projector=True, blocks="sit", projector_kind="mlp", middle_heads=False):
         super().__init__()
         M = len(modalities)
         self.modalities = tuple(modalities)
@@ -149,7 +152,7 @@ class MMDiT(nn.Module):
         self.blocks = nn.ModuleList(BLOCKS[blocks](width, heads) for _ in range(depth))
         outputs = latent_channels * patch_size ** 2
         self.heads = nn.ModuleList(Head(width, outputs) for _ in modalities)
-        self.projector = PROJECTORS[projector_kind](width, z_dim) if projector else None
+        self.projector = PROJECTORS[projector_kind](width) if projector else None
         self.middle_heads = None  # internal guidance: velocities of the state after block encoder_depth
         if middle_heads:
             self.middle_heads = nn.ModuleList(Head(width, outputs) for _ in modalities)
@@ -262,7 +265,7 @@ def build_model(name, modalities=("rgb", "depth", "normal", "seg"), num_classes=
                 latent_size=32, encoder_depth=None, **options):
     """A freshly initialised MMDiT; name is a row of SIZES, latent_size an int or (H, W).
 
-    options: patch_size, fusion (a row of FUSIONS), fused_time, task_embedding, projector, z_dim, blocks (a
+    options: patch_size, fusion (a row of FUSIONS), fused_time, task_embedding, projector, blocks (a
     row of layers.BLOCKS), projector_kind (of PROJECTORS), middle_heads.
     The arguments are kept in model.config, from which a checkpoint rebuilds the model.
     Raises KeyError for an unknown size or row, ValueError for a latent size that patches do not tile.

@@ -76,7 +76,6 @@ class Objective:
                       *(stem for m in self.modalities if (stem := f"{m}_known") in cache.stems)]
         shares = {key: getattr(args, key) for key in ("hidden", "full_mask", "single")}
         chosen = {key: share for key, share in shares.items() if share is not None}
-        self.known = torch.ones(args.batch_size, len(self.modalities), device=device)
         self.setting = self.model.setting._replace(**chosen)
         self.settings = self.setting._asdict()
         self.conditions = self.modalities[1:]
@@ -125,29 +124,28 @@ class Objective:
 
     def initialise(self, checkpoint, path):
         """--init: the backbone from any checkpoint, the heads from one of this method -> the table of
-        what became of the weights, the names of those that are taken as they are.
+        what became of the weights, {weight taken as it is: the file's name of it}.
 
         Modalities are matched by name with one of MMGen, by their role (target, source) with one of this
         method.
         """
-        theirs, mine, heads, names = checkpoint["config"], self.model.state_dict(), {}, None
-        ema = checkpoint["ema"]
+        theirs, ema, names = checkpoint["config"], checkpoint["ema"], None
+        mine, of_x = self.model.state_dict(), []
         if theirs["train"].get("method") == self.method:
-            heads = {key: value for key, value in ema.items()
-                     if not key.startswith("backbone.") and key in mine and mine[key].shape == value.shape}
-            self.model.load_state_dict(heads, strict=False)
+            of_x = [key for key, value in ema.items()
+                    if not key.startswith(WRAPPER) and key in mine and mine[key].shape == value.shape]
             old, new = theirs["model"]["modalities"], self.backbone.modalities
             names = [f"place {i}" for i in range(len(old))], [f"place {i}" for i in range(len(new))]
-        vectors, features = "backbone.y_embedder.weight", theirs["model"].get("features")
-        if self.kind == "feature" or features:  # in the place of classes: by size or not at all
+        if self.kind == "feature":  # a layer in the place of the classes' table: by size or not at all
+            vectors = f"{WRAPPER}y_embedder.weight"
+            of_x += [vectors] * (theirs["model"].get("features") == self.model.features)
             ema = {key: value for key, value in ema.items() if not key.endswith("y_embedder.weight")}
-            if features == self.model.features:
-                self.model.load_state_dict({vectors: checkpoint["ema"][vectors]}, strict=False)
+        self.model.load_state_dict({key: checkpoint["ema"][key] for key in of_x}, strict=False)
         table, taken = init_from(self.backbone, self.meta, {**checkpoint, "ema": ema}, path, self.method,
                                  names)
-        table += f"\n  of X's head: {', '.join(sorted(heads))}" if heads else ""
+        table += f"\n  of X: {', '.join(sorted(of_x))}" if of_x else ""
         taken = {f"{WRAPPER}{name}": source for name, source in taken.items()}
-        return table, taken | {key: key for key in heads}
+        return table, taken | {key: key.removeprefix(WRAPPER) for key in of_x}
 
     def prepare(self, step, batch, part):
         """A step's draws for the whole global batch, those of this process (slice part) beside its data.
@@ -167,10 +165,11 @@ class Objective:
         corners = (rand(N, PATCHES, 2) * sides).long()
         posterior = torch.randn((N, C * len(self.modalities), *size), generator=g, device=self.device)
         noise = torch.randn((N, C, *size), generator=g, device=self.device)
-        known = batch.get("known", self.known)                                          # (N, 1 or 2)
+        known = batch["known"]                                                          # (N, 1 or 2)
         here = known[:, 0] > 0                                                          # (N,) the target is
         shown = here & (known[:, -1] >= LEAST_GIVEN)                                    # (N,) X may be
-        seen, alone = (single | ~hidden) & shown, single | ~shown
+        seen = (single | ~hidden) & shown                                               # (N,) X is shown
+        alone = single | ~shown                    # (N,) plain DDPM: z carries no E(X), and X has no loss
         everyone = torch.full((), N, device=self.device)
         counts = torch.stack([here.sum(), (~alone).sum(), everyone])
         normals = posterior[part].split(C, 1)
@@ -187,7 +186,7 @@ class Objective:
                     here=here[part])
         cells = cells_in(batch, self.modalities, self.meta)                                # (n, 1 or 2, H, W)
         if cells is not None:
-            rows |= {"known": cells[:, 0], "x_known": cells[:, -1]}
+            rows |= {"cells": cells[:, 0], "x_cells": cells[:, -1]}
         return rows, counts
 
     def loss(self, network, rows):
@@ -198,8 +197,8 @@ class Objective:
         z = schedule.q_sample(z0, [e], k, noise)                                        # (n, C, H, W)
         with autocast(self.device, self.args.precision):
             eps, predicted = network(self.model.look(schedule, z, e, k, seen), k, x, seen)
-        error = torch.where(rows["here"], mean_square(eps.float() - noise, rows.get("known")), 0.0).sum()
-        about = self.model.x_error(predicted, x, rows.get("x_known"))                   # (n,)
+        error = torch.where(rows["here"], mean_square(eps.float() - noise, rows.get("cells")), 0.0).sum()
+        about = self.model.x_error(predicted, x, rows.get("x_cells"))                   # (n,)
         about = torch.where(alone, 0.0, about).sum()
         return torch.stack([error, about, e.square().flatten(1).mean(1).sum()])
 

@@ -17,7 +17,6 @@ from distributed import autocast
 from evaluation import ModelPredictor
 from layers import Block
 from model import SIZES, build_model
-from samplers import Noise, decode
 
 METHOD = "mt-diffusion"  # its name in checkpoints
 T = 1000  # steps of the trained chain
@@ -189,9 +188,9 @@ class OutputClassifier(nn.Module):
         self.linear = nn.Linear(width, outputs)
 
     def forward(self, x, c, position):
-        x = self.proj(x).flatten(2).transpose(1, 2) + position  # (N, T, D)
+        x = self.proj(x).flatten(2).transpose(1, 2) + position  # (N, tokens, D)
         for block in self.blocks:
-            x = block(x, c)                                      # (N, T, D)
+            x = block(x, c)                                      # (N, tokens, D)
         return self.linear(x.mean(1))                            # (N, K)
 
 
@@ -261,7 +260,7 @@ class MTDiffusion(nn.Module):
             return self.noise_of(z, k, out), predicted
         y = torch.where(seen if x.ndim == 1 else seen[:, None], x, null)             # (N,) or (N, F)
         nothing = torch.zeros_like(seen)[:, None]                                    # (N, 1)
-        out, tokens = self.backbone(z, time[:, None], y, nothing)                    # (N, C, H, W), (N, T, D)
+        out, tokens = self.backbone(z, time[:, None], y, nothing)  # (N, C, H, W), (N, tokens, D)
         eps = self.noise_of(z, k, out)
         if self.classifier is None:
             return eps, self.head(tokens.mean(1))                                    # (N, K) or (N, F)
@@ -304,7 +303,7 @@ class MTDiffusion(nn.Module):
         """
         if self.pair == "label":
             return F.cross_entropy(predicted.float(), x, reduction="none")
-        return mean_square(predicted.float() - x, known)
+        return mean_square(predicted.float() - x, known if self.images else None)
 
     def follow(self, predicted, rule, noise):
         """Algorithm 1, line 10: X from its head: "mean", "argmax", or "sample" from its distribution."""
@@ -365,7 +364,7 @@ class Walk:
         carries = torch.ones_like(known) if model.images else ~known  # a class that is known is not in z
         self.carries = carries[:, None, None, None].float()
 
-    def at(self, i):
+    def step(self, i):
         """Step i of the walk for all rows (N,)."""
         return torch.full((len(self.known),), i, device=self.known.device)
 
@@ -379,8 +378,8 @@ class Walk:
     def network(self, z, e, x, i, seen):
         """The noise of z and the head's X."""
         with autocast(z.device, self.chain.precision):
-            fed = self.model.look(self.schedule, z, e, self.at(i), seen)
-            eps, predicted = self.model(fed, self.at(int(self.schedule.index[i])), x, seen)
+            fed = self.model.look(self.schedule, z, e, self.step(i), seen)
+            eps, predicted = self.model(fed, self.step(int(self.schedule.index[i])), x, seen)
         return eps.float(), predicted.float()
 
     def guided(self, z, e, x, i):
@@ -392,7 +391,7 @@ class Walk:
             eps = torch.where(per_row(self.known, eps), free + cfg * (eps - free), eps)
         if scale:
             gradient = self.class_gradient(z, e, x, i)
-            eps = eps - scale * self.schedule.at("noise", self.at(i), z) * gradient * per_row(self.known, z)
+            eps = eps - scale * self.schedule.at("noise", self.step(i), z) * gradient * per_row(self.known, z)
         return eps, predicted
 
     def class_gradient(self, z, e, x, i):
@@ -416,19 +415,19 @@ class Walk:
         if begin is not None:
             origin, share = begin
             K = max(1, round(share * K))
-            z = schedule.q_sample(origin, [e], self.at(K - 1), z)
+            z = schedule.q_sample(origin, [e], self.step(K - 1), z)
         elif self.chain.start == "shifted":
-            z = z + per_row(known, z) * schedule.carried("shift", [e], self.at(K - 1))
+            z = z + per_row(known, z) * schedule.carried("shift", [e], self.step(K - 1))
         for i in reversed(range(K)):
             eps, predicted = self.guided(z, e, x, i)
             if moves:
                 fresh = model.follow(predicted, self.rule, noise)
                 x = torch.where(per_row(known, fresh), x, fresh)
                 e = self.encoded(x)
-            z0 = schedule.clean(z, eps, [e], self.at(i)).clamp(-model.bound, model.bound)
-            z = schedule.mean(z, z0, [e], self.at(i))
+            z0 = schedule.clean(z, eps, [e], self.step(i)).clamp(-model.bound, model.bound)
+            z = schedule.mean(z, z0, [e], self.step(i))
             if i > 0:
-                z = z + schedule.at("std", self.at(i), z) * noise(shape)
+                z = z + schedule.at("std", self.step(i), z) * noise(shape)
         return z, x
 
 
@@ -449,12 +448,8 @@ def draw_images(model, y, noise, chain, source=None, size=None):
 class TranslationPredictor(ModelPredictor):
     """A predictor of evaluation.py; sampling is a Chain."""
 
-    def draw(self, frames, modalities, indices):
-        rgb, y = self.inputs(frames)
-        noise = Noise(self.seed, indices, y.device)
-        x = draw_images(self.model, y, noise, self.sampling, self.encoder.encode(rgb, noise))
-        wanted = [self.model.modalities.index(m) for m in modalities]
-        return decode(self.encoder, x, wanted, self.sampling.precision)
+    def latents(self, rgb, y, noise):
+        return draw_images(self.model, y, noise, self.sampling, rgb)
 
 
 def build(name, pair, modalities, num_classes, latent_channels, latent_size, **options):

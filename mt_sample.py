@@ -231,8 +231,7 @@ def score(args, loaded, encoder, chain, rank):
     model, meta = loaded.model, loaded.meta
     target, origin = model.modalities
     check(origin == "rgb", f"{loaded.path}: translates {origin}, only translations of rgb are scored")
-    source = Toy(args.toy) if args.toy else None
-    source = source or Tree(args.data, meta, facts_of(args.data, args.depth_space))
+    source = Toy(args.toy) if args.toy else Tree(args.data, meta, facts_of(args.data, args.depth_space))
     check(target in source.modalities, f"--task evaluate: there is no truth of {target}")
     source.modalities = [target]
     shown = shown_of(meta, loaded.path)
@@ -394,10 +393,9 @@ def requests_of(args, model, meta, shown):
     return requests, sample.facts_for([given], locations, args.depth_space, meta, shown)
 
 
-def drawing(args, model, encoder, chain, wanted, meta, facts, shown):
+def drawing(args, model, encoder, chain, wanted, fit, facts, shown):
     """What draws the task's requests."""
     full = args.fit == "full"
-    fit = sample.fit_of(args.fit, meta["resolution"], model.patch_size * encoder.factor)
     kind = {"restore": Restoration, "classify": Classes}.get(args.task)
     kind = kind or {"label": WithLabels, "feature": WithVectors}.get(model.pair, Images)
     given = model.modalities[1:] if args.task == "translate" else ()
@@ -421,7 +419,7 @@ def main():
     model, meta = loaded.model, loaded.meta
     check_task(args, loaded)
     chain = chain_of(args, model.pair)
-    samplers.prepare(model.backbone, args.precision, args.compile)
+    samplers.make_fast(model.backbone, args.precision, args.compile)
     encoder = encoder_of(meta, device, args.vae)
     if args.task == "evaluate":
         return score(args, loaded, encoder, chain, rank)
@@ -433,7 +431,8 @@ def main():
         folders["masked_rgb"] = MODALITIES["rgb"]
     beside = {"label": "classes", "feature": "feature"}.get(model.pair)
     outputs = Outputs(folders, args.truncate, beside, meta["class_names"])
-    draw = drawing(args, model, encoder, chain, wanted, meta, facts, shown)
+    fit = sample.fit_of(args.fit, meta["resolution"], model.patch_size * encoder.factor)
+    draw = drawing(args, model, encoder, chain, wanted, fit, facts, shown)
     if rank == 0:
         print(f"{loaded.path}: MT-Diffusion, {model.pair}: {', '.join(model.modalities)}, "
               f"step {loaded.step}; {len(requests)} samples on {device}")
@@ -461,7 +460,6 @@ def main():
                           for name in names if name in folders}
                 truth = None
                 if args.task == "translate":
-                    fit = sample.fit_of(args.fit, meta["resolution"], model.patch_size * encoder.factor)
                     truth = functools.partial(sample.truth_pictures, modalities=model.modalities, fit=fit,
                                               facts=facts, target=shown.depth_target)
                 write_grid(args.out, requests, drawn, labels, truth)

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from distributed import barrier, broadcast, check, place, prefetch, reading, sha256, share, whole_file
+from distributed import barrier, check, gather, place, prefetch, reading, sha256, share, whole_file
 from images import draw_grid, enlarge
 
 SHOWN = 12  # rows of the grid
@@ -193,10 +193,8 @@ def produce(out, requests, draw, outputs, recipe, batch_size, class_names=(), ov
     says so. Raises InputError as take_up does.
     """
     rank, world = place()
-    left = None
-    if rank == 0:
-        left = take_up(out, recipe, requests, class_names, outputs, overwrite)
-    left = broadcast(left)
+    left = take_up(out, recipe, requests, class_names, outputs, overwrite) if rank == 0 else None
+    left = gather(left)[0]
     batches, drawn, pending = share(left, rank, world, batch_size), {}, collections.deque()
 
     def settle(most):

@@ -13,7 +13,7 @@ import time
 
 import torch
 
-from distributed import InputError, all_reduce, check, place, reading, whole_file
+from distributed import InputError, all_reduce, check, gather, place, reading, whole_file
 from weights import FORMAT, load_checkpoint, load_weights, target_of
 
 FREE = ("data", "run", "steps", "lr", "muon_lr", "warmup", "decay_from", "decay_to", "micro_batch",
@@ -85,10 +85,9 @@ def restore(checkpoint, model, ema, optimiser):
     return checkpoint["step"], checkpoint.get("ages", {})
 
 
-def agree(folder, step, device):
+def agree(folder, step):
     """Raise InputError unless all processes continue at this step."""
-    total = all_reduce(torch.tensor(step, device=device)).item()
-    check(total == step * place()[1], f"{folder}: this process continues at step {step}, another one "
+    check(set(gather(step)) == {step}, f"{folder}: this process continues at step {step}, another one "
           "elsewhere; all nodes must share the folder's file system")
 
 
@@ -169,8 +168,9 @@ def begin_log(folder, step, notes):
 class Meter:
     """What the log averages between two lines, gathered on the device: a step reads nothing from it."""
 
-    def __init__(self, terms, device):
-        self.sums, self.counts = torch.zeros(terms, device=device), torch.zeros(terms, device=device)
+    def __init__(self, K, device):
+        """Of K terms."""
+        self.sums, self.counts = torch.zeros(K, device=device), torch.zeros(K, device=device)
         self.norms, self.good = torch.zeros((), device=device), torch.zeros((), device=device)
         self.skipped = torch.zeros(3, device=device)  # steps in all; in a row, now; in a row, at worst
         self.steps, self.clock = 0, time.perf_counter()

@@ -373,7 +373,7 @@ def main():
     model, meta = loaded.model, loaded.meta
     shown = shown_of(meta, loaded.path)
     samplers.check_model(loaded, sampling)
-    samplers.prepare(model, args.precision, args.compile)
+    samplers.make_fast(model, args.precision, args.compile)
     encoder = encoder_of(meta, device, args.vae)
     given = given_of(args.task, args.given, model.modalities)
     tell_untrained(loaded, given)

@@ -105,12 +105,9 @@ class Sampling(NamedTuple):
     given_time: float = GIVEN_TIME    # at which a condition is held
     middle_scale: float = 1.0         # internal guidance, away from the middle heads; 1 = none
 
-    @property
-    def times(self):
-        return SAMPLERS[self.sampler][1](self.steps)
-
     def run(self, velocity, x, noise):
-        return SAMPLERS[self.sampler][0](velocity, x, self.times, noise)
+        function, grid = SAMPLERS[self.sampler]
+        return function(velocity, x, grid(self.steps), noise)
 
     def evaluations(self):
         """How often the sampler calls its velocity."""
@@ -193,11 +190,11 @@ def decode(encoder, x, wanted=None, precision="fp32"):
     return encoder.decode(z.flatten(0, 1), precision).unflatten(0, z.shape[:2])
 
 
-def recipe(loaded, encoder, seed, evaluations, **walk):
-    """What drew samples: the part of a recipe that all commands share; walk: the settings."""
+def recipe(loaded, encoder, seed, evaluations, **settings):
+    """What drew samples: the part of a recipe that all commands share."""
     return dict(checkpoint=loaded.path.name, checkpoint_sha256=loaded.sha256,
                 method=loaded.train.get("method", "mmgen"), step=loaded.step, weights="ema",
-                evaluations=evaluations, seed=seed, **signature_of(encoder, loaded.meta), **walk)
+                evaluations=evaluations, seed=seed, **signature_of(encoder, loaded.meta), **settings)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -268,7 +265,7 @@ def check_model(loaded, sampling):
           "--middle-weight 0.5")
 
 
-def prepare(network, precision="fp32", compile=False):
+def make_fast(network, precision="fp32", compile=False):
     """Make a network's blocks fast: rounded once (autocast would at every call), compiled."""
     for block in network.blocks:
         if precision == "bf16":

@@ -18,7 +18,7 @@ from distributed import autocast, check_apart, check_ranges, command_parser, run
 from modalities import MODALITIES
 from vae import TOY_CONFIG, AutoencoderKL, find_vae, load_vae
 
-HELD_OUT = 64  # scenes of the printed PSNR
+JUDGED = 64  # held-out scenes of the printed PSNR
 
 
 def images(start, count, device):
@@ -32,10 +32,10 @@ def images(start, count, device):
 
 
 @torch.inference_mode()
-def psnr(vae, pixels, batch=64):
+def psnr(vae, pixels):
     """Reconstruction PSNR in dB of pixels (n, 3, S, S) in [-1, 1] through the posterior mean."""
     error = [(vae.decode(vae.encode(x)[0]).clamp(-1, 1) - x).square().mean((1, 2, 3))
-             for x in pixels.split(batch)]
+             for x in pixels.split(64)]
     return float(-10 * torch.log10(torch.cat(error) / 4).mean())
 
 
@@ -89,7 +89,7 @@ def main():
     _, _, device = setup()
     torch.manual_seed(args.seed)
     data = images(0, args.scenes, device)
-    held_out = images(toy_scenes.HELD_OUT, HELD_OUT, device).float()
+    held_out = images(toy_scenes.HELD_OUT, JUDGED, device).float()
     vae = load_vae(args.init) if args.init else AutoencoderKL(**TOY_CONFIG)
     vae = vae.to(device, memory_format=torch.contiguous_format).train()
     learning = nn.ModuleList([vae.decoder, vae.post_quant_conv] if args.init else [vae])

@@ -20,16 +20,17 @@ from tqdm import tqdm
 
 import dataset
 import runs
-from distributed import autocast, barrier, check, check_ranges, command_parser, run, say, setup, with_row
+from distributed import (autocast, barrier, check, check_ranges, command_parser, place, run, say, setup,
+                         with_row)
 from evaluation import ModelPredictor, Watch
 from layers import BLOCKS
 from locks import only_writer
-from mix import ROLES, TASK_MIX, TIMES, Draws, check_mix, draw
+from mix import ROLES, TASK_MIX, TIMES, Draws, check_mix, draws_of
 from modalities import MODALITIES
 from mixture import open_caches
 from model import FUSIONS, PROJECTORS, SIZES, MMDiT, build_model, training_flops
 from optimisers import OPTIMISERS, schedule, set_rates, update, update_ema
-from samplers import Sampling, prepare, sample_latents
+from samplers import Sampling, make_fast, sample_latents
 from transfer import ages_of, init_from, renamed
 from vae import latents
 from weights import blocks_of, load_checkpoint
@@ -93,7 +94,7 @@ class MMGen:
     prepare     (step, a batch on the device, this process's slice of the global batch) -> {tensors of its
                 rows}, counts (K,) of the global batch, known before the forward pass
     loss        (network, {tensors of some rows}) -> (K,) sums over them; the network may wrap the model
-    initialise  (checkpoint, path) -> --init's table, the names of the weights that are taken as they are
+    initialise  (checkpoint, path) -> --init's table, {weight taken as it is: the file's name of it}
     conditions  modalities that can be given; predicts: those that it predicts of the RGB
     draw        (network, y, {given modality: latents}, noise) -> latents of all modalities
     predictor   (network, encoder, metrics) -> a predictor of evaluation.py
@@ -124,12 +125,9 @@ class MMGen:
         self.args, self.cache, self.meta, self.device = args, cache, cache.meta, device
         self.modalities = [m for m in MODALITIES if m in (args.modalities or cache.modalities)]
         check_mix(args.mix, self.modalities, cache.modalities)
-        known = [float(m in cache.modalities) for m in self.modalities]  # where all rows are alike
-        self.known = torch.tensor(known, device=device).expand(args.batch_size, -1)
         check_ranges(args, repa_weight=(0, 1000), middle_weight=(0, 1000), repa_until=(0, None))
         repa_weight = args.repa_weight if "dino" in cache.stems else 0.0
         blocks = args.blocks or blocks_of(runs.latest(args.run) or args.init)
-        self.aligned = torch.full((args.batch_size,), repa_weight > 0, device=device)  # where all or none are
         self.settings, self.middle = {"repa_weight": repa_weight, "blocks": blocks}, args.middle_weight > 0
         self.model = self.backbone = build_model(
             args.model, self.modalities, self.meta["num_classes"], self.meta["latent_channels"],
@@ -137,14 +135,15 @@ class MMGen:
             projector=repa_weight > 0, blocks=blocks, projector_kind=args.projector,
             middle_heads=self.middle)
         self.conditions, self.predicts = self.modalities, self.modalities[1:]
-        middle = [f"middle_{m}" for m in self.modalities] * self.middle
-        self.terms = [f"loss_{term}" for term in (*self.modalities, "repa", *middle)]
         self.reads = [stem for stem in ("labels", *self.modalities) if stem in cache.stems]
         self.reads += ["dino"] * (repa_weight > 0)
         self.reads += [stem for m in self.modalities if (stem := f"{m}_known") in cache.stems]
-        weights = [1.0 if args.equal_weights else MODALITIES[m].loss_weight for m in self.modalities]
-        middle = [args.middle_weight * weight for weight in weights] * self.middle
-        self.weights = torch.tensor([*weights, repa_weight, *middle], device=device)
+        heads = {m: 1.0 if args.equal_weights else MODALITIES[m].loss_weight for m in self.modalities}
+        weights = {**heads, "repa": repa_weight}
+        if self.middle:
+            weights |= {f"middle_{m}": args.middle_weight * weight for m, weight in heads.items()}
+        self.terms = [f"loss_{term}" for term in weights]
+        self.weights = torch.tensor(list(weights.values()), device=device)
 
     def weights_at(self, step):
         weights = self.weights.clone()
@@ -166,21 +165,21 @@ class MMGen:
         """n rows of the step: draws of the whole batch, sliced; noised latents and targets (n, M*C, H, W)."""
         C, N = self.meta["latent_channels"], self.args.batch_size
         shape = (N, len(self.modalities) * C, *self.meta["latent_size"])
-        known = batch.get("known", self.known)                                               # (N, M)
-        draws = draw(self.args.seed, step, self.args.mix, self.modalities, known, shape, self.args.times)
+        draws = draws_of(self.args.seed, step, self.args.mix, self.modalities, batch["known"], shape,
+                         self.args.times)
         supervised = draws.supervised.sum(0)                                                 # (M,)
-        aligned = batch.get("aligned", self.aligned).sum()[None]                             # (1,)
-        counts = torch.cat([supervised, aligned, *[supervised] * self.middle])               # (K,)
+        aligned = batch["aligned"]                                                           # (N,)
+        counts = torch.cat([supervised, aligned.sum()[None], *[supervised] * self.middle])   # (K,)
         mine = Draws(*(x[part] for x in draws))
         parts = [latents(batch[m], normals, self.meta) if m in batch else torch.zeros_like(normals)
                  for m, normals in zip(self.modalities, mine.posterior.split(C, 1))]
         x0 = torch.cat(parts, 1)                                                             # (n, M*C, H, W)
         x, target = interpolate(x0, mine.noise, mine.t, C)                                   # (n, M*C, H, W)
         y = torch.where(mine.null, self.meta["num_classes"], batch["labels"])                # (n,)
-        rows = dict(x=x, target=target, t=mine.t, y=y, given=mine.given, supervised=mine.supervised)
+        rows = dict(x=x, target=target, t=mine.t, y=y, given=mine.given, supervised=mine.supervised,
+                    aligned=aligned[part])
         cells = dataset.cells_in(batch, self.modalities, self.meta)
-        rows |= {} if cells is None else {"known": cells}                                    # (n, M, H, W)
-        rows |= {"aligned": batch["aligned"][part]} if "aligned" in batch else {}            # (n,)
+        rows |= {} if cells is None else {"cells": cells}                                    # (n, M, H, W)
         if "dino" in batch:
             conv = self.args.projector == "conv"
             rows["dino"] = spatial(batch["dino"]) if conv else batch["dino"]                 # (n, T, 768)
@@ -190,11 +189,10 @@ class MMGen:
         """{tensors (n, ...)} -> the sums (K,) of the terms over these rows, fp32."""
         with autocast(self.device, self.args.precision):
             v, z, *v_mid = network(rows["x"], rows["t"], rows["y"], rows["given"], middle=self.middle)
-        truth = rows["target"], rows["supervised"], rows.get("known")
+        truth = rows["target"], rows["supervised"], rows.get("cells")
         errors = torch.stack([velocity_error(x, *truth) for x in (v, *v_mid)])               # (1 or 2, n, M)
         repa = errors.new_zeros(len(v)) if z is None else alignment_error(z, rows["dino"])   # (n,)
-        if "aligned" in rows:
-            repa = torch.where(rows["aligned"], repa, 0.0)                                   # (n,)
+        repa = torch.where(rows["aligned"], repa, 0.0)                                       # (n,)
         return torch.cat([errors[0].sum(0), repa.sum(0, keepdim=True), *errors[1:].sum(1)])  # (K,)
 
     def draw(self, network, y, given, noise):
@@ -207,7 +205,7 @@ class MMGen:
 # ------------------------------------------------------------------------------------------------
 # The loop.
 
-def begin(args, config, objective, device, defaults):
+def begin(args, config, objective, defaults):
     """Weights, averages and optimiser: fresh, of --init, or of the run's latest checkpoint -> the EMA, the
     trained parameters, the optimiser, the step, the ages of update_ema.
 
@@ -220,7 +218,7 @@ def begin(args, config, objective, device, defaults):
         table, taken = objective.initialise(checkpoint, args.init)
         say(table)
         ages = ages_of(checkpoint, taken) if args.ema_from_init else {}
-    model.to(device)
+    model.to(objective.device)
     backbone.checkpointing = args.checkpointing
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -230,21 +228,20 @@ def begin(args, config, objective, device, defaults):
                  "meta": {"shown": {}, "space": config["meta"].get("space")}}  # vae_sha256 says as much
         checkpoint = runs.checkpoint_of(file, config, older, objective.shaping)
         first, ages = runs.restore(checkpoint, model, ema, optimiser)
-    runs.agree(args.run, first, device)
+    runs.agree(args.run, first)
     return ema, parameters, optimiser, first, ages
 
 
-def train(args, cache, objective, place, defaults):
-    """Train, or continue an interrupted run: the loop with log, previews and checkpoints.
-
-    place: (rank, number of processes, device); defaults as of begin.
+def train(args, objective, defaults):
+    """Train, or continue an interrupted run: the loop with log, previews and checkpoints; defaults as of
+    begin.
     """
-    rank, world, device = place
+    (rank, world), cache, device = place(), objective.cache, objective.device
     part = dataset.part_of(args.batch_size, args.micro_batch, rank, world, objective.group)
     n, micro, terms = part.stop - part.start, args.micro_batch, objective.terms
     model, backbone = objective.model, objective.backbone
     config = {"model": model.config, "meta": cache.meta, "train": runs.flags_of(args, objective)}
-    ema, parameters, optimiser, first, ages = begin(args, config, objective, device, defaults)
+    ema, parameters, optimiser, first, ages = begin(args, config, objective, defaults)
     watch = Watch(objective, args.run / "previews", args.preview_every, args.eval_every, args.eval_toy,
                   args.eval_data)
     log = runs.Log(args.run, first, {**vars(args), "world": world, "resumed_at": first}, args.tensorboard)
@@ -254,7 +251,7 @@ def train(args, cache, objective, place, defaults):
     say(f"{args.model}, {count:,} parameters, {objective.summary()}; {len(cache.rows)} samples, "
         f"steps {first} to {args.steps}, {said}, {args.batch_size} rows on {world} processes, "
         f"in micro-batches of {min(n, micro)}, {device}")
-    prepare(backbone, compile=device.type == "cuda" if args.compile is None else args.compile)
+    make_fast(backbone, compile=device.type == "cuda" if args.compile is None else args.compile)
     wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
 
     meter, steps = runs.Meter(len(terms), device), range(first, args.steps)
@@ -264,7 +261,7 @@ def train(args, cache, objective, place, defaults):
     for step, batch in zip(steps, data):
         tensors, counts = objective.prepare(step, batch, part)
         total, weights = torch.zeros(len(terms), device=device), objective.weights_at(step)
-        now = set_rates(optimiser, rates, schedule(step, args.warmup, args.decay_from, args.decay_to))
+        rates_now = set_rates(optimiser, rates, schedule(step, args.warmup, args.decay_from, args.decay_to))
         for i in range(0, n, micro):
             waits = world > 1 and i + micro < n  # gradients are reduced once
             with wrapped.no_sync() if waits else contextlib.nullcontext():
@@ -280,7 +277,7 @@ def train(args, cache, objective, place, defaults):
         saving = done % args.ckpt_every == 0 or done == args.steps
         if done % args.log_every == 0 or saving:
             means, entry = meter.read(terms, args.batch_size, args.run)
-            log.write({"step": done, **now, **means, **entry})
+            log.write({"step": done, **rates_now, **means, **entry})
             bar.set_postfix({name.removeprefix("loss_"): f"{mean:.3f}" for name, mean in means.items()})
         if saving:
             runs.save_checkpoint(args.run, model, ema, optimiser, done, config, ages)
@@ -346,12 +343,12 @@ def command(objective, doc):
     decay = args.decay_from, args.decay_to
     check(decay == (None, None) or None not in decay and 0 <= decay[0] < decay[1],
           f"--decay-from {decay[0]} --decay-to {decay[1]}: two steps, the second after the first")
-    place = setup()
+    _, _, device = setup()
     cache = open_caches(args.data, args.weights)
     torch.manual_seed(args.seed)  # the initial weights, the same on every process
     defaults = {name: parser.get_default(name) for name in vars(args)}
     with only_writer(args.run):
-        train(args, cache, objective(args, cache, place[2]), place, defaults)
+        train(args, objective(args, cache, device), defaults)
 
 
 def main():

@@ -104,8 +104,8 @@ def newest_checkpoint(method="mmgen"):
 
 
 def load_checkpoint(path):
-    """A checkpoint, memory-mapped: {model, ema, opt, step, config, ages, format}; released weights without
-    model and opt.
+    """A checkpoint, memory-mapped: {model, ema, opt, step, config, ages, format}; released weights as
+    translate gives them.
 
     path: a file of this project, of MMGen, REPA or SiT, a run folder, or hf:owner/repository/file.
     Raises InputError when the file is missing, cut short, holds pickled objects, or is something else.
@@ -238,8 +238,7 @@ def load_weights(model, state, path, assign=False):
 # The released formats.
 
 def translate(checkpoint, path):
-    """A released checkpoint -> {ema, step, config, format, origin} with our names and signs, blocks
-    without copies.
+    """A released checkpoint -> {ema, step, config, origin} with our names and signs, blocks without copies.
 
     Recognised by content: MMGen (a head per modality), REPA (one head and a projector), SiT (one head with
     learned sigma). Raises InputError for anything else.
@@ -320,7 +319,7 @@ def to_official(checkpoint, path):
     """
     config = checkpoint["config"]["model"]
     modalities, fusion = config["modalities"], config.get("fusion", "linear")
-    scale = checkpoint["config"].get("meta", {}).get("scale", SD_SCALE)
+    scale = checkpoint["config"]["meta"]["scale"]
     check(tuple(modalities) == RELEASED and fusion == "linear" and config.get("task_embedding", True),
           f"{path}: modalities {', '.join(modalities)}, fusion {fusion}: MMGen's format takes "
           f"{', '.join(RELEASED)} with linear fusion and task embedding")

@@ -122,7 +122,7 @@ def synthetic(args):
     g = torch.Generator().manual_seed(0)
     meta = dict(modalities=FOUR, latent_channels=C, latent_size=[S, S], num_classes=1000, scale=SD_SCALE,
                 teacher="synthetic", grid=[grid, grid])
-    batch = {}
+    batch = {"known": torch.ones(N, len(FOUR)), "aligned": torch.ones(N, dtype=torch.bool)}
     for m in FOUR:
         mean = torch.randn(N, C, S, S, generator=g) * 5
         log_std = torch.randn(N, C, S, S, generator=g) * 0.1 - 3

@@ -100,7 +100,7 @@ class Measure:
     def open(self, path, compile):
         loaded = load_model(path, self.device)
         samplers.check_model(loaded, self.sampling)
-        samplers.prepare(loaded.model, self.sampling.precision, compile)
+        samplers.make_fast(loaded.model, self.sampling.precision, compile)
         return loaded
 
     @property

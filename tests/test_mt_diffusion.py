@@ -310,7 +310,7 @@ def objective(data, *flags):
 def test_the_rows_of_a_masked_batch(data):
     """X is the image where it shows; a tenth of the rows sees none of it, in a tenth all is hidden."""
     made = objective(data, "--pair", "masked", "--batch-size", 400)
-    batch = {"rgb": torch.zeros(400, 2, 4, 16, 16)}
+    batch = {"rgb": torch.zeros(400, 2, 4, 16, 16), "known": torch.ones(400, 1)}
     batch["rgb"][:, 0], batch["rgb"][:, 1] = 1.0, -20.0  # mean 1, no spread
     rows, counts = made.prepare(3, batch, slice(0, 400))
     shown = (rows["x"] != 0).float().mean((1, 2, 3))
@@ -320,15 +320,30 @@ def test_the_rows_of_a_masked_batch(data):
     assert (shown == 1).float().mean().item() == pytest.approx(0.9 / 11, abs=0.04)  # of 0 to 10 squares
     assert rows["seen"].float().mean().item() == pytest.approx(0.9, abs=0.05)
     assert not rows["alone"].any() and counts.tolist() == [400, 400, 400]
-    one, _ = made.prepare(3, {"rgb": batch["rgb"][8:16]}, slice(8, 16))  # a process's part of the same draws
+    part = slice(8, 16)
+    one, _ = made.prepare(3, {**batch, "rgb": batch["rgb"][part]}, part)  # a process's part of the same draws
     assert all(torch.equal(one[name], rows[name][8:16]) for name in rows)
+
+
+def test_vectors_are_taken_whole_and_have_no_cells(data):
+    made = objective(data, "--pair", "feature")
+    drawn(made.model)
+    checkpoint = {"ema": made.model.state_dict(), "step": 5,
+                  "config": {"model": made.model.config, "meta": made.meta, "train": {"method": made.method}}}
+    _, taken = objective(data, "--pair", "feature").initialise(checkpoint, "a.pt")
+    assert taken["backbone.y_embedder.weight"] == "y_embedder.weight" and taken["head.0.weight"]
+    predicted, x = torch.randn(2, 4, 8)
+    assert torch.equal(made.model.x_error(predicted, x, torch.zeros(4, 8, 8)),
+                       made.model.x_error(predicted, x, None))
 
 
 @pytest.mark.parametrize("flags", (("label",), ("label", "--head", "output"), ("feature",), ("rgb", "seg")))
 def test_every_parameter_learns_in_bf16(data, flags):
     made = objective(data, "--pair", *flags, "--batch-size", 4, "--agg", "revert")
     drawn(made.model)
-    rows, counts = made.prepare(0, Cache(data).gather(np.arange(4), made.reads), slice(0, 4))
+    batch = Cache(data).gather(np.arange(4), made.reads)
+    batch["known"] = torch.ones(4, len(made.modalities))
+    rows, counts = made.prepare(0, batch, slice(0, 4))
     train.total_loss(made.loss(made.model, rows), counts, made.weights).backward()
     trained = {name: p for name, p in made.model.named_parameters() if p.requires_grad}
     assert not [name for name, p in trained.items() if p.grad is None or not p.grad.abs().max() > 0]

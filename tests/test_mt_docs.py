@@ -194,7 +194,9 @@ def test_a_row_trains_what_the_paper_says(run, page, monkeypatch):
     objective = mt_diffusion.Objective(args, cache, torch.device("cpu"))
     for p in objective.model.parameters():
         torch.nn.init.normal_(p, std=0.04)  # else E of a label is zero
-    rows, counts = objective.prepare(0, cache.gather(cache.order(0, 0, N), objective.reads), slice(0, N))
+    batch = cache.gather(cache.order(0, 0, N), objective.reads)
+    batch["known"] = torch.ones(N, len(objective.modalities))
+    rows, counts = objective.prepare(0, batch, slice(0, N))
     plain = MTSchedule.make(objective.setting.schedule, ["none"])
     without = plain.q_sample(rows["z0"], [torch.zeros_like(rows["z0"])], rows["k"], rows["noise"])
     carries = (noised(objective, rows) != without).flatten(1).any(1)
@@ -216,7 +218,7 @@ def test_generation_alone_sees_nothing_of_the_image(page, monkeypatch):
         args = flags_of(of_tables()[run])
         args.model, args.batch_size, cache = "T/2", 100, Cache(page[0] / args.data[0])
         objective = mt_diffusion.Objective(args, cache, torch.device("cpu"))
-        batch = cache.gather(cache.order(0, 0, 100), objective.reads)
+        batch = {**cache.gather(cache.order(0, 0, 100), objective.reads), "known": torch.ones(100, 1)}
         x = objective.prepare(0, batch, slice(0, 100))[0]["x"]
         shown[run] = (x != 0).flatten(1).any(1).float().mean().item()
     assert shown["x128"] > 0.8 and shown["x128-f"] == 0

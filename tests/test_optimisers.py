@@ -8,7 +8,7 @@ import mix
 import train
 from conftest import TRAIN, gap
 from distributed import InputError, command_parser, with_row
-from mix import draw
+from mix import draws_of
 from model import build_model
 from optimisers import OPTIMISERS, orthogonal, schedule, set_rates, update
 from small import SMALL
@@ -121,7 +121,7 @@ def test_the_rates_rise_stay_and_fall():
 
 def times(name, size=1, rows=20_000):
     """The Draws of a step of latents of this size."""
-    return draw(0, 3, "mmgen", FOUR, torch.ones(rows, 4), (rows, 16, size, size), name)
+    return draws_of(0, 3, "mmgen", FOUR, torch.ones(rows, 4), (rows, 16, size, size), name)
 
 
 def quantiles(t):
@@ -166,7 +166,7 @@ def test_all_times_lie_between_noise_and_data():
 
 def test_uniform_times_have_the_bits_of_before():
     """Recorded before there were others."""
-    t = draw(0, 5, "independent-t", FOUR, torch.ones(8, 4), (8, 16, 2, 2)).t
+    t = draws_of(0, 5, "independent-t", FOUR, torch.ones(8, 4), (8, 16, 2, 2)).t
     assert t[0].tolist() == [0.8302518725395203] * 4
     assert t[3].tolist() == [0.6697648167610168, 0.2614731192588806, 0.04071521759033203, 0.7850357890129089]
 

@@ -14,7 +14,7 @@ import evaluation
 import train
 from conftest import TRAIN, gap, shell
 from distributed import InputError
-from mix import ROLES, draw
+from mix import ROLES, draws_of
 from model import build_model
 from samplers import Sampling
 from small import SMALL
@@ -149,7 +149,7 @@ def test_a_conv_projectors_targets_are_z_scored_over_the_tokens(cache):
 def draws(mix, rows, seed=0, step=0, modalities=FOUR, present=None):
     """The Draws of a step, four channels a modality, of one pixel."""
     known = torch.tensor(present or (1,) * len(modalities), dtype=torch.float32).expand(rows, -1)
-    return draw(seed, step, mix, modalities, known, (rows, 4 * len(modalities), 1, 1))
+    return draws_of(seed, step, mix, modalities, known, (rows, 4 * len(modalities), 1, 1))
 
 
 def test_draws_follow_the_mix():
@@ -306,7 +306,7 @@ def test_what_cannot_be_scored_or_logged_ends_a_run_before_it_begins(cache, tmp_
 
 def test_the_default_mix_trains_rgb_alone(cache, tmp_path, command):
     """A condition that would leave nothing to supervise makes the row a joint one."""
-    draws = draw(0, 0, "mmgen", ["rgb"], torch.ones(8, 1), (8, 4, 16, 16))
+    draws = draws_of(0, 0, "mmgen", ["rgb"], torch.ones(8, 1), (8, 4, 16, 16))
     assert draws.supervised.all() and not draws.given.any()
     command("train", "--data", cache, "--run", tmp_path, *TRAIN, "--steps", 1, "--modalities", "rgb",
             "--mix", "rgb")

@@ -13,7 +13,7 @@ import mt_diffusion
 import train
 from conftest import gap
 from distributed import InputError
-from mix import draw
+from mix import draws_of
 from small import SMALL
 from toy_scenes import HELD_OUT, render
 
@@ -120,17 +120,17 @@ def test_unknown_cells_have_no_loss_and_no_gradient(folders):
     objective = objective_of(cache, flags=["--mix", "no-aug"])
     rows, counts = rows_of(objective, cache)
     v = torch.randn(8, 8, 8, 8, requires_grad=True)
-    truth = rows["target"], rows["supervised"], rows["known"]
+    truth = rows["target"], rows["supervised"], rows["cells"]
     sums = train.velocity_error(v, *truth).sum(0)
     sums.sum().backward()
     v4, target = (x.detach().unflatten(1, (2, 4)) for x in (v, rows["target"]))
     expected, has = 0.0, rows["supervised"][:, 1]
     for i in has.nonzero()[:, 0].tolist():
-        error = (v4 - target)[i, 1][:, rows["known"][i, 1]]
+        error = (v4 - target)[i, 1][:, rows["cells"][i, 1]]
         expected += error.square().mean().item()
     assert sums[1].item() == pytest.approx(expected, rel=1e-5) and counts[1] == has.sum() > 2
     gradient = v.grad.unflatten(1, (2, 4))[:, 1]
-    unknown = ~rows["known"][:, 1, None].expand_as(gradient)
+    unknown = ~rows["cells"][:, 1, None].expand_as(gradient)
     assert unknown.any() and (gradient[unknown] == 0).all()
     seen = has[:, None, None, None] & ~unknown
     assert (gradient[seen] != 0).all()
@@ -142,18 +142,18 @@ def test_unknown_cells_have_no_loss_and_no_gradient(folders):
 def test_a_row_without_a_map_has_noise_in_its_place(folders):
     """Its own t = 0; never given, never supervised; the loss of a modality that no row has is 0."""
     known = torch.tensor([[1.0, 0.0, 0.6, 0.3]]).expand(400, 4)
-    d = draw(0, 1, "no-aug", FOUR, known, (400, 16, 2, 2))
+    d = draws_of(0, 1, "no-aug", FOUR, known, (400, 16, 2, 2))
     assert (d.t[:, 1] == 0).all() and not d.given[:, [1, 3]].any() and not d.supervised[:, 1].any()
     assert d.supervised[:, 3].all() and (d.t[:, 3] > 0).any()
     shares = d.given[torch.arange(400) % 4 > 1].float().mean(0).tolist()  # a random one of the two
     assert shares == pytest.approx([0.5, 0, 0.5, 0], abs=0.1)
-    alone = draw(0, 1, "photo", ("rgb", "depth"), torch.tensor([[1.0, 0.0]]).expand(8, 2), (8, 8, 2, 2))
+    alone = draws_of(0, 1, "photo", ("rgb", "depth"), torch.tensor([[1.0, 0.0]]).expand(8, 2), (8, 8, 2, 2))
     assert not alone.given.any() and alone.supervised[:, 0].all()  # nothing to supervise: joint rows
     cache = mixture.Mixture([dataset.Cache(folders["photos"]), dataset.Cache(folders["whole"])], [1, 1e-9])
     objective = objective_of(cache, flags=["--mix", "no-aug"])
     rows, counts = rows_of(objective, cache)
     sums = objective.loss(objective.model, rows)
-    noise = draw(0, 0, "no-aug", ("rgb", "depth"), torch.ones(8, 2), (8, 8, 8, 8)).noise
+    noise = draws_of(0, 0, "no-aug", ("rgb", "depth"), torch.ones(8, 2), (8, 8, 8, 8)).noise
     assert torch.equal(rows["x"][:, 4:], noise[:, 4:])
     assert counts[1] == 0 and sums[1] == 0 and sums[0] > 0
     train.total_loss(sums, counts, objective.weights).backward()
@@ -162,13 +162,13 @@ def test_a_row_without_a_map_has_noise_in_its_place(folders):
 
 def test_mt_diffusion_leaves_unknown_cells_out(folders):
     cache = dataset.Cache(folders["holes"])
-    for pair, name in ((["rgb", "depth"], "known"), (["depth", "rgb"], "x_known")):
+    for pair, name in ((["rgb", "depth"], "cells"), (["depth", "rgb"], "x_cells")):
         objective = objective_of(cache, mt_diffusion.Objective, ["--pair", *pair])
         rows, counts = rows_of(objective, cache)
         first = dataset.cells_of(torch.from_numpy(cache.array("depth_known")[cache.order(0, 0, 8)]), (8, 8))
         assert torch.equal(rows[name], first)
         bare = (~first).all(2).all(1)
-        assert bare.sum() == 1 and (counts[0] == 7 if name == "known" else rows["alone"][bare].all())
+        assert bare.sum() == 1 and (counts[0] == 7 if name == "cells" else rows["alone"][bare].all())
         v = torch.randn(8, 4, 8, 8, requires_grad=True)
         mt_diffusion.mean_square(v, rows[name]).sum().backward()
         gradient = v.grad.transpose(0, 1)

@@ -123,7 +123,7 @@ def test_the_bundled_vae_reconstructs_every_modality():
 
 def test_the_training_writes_a_file_that_loads(command, monkeypatch, tmp_path):
     """Two steps of everything, then two of the decoder alone, which keep the encoder and its scale."""
-    monkeypatch.setattr(toy_vae, "HELD_OUT", 2)
+    monkeypatch.setattr(toy_vae, "JUDGED", 2)
     flags = ("--steps", 2, "--scenes", 4, "--batch-size", 2)
     assert "scale" in command("toy_vae", "--out", tmp_path / "a.safetensors", *flags)
     command("toy_vae", "--init", tmp_path / "a.safetensors", "--out", tmp_path / "b.safetensors", *flags)
