@@ -204,7 +204,7 @@ class MMDiT(nn.Module):
         return (rotation_of(h, w, x.shape[1] // (h * w), d, x.device),)
 
     def project(self, tokens, h, w):
-        """The features (N, h*w, z_dim) of tokens (N, h*w, D); a convolution sees the tokens as a map."""
+        """The features (N, h*w, 768) of tokens (N, h*w, D); a convolution sees the tokens as a map."""
         if not isinstance(self.projector, nn.Conv2d):
             return self.projector(tokens)
         return self.projector(tokens.mT.unflatten(2, (h, w))).flatten(2).mT
@@ -218,7 +218,7 @@ class MMDiT(nn.Module):
         return v.reshape(len(v), -1, h * p, w * p)                             # (N, M*C, H, W)
 
     def forward(self, x, t, y, given, middle=False):
-        """x (N, M*C, H, W), t (N, M), y (N,) long, given (N, M) bool -> v like x, z (N, T, z_dim) or None;
+        """x (N, M*C, H, W), t (N, M), y (N,) long, given (N, M) bool -> v like x, z (N, T, 768) or None;
         with middle also v_mid, the velocity by the middle heads, like x.
 
         t      time of each modality, 0 noise, 1 data
@@ -242,7 +242,7 @@ class MMDiT(nn.Module):
             else:
                 x = block(x, *more)                                                 # (N, T, D)
             if i == self.encoder_depth and self.projector is not None:
-                z = self.project(x[:, :h * w], h, w)                                # (N, T, z_dim)
+                z = self.project(x[:, :h * w], h, w)                                # (N, T, 768)
             if i == self.encoder_depth and middle:
                 v_mid = self.velocity(self.middle_heads, x, c, h, w)                # (N, M*C, H, W)
         v = self.velocity(self.heads, x, c, h, w)                                   # (N, M*C, H, W)
