@@ -170,7 +170,7 @@ def main():
         if args.generate:
             result |= generation(args, loaded, work, device)
     recipe = dict(checkpoint_sha256=loaded.sha256, step=loaded.step, setting=pair,
-                  train=named(loaded.train, "data", "run"),
+                  train=named(loaded.train, "data", "run", "init"),
                   held_out=args.num, generated=args.generate, scenes=args.scenes,
                   steps=args.steps, create=args.create, sdedit=args.sdedit, seed=args.seed,
                   torch=torch.__version__, device=device.type)
