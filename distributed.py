@@ -298,14 +298,23 @@ def check_apart(outputs, inputs):
             check(not same, f"{out}: would be overwritten, and is read ({given}); give another file")
 
 
-def check_replaced(path, head):
+def check_replaced(path, head, holds=b""):
     """Raise InputError where a result would replace a file of another kind than its own, which begins with
-    one of the bytes `head`; path None is none.
+    the byte `head` and holds these bytes; path None is none.
     """
     if path and os.path.isfile(path):
         with open(path, "rb") as file:
-            first = file.read(1)
-        check(first in head, f"{path}: is there, and no earlier result; give another file")
+            there = file.read(10 ** 7)
+        check(there[:1] in (b"", head) and (not there or holds in there), f"{path}: is there, and no earlier "
+              "result; give another file")
+
+
+def check_read(parser, args, readers):
+    """Raise InputError for a flag that is given to a --task that does not read it; readers {flag: tasks}."""
+    for name, tasks in readers.items():
+        given = getattr(args, name) != parser.get_default(name)
+        check(args.task in tasks or not given, f"--{name.replace('_', '-')}: --task {args.task} does not "
+              f"read it; it is of {', '.join(tasks)}")
 
 
 def check_folder(out, walked, flag="--out"):

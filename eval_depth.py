@@ -204,7 +204,7 @@ def arguments():
     check(not args.toy or args.axes == "ours", "--axes marigold: the toy world's normals are in our axes")
     check(args.data or not args.mean_of, "--mean-of belongs to --data")
     check(args.scannet or not (args.list or args.num), "--list and --num belong to --scannet")
-    check_replaced(args.json, b"{")
+    check_replaced(args.json, b"{", b'"recipe"')
     check_apart([args.json, args.scannet and args.out / "frames.txt"],
                 [args.ckpt, args.list, args.palette, args.vae])
     return args

@@ -863,7 +863,7 @@ def arguments():
     check_ranges(args, batch_size=(1, None), crop=(8, None))
     read = (args.samples, args.reference, args.inception, args.dinov2, args.vgg, args.lpips_heads, args.vae)
     check_apart([args.save_stats, args.json], read)
-    check_replaced(args.json, b"{")
+    check_replaced(args.json, b"{", b'"recipe"')
     check_replaced(args.save_stats, b"P")  # of a zip file
     return args
 

@@ -558,9 +558,9 @@ class Trial:
 
     def classes(self, network, count):
         """{"class": the share of `count` drawn scenes, of each class in turn, that show it}; {} without
-        segments.
+        segments, or of a network that reads no classes.
         """
-        if not {"rgb", "seg"} <= set(network.modalities):
+        if "labels" not in self.objective.reads or not {"rgb", "seg"} <= set(network.modalities):
             return {}
         rank, world = place()
         hits, device = [], self.objective.device

@@ -21,12 +21,12 @@ from mix import LEAST_GIVEN
 from model import training_flops
 from mt_model import (FAMILIES, METHOD, OPTIONS, PATCH, PATCHES, SETTINGS, Chain, T, TranslationPredictor,
                       build, draw_images, mean_square, per_row, visible)
-from transfer import WRAPPER, init_from
+from transfer import WRAPPER, class_rows, init_from
 from vae import latents
 from weights import blocks_of
 
-# App. E: what --preset stands for. What all runs of a setting share (betas, squares) is in SETTINGS. The
-# patches are ours, for pixels.
+# App. E: what --preset stands for. The betas are in SETTINGS, the squares beside it. The patches are ours,
+# for pixels.
 PRESETS = {
     "translation": "--pair rgb seg --lr 1e-4 --batch-size 32",                                   # E.1
     "masked": "--pair masked --patch-size 4 --lr 7e-5 --batch-size 80 --steps 1000000",          # E.2, 64 px
@@ -40,7 +40,7 @@ class Objective:
     """Eq. 6: the noise's mean square, plus x_weight times X's error; for the contract see train.MMGen."""
 
     method, group = METHOD, 1
-    shaping = ("model", "fusion", "pair", "agg", "head", "patch_size", "preset")  # its flags are compared
+    shaping = ("model", "fusion", "pair", "agg", "head", "patch_size", "preset")  # its flags, for it
     options = OPTIONS
 
     @staticmethod
@@ -127,25 +127,45 @@ class Objective:
         what became of the weights, {weight taken as it is: the file's name of it}.
 
         Modalities are matched by name with one of MMGen, by their role (target, source) with one of this
-        method.
+        method; classes by name.
         """
-        theirs, ema, names = checkpoint["config"], checkpoint["ema"], None
-        mine, of_x = self.model.state_dict(), []
+        theirs, ema, of_x = checkpoint["config"], checkpoint["ema"], {}
+        old, new = theirs["model"]["modalities"], list(self.backbone.modalities)
         if theirs["train"].get("method") == self.method:
-            of_x = [key for key, value in ema.items()
-                    if not key.startswith(WRAPPER) and key in mine and mine[key].shape == value.shape]
-            old, new = theirs["model"]["modalities"], self.backbone.modalities
+            of_x = self._heads(theirs, ema)
             names = [f"place {i}" for i in range(len(old))], [f"place {i}" for i in range(len(new))]
+        else:  # a masked image enters beside the image, as a modality of its own
+            names = old, [*new[:1], "X"] if self.kind.startswith("masked") else new
         if self.kind == "feature":  # a layer in the place of the classes' table: by size or not at all
-            vectors = f"{WRAPPER}y_embedder.weight"
-            of_x += [vectors] * (theirs["model"].get("features") == self.model.features)
             ema = {key: value for key, value in ema.items() if not key.endswith("y_embedder.weight")}
-        self.model.load_state_dict({key: checkpoint["ema"][key] for key in of_x}, strict=False)
         table, taken = init_from(self.backbone, self.meta, {**checkpoint, "ema": ema}, path, self.method,
                                  names)
-        table += f"\n  of X: {', '.join(sorted(of_x))}" if of_x else ""
+        self.model.load_state_dict(of_x, strict=False)
+        new = {key for key in self.model.state_dict() if not key.startswith(WRAPPER)} - of_x.keys()
+        for said, keys in (("of X", of_x), ("of X, new", new)):
+            table += f"\n  {said}: {', '.join(sorted(keys))}" if keys else ""
         taken = {f"{WRAPPER}{name}": source for name, source in taken.items()}
         return table, taken | {key: key.removeprefix(WRAPPER) for key in of_x}
+
+    def _heads(self, theirs, ema):
+        """The weights of X, {name: tensor}, of an EMA of this method that mean the same here: classes are
+        matched by name, vectors have to be of the same teacher.
+        """
+        mine, mean_x = self.model.state_dict(), {}
+        if self.kind == "feature" and theirs["meta"].get("feature") != self.meta["feature"]:
+            return {}
+        for key, value in ema.items():
+            a_row_a_class = self.kind == "label" and key.startswith(("head.", "classifier.linear."))
+            if a_row_a_class:
+                rows = class_rows(theirs["meta"]["class_names"], self.meta["class_names"], len(value))
+                if None in rows:
+                    continue
+                value = value[rows]
+            vectors = self.kind == "feature" and key == f"{WRAPPER}y_embedder.weight"
+            own = vectors or not key.startswith(WRAPPER)
+            if own and key in mine and mine[key].shape == value.shape:
+                mean_x[key] = value
+        return mean_x
 
     def prepare(self, step, batch, part):
         """A step's draws for the whole global batch, those of this process (slice part) beside its data.

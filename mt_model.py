@@ -179,7 +179,7 @@ def visible(corners, count, size, patch):
 # The network.
 
 class OutputClassifier(nn.Module):
-    """MT-Diffusion-E: a small transformer on the denoised latents (N, C, H, W) -> (N, K)."""
+    """MT-Diffusion-E: a small transformer on z without its noise (N, C, H, W) -> (N, K)."""
 
     def __init__(self, channels, patch, width, heads, outputs, depth=4):
         super().__init__()
@@ -265,7 +265,7 @@ class MTDiffusion(nn.Module):
         if self.classifier is None:
             return eps, self.head(tokens.mean(1))                                    # (N, K) or (N, F)
         unit = torch.where(seen[:, None, None, None], 1.0, self.schedule.at("scale", k, z))  # look()'s
-        clean = z.float() / unit - self.schedule.at("noise", k, z) * eps             # sqrt(abar) z0: bounded
+        clean = z.float() / unit - self.schedule.at("noise", k, z) * eps             # sqrt(abar) z0, and E(X)
         c = self.backbone.t_embedder(1 - time[:, None])                              # (N, D)
         grid = (side // self.patch_size for side in z.shape[2:])
         return eps, self.classifier(clean, c, self.backbone.positions(*grid))
@@ -431,9 +431,9 @@ class Walk:
         return z, x
 
 
-def draw_images(model, y, noise, chain, source=None, size=None):
+def draw_images(model, y, noise, chain, source=None):
     """All modalities, scaled latents (N, M*C, H, W), from classes y (N,) or source latents (N, C, H, W)."""
-    size = size or (model.latent_size if source is None else source.shape[2:])
+    size = model.latent_size if source is None else source.shape[2:]
     known = torch.full_like(y, source is not None, dtype=torch.bool)
     if model.pair == "pair":
         return torch.cat(model.sample(noise, known, source, chain, size=size), 1)

@@ -3,13 +3,14 @@
     python mt_sample.py --task translate --image photo.jpg --ckpt runs/mt            # of --pair SOURCE TARGET
     python mt_sample.py --task restore --image photo.png --mask hole.png --ckpt RUN  # of --pair masked
     python mt_sample.py --task classify --image DIR --ckpt RUN                       # of --pair label
-    python mt_sample.py --task generate --num 8 --ckpt RUN                           # of any: an image and X
+    python mt_sample.py --task generate --num 8 --ckpt RUN                           # of any: image, and X
     python mt_sample.py --task evaluate --data DIR --ckpt RUN                        # translations, scored
 
 Writes OUT/<modality>/<stem>.png, OUT/masked_rgb/, OUT/classes/<stem>.json (name, class, probability of the
 best five), OUT/feature/<stem>.npy, OUT/grid.png and OUT/meta.json, as sample.py does: shared out, seeded
 per sample, continued.
 """
+import collections
 import functools
 import json
 import pathlib
@@ -20,27 +21,36 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from scipy import ndimage
 
 import mt_model
 import sample
 import samplers
 from dataset import to_unit
-from distributed import (check, check_apart, check_folder, check_ranges, check_replaced, command_parser, run,
-                         setup, sha256, whole_file, with_row, write_json)
-from evaluation import Ceiling, Toy, Tree, evaluate
-from images import as_it_is, enlarge
+from distributed import (check, check_apart, check_folder, check_ranges, check_read, check_replaced,
+                         command_parser, run, setup, sha256, whole_file, with_row, write_json)
+from evaluation import Ceiling, Toy, Tree, evaluate, stems
+from images import as_it_is, enlarge, fill_unknown
 from locks import only_writer
 from metrics import Rules, metrics_of, print_table, results
 from modalities import MODALITIES, check_turned, read_array, read_mask, shown_of
 from mt_model import Chain, TranslationPredictor, draw_images
 from produce import SHOWN, finish, folders_read, produce, read_meta, write_grid, write_npz
-from trees import facts_of, find_files, flat_name, picture_folder, recorded, stem_of
+from trees import facts_of, flat_name, picture_folder, recorded, stem_of
 from vae import encoder_of
 from weights import load_model, newest_checkpoint
 
 PRESETS = {"paper": f"--steps {mt_model.T}"}  # what --preset stands for: every step of the chain
 NEEDS = {"translate": "pair", "restore": "masked", "classify": "label", "evaluate": "pair"}  # task: setting
+PICTURES = "generate", "translate", "restore"  # what draws some
+READERS = {  # of flags that not every task reads
+    **dict.fromkeys(("class_id", "classes", "features"), ("generate",)),
+    **dict.fromkeys(("outputs", "npz", "truncate"), PICTURES),
+    **dict.fromkeys(("num", "out", "overwrite"), (*PICTURES, "classify")),
+    **dict.fromkeys(("cfg", "start", "x_update"), (*PICTURES, "evaluate")),
+    "classifier_scale": ("generate",),
+    "fit": ("translate", "restore", "classify"),
+    "depth_space": ("translate", "evaluate"),
+}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -76,10 +86,9 @@ def read_hidden(request, fit, full, patches, seed):
     """A photo and its mask, or so many random squares. InputError for a mask that does not fit."""
     row, path = MODALITIES["rgb"], request.files["rgb"]
     raster = row.open(path)
-    pixels = row.pixels(raster, fit)
-    whole = row.pixels(raster, as_it_is) if full else pixels
-    size = pixels.shape[1:]
     if patches:
+        pixels = row.pixels(raster, fit)
+        whole, size = row.pixels(raster, as_it_is) if full else pixels, pixels.shape[1:]
         random = np.random.default_rng((seed, request.index, patches)).random((patches, 2))
         corners = torch.from_numpy((random * size).astype(int))[None]
         squares = mt_model.visible(corners, torch.tensor([patches]), size, mt_model.PATCH)
@@ -92,9 +101,14 @@ def read_hidden(request, fit, full, patches, seed):
     image = Image.fromarray(masked.values.astype(np.float32))
     check(image.size == raster.size, f"{file}: {image.width}x{image.height}, {path} is {raster.size[0]}x"
           f"{raster.size[1]}; they must be of one size")
+    hidden = np.asarray(image) > 1e-3
     mask = np.asarray(fit(image)) > 1e-3  # a pixel that shrinks away would count as known
     check(mask.any(), f"{file}: hides nothing; what is to be restored must be white (255)")
-    return Hidden({"rgb": pixels}, whole, mask, np.asarray(image) > 1e-3 if full else mask)
+    # Filled before it is resized: what is hidden would reach the pixels around the mask.
+    pixels = row.pixels(raster._replace(values=fill_unknown(raster.values, ~hidden)), fit)
+    if full:
+        return Hidden({"rgb": pixels}, row.pixels(raster, as_it_is), mask, hidden)
+    return Hidden({"rgb": pixels}, pixels, mask, mask)
 
 
 class Restoration(Images):
@@ -114,8 +128,7 @@ class Restoration(Images):
         hidden = np.stack([one.mask for one in inputs])                                       # (N, fH, fW)
         filled = pixels.clone()
         for k, mask in enumerate(hidden):
-            near = ndimage.distance_transform_edt(mask, return_distances=False, return_indices=True)
-            filled[k] = 0.0 if mask.all() else pixels[k][:, near[0], near[1]]
+            filled[k] = torch.from_numpy(fill_unknown(pixels[k].movedim(0, 2).numpy(), ~mask)).movedim(2, 0)
         hidden = torch.from_numpy(hidden)[:, None]                                            # (N, 1, fH, fW)
         cells = F.max_pool2d(hidden.float(), self.encoder.factor).to(self.device)             # (N, 1, H, W)
         z = self.encoder.encode(filled.to(self.device), noise)                                # (N, C, H, W)
@@ -242,10 +255,13 @@ def score(args, loaded, encoder, chain, rank):
     scored = evaluate(source, predictors, rules, args.batch_size)
     if rank > 0:
         return
-    result = {**results(scored["value"]), "ceiling": results(scored["ceiling"])}
+    found = results(scored["value"])
+    check(found, f"none of the {len(source.names)} frames has a known pixel of {target}")
+    result = {**found, "ceiling": results(scored["ceiling"])}
     print_table(scored["value"], result)
     if args.json:
-        recipe = dict(**source.recipe, count=len(source.names),
+        recipe = dict(**source.recipe, count=len(source.names), seg_mode=source.seg_mode,
+                      torch=torch.__version__, device=model.backbone.pos_embed.device.type,
                       **samplers.recipe(loaded, encoder, args.seed, chain.steps, **chain._asdict()))
         write_json(args.json, {**result, "recipe": recipe})
 
@@ -279,7 +295,8 @@ def arguments():
     parser.add_argument("--features", type=pathlib.Path,
                         help="generate, feature checkpoints: .npy (K, F), one vector a sample")
     args = parser.parse_args(with_row(sys.argv[1:], "--preset", PRESETS))
-    check_replaced(args.json, b"{")
+    check_read(parser, args, READERS)
+    check_replaced(args.json, b"{", b'"recipe"')
     check_apart([args.json], [args.ckpt, args.features, args.data and args.data / "tree.json"])
     samplers.check_flags(args)
     sample.check_flags(args)
@@ -287,7 +304,10 @@ def arguments():
     hiding = (args.mask is not None) + (args.patches is not None)
     check(hiding == restoring and (restoring or not (args.sdedit or args.whole_image)),
           "--task restore, and it alone, takes one of --mask and --patches, and --sdedit and --whole-image")
-    check_ranges(args, patches=(1, None), toy=(1, 10 ** 6))
+    check(not args.sdedit or args.start == "shifted", f"--start {args.start} with --sdedit, which "
+          "starts from the masked image")
+    check(not (args.toy and args.depth_space), "--depth-space with --toy: the toy world tells it")
+    check_ranges(args, patches=(1, 1000), toy=(1, 10 ** 6))
     check(args.sdedit is None or 0 < args.sdedit <= 1, f"--sdedit {args.sdedit}: a share above 0, up to 1")
     check(np.isfinite(args.classifier_scale), f"--classifier-scale {args.classifier_scale}: must be finite")
     check(bool(args.image) == (args.task not in ("generate", "evaluate")), f"--task {args.task}: "
@@ -295,7 +315,6 @@ def arguments():
     scored = args.task == "evaluate"
     check(bool(args.toy) + bool(args.data) == scored and (scored or not args.json),
           "--task evaluate, and it alone, takes one of --toy and --data, and --json")
-    check(not (args.npz and args.task == "classify"), "--npz with --task classify: it makes no pictures")
     return args
 
 
@@ -320,8 +339,9 @@ def check_task(args, loaded):
     check(needs in (None, pair), f"--task {args.task}: needs a checkpoint of --pair {needs}, "
           f"this one is of {pair}; its tasks: {', '.join(own)}")
     check(not args.features or pair == "feature", "--features is for a checkpoint of --pair feature")
-    check(not args.class_id or pair == "label", f"--class-id {args.class_id}: this checkpoint ({pair}) knows "
-          "nothing of classes")
+    classes = args.class_id or (None if args.classes == "random" else args.classes)
+    check(not classes or pair == "label", f"--class-id, --classes {classes}: this checkpoint ({pair}) "
+          "knows nothing of classes")
     check(args.task != "classify" or learns_x(loaded.train), f"--task classify: {loaded.path} was trained "
           f"with --x-weight {loaded.train.get('x_weight')} --single {loaded.train.get('single')}; its head "
           "has learned nothing")
@@ -343,16 +363,21 @@ def tell_unlearned(args, loaded, known):
     pair, train = loaded.model.pair, loaded.train
     seen = train.get("single", 0) if pair in ("label", "feature") else 1 - train.get("hidden", 0)
     masks = train.get("full_mask", 0)
+    guided = args.cfg != 1.0 or bool(args.classifier_scale)
+    carried = pair != "masked-u" or train.get("agg") != "none"  # an X that is drawn reaches the image
     lacks = {
+        "its head of the noise has learned nothing (--eps-weight 0)": train.get("eps_weight", 1) == 0,
         "it was never shown X (--hidden 1, or --single 0)": known and seen == 0,
         "it never drew an image without X (--hidden 0, or --single 1)": not known and seen == 1,
-        "its head of X has learned nothing": not known and pair != "masked-u" and not learns_x(train),
+        "it never saw an image without X, which guidance leads away from": known and guided and seen == 1,
+        "its head of X has learned nothing": not learns_x(train) and (args.classifier_scale != 0
+                                                                      or (not known and carried)),
         "it was shown masks over everything alone": args.task == "restore" and masks == 1,
         "it was shown no mask over everything": args.task == "generate" and pair == "masked" and masks == 0,
     }
     for why in (why for why, lacking in lacks.items() if lacking):
         print(f"warning: {loaded.path} was not trained for this: {why}")
-    if not known and (args.cfg != 1.0 or args.classifier_scale):
+    if not known and guided:
         print("warning: --cfg and --classifier-scale have no effect where nothing is known of X")
 
 
@@ -360,14 +385,15 @@ def with_masks(requests, mask, location):
     """Requests of photos with the mask of each: one file, or of a folder that of the photo's name."""
     if not mask.is_dir():
         return [request._replace(files={**request.files, "mask": mask}) for request in requests]
-    found = find_files(picture_folder(mask, "mask"))
-    folder = {flat_name(stem): path for stem, path in found.items()}
-    out = []
+    folder, out = stems(picture_folder(mask, "mask")), []
+    photos = {request.files["rgb"] for request in requests}
+    twins = collections.Counter(stem_of(photo, photo.parent) for photo in photos)
     for request in requests:
         photo = request.files["rgb"]
         alone = stem_of(photo, photo.parent)
         place = flat_name(stem_of(photo, location)) if location.is_dir() else alone
-        found = [folder[name] for name in (place, alone) if name in folder]
+        names = (place, alone) if twins[alone] == 1 else (place,)  # of two photos it would be either's
+        found = [folder[name] for name in names if name in folder]
         check(found, f"{photo}: no mask {place} or {alone} in {mask}")
         out.append(request._replace(files={**request.files, "mask": found[0]}))
     return out
@@ -419,6 +445,8 @@ def main():
     model, meta = loaded.model, loaded.meta
     check_task(args, loaded)
     chain = chain_of(args, model.pair)
+    if args.task == "evaluate" and rank == 0:
+        tell_unlearned(args, loaded, known=True)
     samplers.make_fast(model.backbone, args.precision, args.compile)
     encoder = encoder_of(meta, device, args.vae)
     if args.task == "evaluate":
@@ -436,7 +464,7 @@ def main():
     if rank == 0:
         print(f"{loaded.path}: MT-Diffusion, {model.pair}: {', '.join(model.modalities)}, "
               f"step {loaded.step}; {len(requests)} samples on {device}")
-        sample.tell(requests, facts, meta, shown, folders)
+        sample.tell_depth(facts, shown, folders)
         tell_unlearned(args, loaded, told(args, model, requests))
     evaluations, walk = max(1, round((args.sdedit or 1) * chain.steps)), chain._asdict()
     if args.task == "classify":
@@ -446,9 +474,9 @@ def main():
         **extras_of(args), fit=args.fit, truncate=args.truncate, outputs=list(outputs.folders),
         endings=outputs.endings, depth_target=shown.depth_target, reading=recorded(facts),
         palette=meta["palette"])
-    single = args.fit == "full" and args.task != "generate"  # pictures of different shapes do not stack
+    one_by_one = args.fit == "full"  # pictures of different shapes do not stack
     with only_writer(args.out):
-        drawn = produce(args.out, requests, draw, outputs, recipe, 1 if single else args.batch_size,
+        drawn = produce(args.out, requests, draw, outputs, recipe, 1 if one_by_one else args.batch_size,
                         meta["class_names"], args.overwrite)
         if rank == 0:
             scores = {}

@@ -19,8 +19,8 @@ import numpy as np
 import torch
 
 import samplers
-from distributed import (InputError, barrier, check, check_folder, check_ranges, command_parser, prefetch,
-                         run, setup)
+from distributed import (InputError, barrier, check, check_folder, check_ranges, check_read, command_parser,
+                         prefetch, run, setup)
 from images import as_it_is, centre_crop, filter_of, nearest_colour, segments
 from locks import only_writer
 from mesh import pick_segment, write_mesh
@@ -33,6 +33,7 @@ from vae import encoder_of
 from weights import DEMO, load_model, newest_checkpoint
 
 TASKS = ("generate", "understand", "condition", "translate")
+READERS = {"classes": TASKS[:1], "fit": TASKS[1:], "given_time": TASKS[1:], "depth_space": ("condition",)}
 MOST_TOKENS = 2 ** 14  # of a picture with --fit full
 
 
@@ -292,7 +293,9 @@ def arguments():
                         help="--mesh: a pixel of the object; default: the largest segment off the border")
     parser.add_argument("--focal", type=float, help="--mesh: in half-widths; default: orthographic")
     args = parser.parse_args()
+    check_read(parser, args, READERS)
     check_flags(args)
+    check(args.mesh or not (args.segment or args.focal), "--segment and --focal belong to --mesh")
     check(args.focal is None or args.focal > 0, f"--focal {args.focal}: must be positive, in half-widths")
     check(args.task != "condition" or args.given, "--task condition needs --given MODALITY and --image FILE")
     check(args.task == "condition" or not args.given, f"--given with --task {args.task}: "
@@ -349,19 +352,13 @@ def facts_for(given, locations, depth_space, meta, shown):
     return facts
 
 
-def tell(requests, facts, meta, shown, wanted):
-    """Print how the given files are read, what depth means where it is no disparity, and how many of the
-    pictures have a class.
-    """
+def tell_depth(facts, shown, wanted):
+    """Print how the given depth files are read, and what depth means where it is no disparity."""
     if "depth" in facts:
         print(f"depth files hold {facts['depth'].depth_space} ({facts['depth'].said}), the model speaks "
               f"{shown.depth_target}; --depth-space says otherwise")
     if "depth" in wanted and shown.depth_target != PLAIN_SHOWN.depth_target:
         print(f"depth comes out as {MODALITIES['depth'].meant(shown)} (depth_target {shown.depth_target})")
-    without = sum(request.label == meta["num_classes"] for request in requests)
-    if facts:
-        told = len(requests) - without
-        print(f"{told} of {len(requests)} pictures are told their class, {without} have none")
 
 
 def main():
@@ -398,8 +395,12 @@ def main():
     if rank == 0:
         print(f"{loaded.path}: {', '.join(model.modalities)}, {classes} classes, step {loaded.step}; "
               f"{len(requests)} samples on {device}")
-        tell(requests, facts, meta, shown, wanted)
-        if args.cfg != 1.0 and any(request.label == classes for request in requests):
+        tell_depth(facts, shown, wanted)
+        without = sum(request.label == classes for request in requests)
+        if given:
+            told = len(requests) - without
+            print(f"{told} of {len(requests)} pictures are told their class, {without} have none")
+        if args.cfg != 1.0 and without:
             print(f"warning: --cfg {args.cfg} has no effect on pictures without a class"
                   f"{'; give --class-id' if classes else ''}")
 

@@ -44,7 +44,7 @@ def init_from(model, meta, checkpoint, path, method="mmgen", names=None):
             continue
         value = state[source].to(target.dtype)
         if key == "y_embedder.weight":
-            rows = _class_rows(theirs["meta"]["class_names"], meta["class_names"], len(value) - 1)
+            rows = class_rows(theirs["meta"]["class_names"], meta["class_names"], len(value) - 1)
             fate[key] = _copy_classes(value, target, rows)
             nameless = not theirs["meta"]["class_names"] and None not in rows
             how = ", by their order: the file has no names" if nameless else ""
@@ -86,7 +86,7 @@ def renamed(checkpoint, renames, mine, path):
               f"{', '.join(modalities)}")
         check(new in mine, f"--rename {text}: the model has {', '.join(mine)}")
     names = [ours.get(m, m) for m in modalities]
-    check(len(set(names)) == len(names), f"--rename: two modalities of {path} would be called "
+    check(not renames or len(set(names)) == len(names), f"--rename: two modalities of {path} would be called "
           f"{max(names, key=names.count)}")
     return names
 
@@ -120,7 +120,7 @@ def _source(key, numbered, old, new):
     return f"{place}.{old.index(modality)}.{after}" if modality in old else None
 
 
-def _class_rows(old, new, count):
+def class_rows(old, new, count):
     """The row in a file's table of `count` classes for each new class, None for one that it does not know.
 
     old, new: the names of the classes in the file, [] where it has none, and in the model.

@@ -551,7 +551,10 @@ def test_the_checkpoint_says_the_alignment(command, monkeypatch, tmp_path):
     objective = types.SimpleNamespace(meta=meta, predicts=["depth"], device=torch.device("cpu"))
     assert evaluation.Trial(Toy(1), objective).rules.alignment == "log"
     del meta["shown"]
-    assert evaluation.Trial(Toy(1), objective).rules.alignment == "disparity"
+    trial = evaluation.Trial(Toy(1), objective)
+    assert trial.rules.alignment == "disparity"
+    objective.reads = ["rgb", "seg"]  # as of a translation: what it draws has no class
+    assert trial.classes(types.SimpleNamespace(modalities=("rgb", "seg")), 4) == {}
 
 
 def test_predictions_in_log_are_said_so(command, tmp_path):

@@ -479,6 +479,7 @@ def test_results_never_take_the_place_of_what_they_are_of(tmp_path, command):
     vae.write_bytes((DEMO / "vae.safetensors").read_bytes())
     ckpt.write_bytes((DEMO / "mmgen.pt").read_bytes())
     (tmp_path / "run/latest.pt").symlink_to("1.pt")
+    (tmp_path / "run/args.json").write_text('{"lr": 1e-4}')
     grey(tmp_path / "s/x/color/1.jpg")
     save(tmp_path / "s/x/depth/1.png", np.full((8, 8), 900, np.uint16))
     (tmp_path / "frames.txt").write_text("x/color/1.jpg x/depth/1.png\n")
@@ -490,6 +491,7 @@ def test_results_never_take_the_place_of_what_they_are_of(tmp_path, command):
             ("eval_depth", "--toy", 1, *own[:-1], tmp_path / "run", "--json", tmp_path / "run/latest.pt"),
             ("eval_depth", "--scannet", tmp_path / "s", "--list", tmp_path / "frames.txt", "--out", tmp_path),
             ("eval_fid", data, data, "--metrics", "latent-fd", "--json", photo),
+            ("eval_fid", data, data, "--metrics", "latent-fd", "--json", tmp_path / "run/args.json"),
             ("eval_fid", data, "--metrics", "latent-fd", "--save-stats", photo),
             ("weights", "--ckpt", ckpt, "--export", ckpt),
             ("weights", "--ckpt", tmp_path / "run", "--export", tmp_path / "run/latest.pt"),

@@ -16,6 +16,7 @@ import train
 from conftest import gap, shell, start
 from dataset import Cache
 from distributed import InputError, command_parser
+from images import centre_crop
 from small import SMALL
 from weights import DEMO, load_checkpoint
 
@@ -337,6 +338,30 @@ def test_vectors_are_taken_whole_and_have_no_cells(data):
                        made.model.x_error(predicted, x, None))
 
 
+def test_init_moves_the_head_of_labels_by_their_names(data):
+    made = objective(data, "--pair", "label")
+    drawn(made.model)
+    names = made.meta["class_names"]
+    meta = {**made.meta, "class_names": names[::-1]}
+    checkpoint = {"ema": made.model.state_dict(), "step": 5,
+                  "config": {"model": made.model.config, "meta": meta, "train": {"method": made.method}}}
+    other = objective(data, "--pair", "label")
+    table, _ = other.initialise(checkpoint, "a.pt")
+    assert torch.equal(other.model.head.weight, made.model.head.weight.flip(0))
+    assert "of X: head.bias, head.weight" in table
+    meta["class_names"] = ["else", *names[1:]]
+    table, _ = objective(data, "--pair", "label").initialise(checkpoint, "a.pt")
+    assert "of X, new: head.bias, head.weight" in table
+
+
+def test_a_masked_image_enters_as_a_new_modality(data, tmp_path):
+    """Of MMGen's weights its columns start at zero."""
+    made = objective(data, "--pair", "masked", "--model", "T/2", "--init", DEMO / "mmgen.pt")
+    made.initialise(load_checkpoint(DEMO / "mmgen.pt"), "demo")
+    image, x = made.backbone.x_embedder.proj.weight.chunk(2, 1)
+    assert image.any() and not x.any()
+
+
 @pytest.mark.parametrize("flags", (("label",), ("label", "--head", "output"), ("feature",), ("rgb", "seg")))
 def test_every_parameter_learns_in_bf16(data, flags):
     made = objective(data, "--pair", *flags, "--batch-size", 4, "--agg", "revert")
@@ -443,6 +468,47 @@ def test_restoration_keeps_every_other_pixel(trained, command, tmp_path):
         command("mt_sample", *masked, "--out", tmp_path / "x")
 
 
+def test_what_is_hidden_reaches_no_pixel_around_the_mask(tmp_path):
+    """A resize by 300 / 64 looks beyond the pixel that it writes."""
+    mask = np.zeros((300, 300), np.uint8)
+    mask[100:200, 100:200] = 255
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    looks = []
+    for value in (0, 255):
+        photo = np.random.default_rng(0).integers(0, 256, (300, 300, 3)).astype(np.uint8)
+        photo[mask > 0] = value
+        Image.fromarray(photo).save(tmp_path / "photo.png")
+        files = {"rgb": tmp_path / "photo.png", "mask": tmp_path / "mask.png"}
+        request = types.SimpleNamespace(files=files, index=0)
+        looks.append(mt_sample.read_hidden(request, lambda x, nearest=False: centre_crop(x, 64, nearest),
+                                           False, None, 0))
+    a, b = looks
+    assert 20 ** 2 < a.mask.sum() < 25 ** 2 and np.array_equal(a.pixels["rgb"], b.pixels["rgb"])
+    assert np.array_equal(a.whole, b.whole)
+
+
+def test_a_mask_is_of_one_photo(tmp_path):
+    def masked(*names):
+        requests = [types.SimpleNamespace(files={"rgb": tmp_path / "p" / name}) for name in names]
+        for request in requests:
+            request._replace = lambda files: types.SimpleNamespace(files=files)
+        found = mt_sample.with_masks(requests, tmp_path / "m", tmp_path / "p")
+        return [request.files["mask"].name for request in found]
+
+    (tmp_path / "m").mkdir()
+    (tmp_path / "p").mkdir()
+    Image.new("L", (4, 4)).save(tmp_path / "m/1.png")
+    assert masked("cat/1.png") == ["1.png"]
+    with pytest.raises(InputError, match="no mask cat_1"):
+        masked("cat/1.png", "dog/1.png")
+    Image.new("L", (4, 4)).save(tmp_path / "m/cat_1.png")
+    assert masked("cat/1.png") == ["cat_1.png"]
+    (tmp_path / "m/cat").mkdir()
+    Image.new("L", (4, 4)).save(tmp_path / "m/cat/1.png")
+    with pytest.raises(InputError, match="one name with _"):
+        masked("cat/1.png")
+
+
 def test_labels_and_vectors(trained, command, tmp_path):
     run = trained("label", head="output")
     names = load_checkpoint(run)["config"]["meta"]["class_names"]
@@ -503,7 +569,12 @@ def test_translation_does_not_depend_on_the_batch(trained, command, tmp_path):
     ("masked", {"full_mask": 1, "hidden": 0}, {"task": "restore"}, True, "masks over everything alone"),
     ("masked", {"full_mask": 0, "hidden": 0.1}, {"task": "generate"}, True, "no mask over everything"),
     ("pair", {"hidden": 0.2}, {"task": "generate", "cfg": 4}, False, "--cfg and --classifier-scale have no"),
-    ("masked-u", {"hidden": 1, "x_weight": 0}, {"task": "generate"}, False, ""),
+    ("masked-u", {"hidden": 1, "x_weight": 0, "agg": "none"}, {"task": "generate"}, False, ""),
+    ("masked-u", {"hidden": 1, "x_weight": 0, "agg": "revert"}, {"task": "generate"}, False, "its head of X"),
+    ("label", {"single": 1}, {"task": "generate", "cfg": 2}, True, "never saw an image without X"),
+    ("label", {"single": 0.3, "x_weight": 0}, {"task": "generate", "classifier_scale": 1}, True,
+     "its head of X"),
+    ("pair", {"hidden": 0.2, "eps_weight": 0}, {"task": "evaluate"}, True, "its head of the noise"),
     ("label", {"single": 0.3}, {"task": "generate", "cfg": 4}, True, ""),
     ("pair", {"hidden": 0.2}, {"task": "translate"}, True, ""),
 ])
@@ -527,7 +598,7 @@ def test_whether_x_is_known_of_what_is_drawn():
 
 
 def test_classes_of_a_head_that_was_not_trained_are_refused():
-    args = types.SimpleNamespace(task="classify", features=None, class_id=None)
+    args = types.SimpleNamespace(task="classify", features=None, class_id=None, classes="random")
     for shares in ({"x_weight": 0, "single": 0.3}, {"x_weight": 0.1, "single": 1}):
         loaded = types.SimpleNamespace(model=types.SimpleNamespace(pair="label"), path="r.pt", train=shares)
         with pytest.raises(InputError, match="its head has learned nothing"):
@@ -557,6 +628,9 @@ def test_what_a_checkpoint_does_not_know_is_refused(trained, command, unknown, t
             (("--class-id", 3), "knows nothing of classes"), (("--image", SCENES), "takes no --image"),
             (("--features", "f.npy"), "for a checkpoint of --pair feature"),
             (("--task", "restore", "--patches", 2, "--image", SCENES), "needs a checkpoint of --pair masked"),
+            (("--classes", "balanced"), "knows nothing of classes"),
+            (("--fit", "full"), "--task generate does not read it; it is of translate, restore"),
+            (("--task", "classify", "--cfg", 2, "--image", SCENES), "--task classify does not read it"),
             (("--task", "restore", "--image", SCENES), "one of --mask and --patches")):
         with pytest.raises(InputError, match=message):
             command("mt_sample", *flags, *more)

@@ -291,7 +291,7 @@ def test_init_takes_the_rows_of_the_classes_it_knows(tmp_path):
             (3, ("a", "b"), [3, 3, 3], "inflated", "0 of 2"),
             (wnids, (), [3], "inflated", "0 of 0"), (3, (), [3], "inflated", "0 of 0")):  # into no classes
         names, null = ([], old) if isinstance(old, int) else (old, len(old))
-        found = [null if row is None else row for row in transfer._class_rows(names, new, null)]
+        found = [null if row is None else row for row in transfer.class_rows(names, new, null)]
         assert [*found, null] == rows, (old, new)
         if known == "1 of 2" or old == new or not new:
             found, table = rows_taken(tmp_path, old, new)
