@@ -12,6 +12,7 @@ from PIL import Image
 
 import eval_depth
 import evaluation
+import samplers
 import toy_scenes
 from conftest import shell
 from distributed import InputError
@@ -20,6 +21,8 @@ from images import segments
 from metrics import (Depth, Normal, Rules, Semantic, align, angles, boundary, depth_scores, f_score,
                      instance_scores, matches, metrics_of, normal_scores, results, semantic_scores)
 from modalities import MODALITIES, Disparity, Raster, Scalar, Shown, write_facts
+from model import build_model
+from small import SMALL
 from trees import facts_of
 from vae import Pixels
 from weights import DEMO, load_checkpoint
@@ -27,7 +30,7 @@ from weights import DEMO, load_checkpoint
 RNG = np.random.default_rng(0)
 DEPTH = RNG.uniform(0.5, 8, (40, 50))
 VALID = RNG.random((40, 50)) > 0.2
-FEW = ("--ckpt", "demo/mmgen.pt", "--sampler", "euler", "--steps", 1)
+FEW = ("--ckpt", DEMO / "mmgen.pt", "--sampler", "euler", "--steps", 1)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -299,6 +302,53 @@ def test_two_processes_score_as_one(command, pairs, tmp_path):
     assert (tmp_path / "one.json").read_text() == (tmp_path / "two.json").read_text()
 
 
+def test_the_square_is_the_middle():
+    assert evaluation.square(np.arange(8).reshape(2, 4)).tolist() == [[1, 2], [5, 6]]
+    assert evaluation.square(np.arange(8).reshape(4, 2)).tolist() == [[2, 3], [4, 5]]
+
+
+def test_edges_have_one_threshold_for_the_set():
+    metric = metrics_of(["canny"], Rules())["canny"]
+    line = np.zeros((64, 64, 3), np.uint8)
+    line[20] = 255
+    for k, level in enumerate((60, 200)):
+        soft = (line > 0) * np.uint8(level)
+        soft[40] = level - 40
+        metric.add(k, str(k), line, soft)
+    assert [row["edge_f"] for row in metric.rows.values()] == [1, 1] and metric.result()["edge_f"] < 1
+
+
+def test_what_a_frame_is_drawn_with(monkeypatch):
+    """Its folder's class, else none; noise by its place, the seed and the member of an ensemble."""
+    class Watched(evaluation.ModelPredictor):
+        def latents(self, rgb, y, noise):
+            seen.append(y.tolist())
+            return torch.cat([rgb, rgb], 1)
+
+    def noise(seed, rows, device):
+        rolled.append((seed, list(rows)))
+        return samplers_noise(seed, rows, device)
+
+    seen, rolled, samplers_noise = [], [], samplers.Noise
+    monkeypatch.setattr(samplers, "Noise", noise)
+    model = build_model(SMALL, ["rgb", "seg"], 5, 3, 8, projector=False)
+    fresh = metrics_of(["seg"], Rules(seg_mode="instance"))
+    predict = Watched(model, 8, Pixels(), samplers.Sampling("euler", 1), fresh, 3, 2)
+    image = np.zeros((8, 8, 3), np.uint8)
+    predict([evaluation.Frame(i, str(i), {"seg": image}, image, label) for i, label in ((4, 2), (5, None))])
+    assert seen == [[2, 5]] * 2 and rolled == [(3, [4, 5]), (3, [4 + 2 ** 32, 5 + 2 ** 32])]
+
+
+def test_truth_of_another_view_is_refused(tmp_path):
+    for m, size in (("rgb", (64, 48)), ("seg", (48, 48))):
+        (tmp_path / m).mkdir()
+        Image.new("RGB", size).save(tmp_path / m / "x.png")
+    tree = Tree(tmp_path, dict(seg_mode="instance", class_names=[], palette=None))
+    tree.modalities = ["seg"]
+    with pytest.raises(InputError, match="must show the same view"):
+        tree.frame(0)
+
+
 @pytest.fixture
 def scannet(tmp_path):
     """Two scenes of three synthetic frames as ScanNet exports them; one has no valid depth."""
@@ -346,16 +396,24 @@ def test_scannet_folder(command, scannet, tmp_path):
         first = scannet / "scene0000_00" / folder / f"000000.{end}"
         first.rename(first.with_name(f"0.{end}"))
     frames = tmp_path / "o/frames.txt"
-    run("l", "--list", frames, "--num", 4)  # finds 0.jpg
+    assert len(evaluation.ScanNet(scannet, frames, 4, 0).names) == 4  # finds 0.jpg
+    run("p", "--num", 2, "--seed", 3)
+    drawn = evaluation.ScanNet(scannet, None, 2, 3)
+    assert (tmp_path / "p/frames.txt").read_bytes() == drawn.list
+    assert evaluation.ScanNet(scannet, tmp_path / "p/frames.txt", None, 0).names == drawn.names
     frames.write_text("scene0000_00/color/7.jpg scene0000_00/depth/7.png")
     with pytest.raises(InputError, match="no such file; export this frame"):
         run("l", "--list", frames)
-    run("o")
-    assert len(frames.read_text().splitlines()) == 6
-    run("p", "--num", 2, "--seed", 3)
-    assert len((tmp_path / "p/frames.txt").read_text().splitlines()) == 2
-    _, result = run("q", "--list", tmp_path / "p/frames.txt")
-    assert result["recipe"]["count"] == 2
+
+
+def test_scannets_frames_are_drawn_by_the_seed(tmp_path):
+    lines = [f"color/{i}.jpg depth/{i}.png" for i in range(20)]
+    for name in " ".join(lines).split():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "l.txt").write_text("\n".join(lines))
+    drawn = [evaluation.ScanNet(tmp_path, tmp_path / "l.txt", 5, seed).names for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2]
 
 
 def write_pairs(root, modality, arrays, end=".npy"):
@@ -393,6 +451,13 @@ def test_predictions_against_truth_without_a_model(command, pairs, tmp_path):
     assert result["abs_rel"] < 1e-3 and result["normal_mean"] < 0.3 and result["miou"] == 1
     assert result["recipe"]["alignment"].startswith("disparity")
     assert run("--seg-mode", "instance")["ari"] == 1
+    with pytest.raises(InputError, match="none of the 3 frames has a valid truth in depth"):
+        run("--modality", "depth", "--depth-range", 50, 60)
+    colours = [*json.loads(palette.read_text()), [1, 2, 3]]  # a class that does not occur
+    palette.write_text(json.dumps(colours))
+    assert run("--modality", "seg", "--palette", palette)["miou"] == 1
+    absent = run("--modality", "seg", "--palette", palette, "--cityscapes-eps")
+    assert absent["miou"] < 1 - 0.9 / len(colours)
     assert run("--modality", "normal", "--axes", "marigold")["normal_mean"] > 10
     swap = ("--pred", gt, "--gt", pred, "--modality", "depth", "--out", tmp_path / "o")
     with pytest.raises(InputError, match="add --alignment depth"):
@@ -536,7 +601,7 @@ def test_the_mean_of_many_maps_is_as_its_kind_says():
 def test_the_checkpoint_says_the_alignment(command, monkeypatch, tmp_path):
     """A model that learned log depth is aligned in log, in training, too; --alignment wins."""
     monkeypatch.setattr(evaluation, "GUESSED", 4)
-    checkpoint = load_checkpoint("demo/mmgen.pt")
+    checkpoint = load_checkpoint(DEMO / "mmgen.pt")
     meta = checkpoint["config"]["meta"]
     meta["shown"] = {"depth_target": "log"}
     torch.save(checkpoint, tmp_path / "log.pt")

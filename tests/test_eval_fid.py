@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 import scipy.linalg
+import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -114,6 +115,60 @@ def test_whole_command_equals_a_direct_computation(command, inception, sets, tmp
         assert np.abs(stats[key] - stats_again[key]).max() <= 1e-9 * max(1, np.abs(stats[key]).max())
     for key in ("is", "precision", "recall"):
         assert got[key] == pytest.approx(again[key], rel=1e-6)
+
+
+def test_inception_is_the_one_that_was_compared():
+    """Norms and two features of drawn weights, recorded when the network equalled pytorch-fid's."""
+    model = eval_fid.Inception().eval()
+    model.load_state_dict(drawn_inception())
+    y, x = torch.meshgrid(torch.arange(299.0), torch.arange(299.0), indexing="ij")
+    picture = torch.stack([torch.sin(x / 9), torch.cos(y / 7), torch.sin((x + y) / 20)])[None]
+    with torch.inference_mode():
+        found = model(picture)
+    for name, recorded in (("pool", (38.04726, 1.26028, 0.0179122)), ("spatial", (56.76939, 0, 3.494303)),
+                           ("logits", (245.33824, -10.124265, -5.555303))):
+        features = found[name].double()
+        assert (features.norm().item(), *features[0, [5, 700]].tolist()) == pytest.approx(recorded, rel=1e-3)
+
+
+def test_preparation_and_crop(tmp_path):
+    white = torch.full((1, 3, 8, 8), 255.0)
+    for name, black, level in (("pytorch_fid", -1, 1), ("adm", -1, 127 / 128)):
+        prepare = eval_fid.PREPROCESS[name]
+        assert (prepare(white) - level).abs().max() < 1e-5 and (prepare(white * 0) - black).abs().max() < 1e-5
+    pictures(tmp_path / "a.npz", 2, 1)
+    cropped = eval_fid.open_source(tmp_path / "a.npz", 16).read(range(2))
+    assert [picture.shape for picture in cropped] == [(16, 16, 3)] * 2
+
+
+def test_dinov2_sees_standardised_pictures(monkeypatch):
+    """Of 224 pixels; a transformer of one block in its place."""
+    def small(name, path, remedy):
+        assert name == "vit_large_patch14_dinov2.lvd142m"
+        return timm.models.VisionTransformer(img_size=518, patch_size=14, embed_dim=16, depth=1, num_heads=2,
+                                             num_classes=0).eval()
+
+    monkeypatch.setattr(eval_fid, "timm_model", small)
+    work = eval_fid.Work(0, 1, torch.device("cpu"), 1)
+    network, seen = eval_fid.DinoNetwork(eval_fid.Weights(), work), []
+    network.model.register_forward_pre_hook(lambda model, given: seen.append(given[0]))
+    with torch.inference_mode():
+        assert network([np.full((32, 40, 3), 255, np.uint8)])["cls"].shape == (1, 16)
+    assert seen[0].shape == (1, 3, 224, 224)
+    white = [(1 - 0.485) / 0.229, (1 - 0.456) / 0.224, (1 - 0.406) / 0.225]
+    assert seen[0][0, :, 9, 9].tolist() == pytest.approx(white)
+
+
+def test_kernel_distance_by_hand():
+    def kernel(a, b):
+        return (float(a.double() @ b.double()) / 4 + 1) ** 3
+
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.randn(6, 4, generator=g), torch.randn(6, 4, generator=g) + 1
+    own = sum(kernel(s[i], s[j]) for s in (x, y) for i in range(6) for j in range(6) if i != j) / 30
+    cross = sum(kernel(a, b) for a in x for b in y) / 36
+    found = eval_fid.kernel_distance(x, y, subsets=2, size=6)
+    assert found["kid"] == pytest.approx(own - 2 * cross) and found["kid_std"] < 1e-9
 
 
 def test_saved_statistics_and_folders_stand_for_the_pictures(command, inception, sets, tmp_path):
@@ -277,6 +332,8 @@ def test_lpips_and_psnr_of_pairs(command, tmp_path):
     with torch.inference_mode():
         assert result["lpips"] == pytest.approx(float(network(x, y).mean()), rel=1e-5) and result["lpips"] > 0
         assert network(x, x).abs().max() == 0
+        recorded = [0.338318, 0.258676, 0.387254]  # when it equalled the package
+        assert network(x, y).tolist() == pytest.approx(recorded, rel=1e-3)
     mse = ((a.astype(float) - b) ** 2).mean((1, 2, 3))
     assert result["psnr"] == pytest.approx((10 * np.log10(255 ** 2 / mse)).mean(), rel=1e-9)
     assert result["recipe"]["lpips"] == "v0.1 vgg" and len(result["recipe"]["heads_sha256"]) == 64

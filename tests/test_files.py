@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+import dataset
 import distributed
 import evaluation
 import listing
@@ -23,7 +24,7 @@ import runs
 import sample
 import toy_scenes
 import trees
-from conftest import ROOT, shell
+from conftest import ROOT, TRAIN, shell
 from distributed import InputError, check_apart, check_folder, whole_file
 from images import centre_crop, label_colour
 from locks import only_writer
@@ -339,6 +340,18 @@ def test_labels_take_colours_from_who_says_them(tmp_path):
     assert row.open(tmp_path / "own.png", facts).labels[0].tolist() == [0, 1, 2, 2]
 
 
+def test_colours_of_no_class_are_unknown_in_a_cache(tmp_path, command):
+    for m in ("rgb", "seg"):
+        colours = np.zeros((16, 16, 3), np.uint8)
+        colours[:, 8:] = (200, 30, 90)
+        save(tmp_path / f"t/{m}/a.png", colours)
+    (tmp_path / "t/tree.json").write_text(json.dumps(
+        {"format": "mmgen-tree-1", "seg_mode": "semantic", "palette": [[200, 30, 90], [9, 250, 9]]}))
+    command("prep_latents", "--data", tmp_path / "t", "--out", tmp_path / "c", "--vae", "none", "--no-dino",
+            "--size", 16)
+    assert dataset.Cache(tmp_path / "c").known("seg").tolist() == [0.5]
+
+
 def test_label_pictures_are_cached_and_scored(tmp_path, command):
     data = tree(tmp_path / "d")
     for path in (data / "seg").rglob("*.png"):
@@ -424,8 +437,38 @@ def test_orientation_is_read_alone_and_must_agree(tmp_path):
     check_turned([photo.open(tmp_path / "a.jpg"), tall])  # its shape says that it was made of the turned one
 
 
+def test_every_command_that_reads_maps_refuses_one_that_is_turned_alone(tmp_path, command):
+    exif, few = Image.Exif(), ("--ckpt", DEMO / "mmgen.pt", *QUICK, "--out", tmp_path / "o")
+    exif[0x0112] = 3
+    for m, more in (("rgb", {"exif": exif}), ("seg", {})):
+        (tmp_path / "t" / m).mkdir(parents=True)
+        colours = np.random.default_rng(0).integers(0, 255, (64, 64, 3)).astype(np.uint8)
+        Image.fromarray(colours).save(tmp_path / "t" / m / "a.png", **more)
+    for line in (("prep_latents", "--data", tmp_path / "t", "--vae", "none", "--no-dino", "--size", 64,
+                  "--out", tmp_path / "p"),
+                 ("eval_depth", "--data", tmp_path / "t", "--seg-mode", "instance", *few),
+                 ("sample", "--task", "condition", "--given", "rgb", "seg", "--image", tmp_path / "t", *few)):
+        with pytest.raises(InputError, match="its orientation tag is 1, that of"):
+            command(*line)
+
+
 # ------------------------------------------------------------------------------------------------
 # What is written.
+
+def test_every_command_ends_in_one_line_and_exit_code_2():
+    for path in ROOT.glob("*.py"):
+        text = path.read_text()
+        assert "__main__" not in text or text.endswith('if __name__ == "__main__":\n    run(main)\n'), path
+
+
+@pytest.mark.parametrize("line", (
+    ("train", *TRAIN, "--data", "CACHE", "--run"), ("prep_latents", "--toy", 4, "--no-dino", "--out"),
+    ("sample", "--task", "generate", "--num", 1, "--ckpt", DEMO / "mmgen.pt", *QUICK, "--out"),
+    ("eval_depth", "--toy", 1, "--ckpt", DEMO / "mmgen.pt", *QUICK, "--out")))
+def test_every_command_that_writes_a_folder_is_its_one_writer(line, cache, tmp_path, command):
+    with only_writer(tmp_path), pytest.raises(InputError, match="is writing into it"):
+        command(*(cache if word == "CACHE" else word for word in line), tmp_path)
+
 
 def test_nothing_that_is_read_is_written(tmp_path, command):
     inner = tmp_path / "mine/rgb"

@@ -59,6 +59,28 @@ def test_a_known_surface_comes_back(scene, focal, figure):
     assert error < 0.002
 
 
+def test_depth_may_jump_at_a_silhouette():
+    """A sphere and the wall behind it as one surface: the sphere keeps its shape."""
+    normal, inside, truth, size = sphere(None)
+    normal = np.where(inside[..., None], normal, [0.0, 0, 1])
+    depth = mesh.integrate(normal, np.ones_like(inside), iterations=30)
+    assert (depth - truth)[inside].std() / size < 0.02
+
+
+def test_the_flags_of_the_command(command, tmp_path):
+    normal, inside, _, _ = sphere(None)
+    half = inside & (np.arange(SIZE) < SIZE // 2)
+    np.save(tmp_path / "n.npy", normal)
+    Image.new("RGB", (SIZE, SIZE)).save(tmp_path / "c.png")
+    Image.fromarray(half).save(tmp_path / "m.png")
+    given = ("--normal", tmp_path / "n.npy", "--rgb", tmp_path / "c.png", "--mask", tmp_path / "m.png")
+    files = []
+    for i, more in enumerate(((), ("--focal", 1.2), ("--border", 0))):
+        assert f"{half.sum()} vertices" in command("mesh", *given, *more, "--out", tmp_path / f"{i}.ply")
+        files.append((tmp_path / f"{i}.ply").read_bytes())
+    assert len(set(files)) == 3
+
+
 def test_the_ply_is_what_its_header_says(tmp_path):
     normal, mask, truth, size = sphere(1.2)
     colours = np.random.default_rng(0).integers(0, 256, (SIZE, SIZE, 3)).astype(np.uint8)

@@ -39,6 +39,11 @@ def test_levels_between_two_pixels_are_rounded():
     assert wide[0, :, 0].tolist() == [0, 64, 191, 255]
 
 
+def test_resized_normals_are_of_length_1():
+    resized = MODALITIES["normal"].resize(np.float32([[[1, 0, 0], [0, 1, 0]]]), (3, 5))
+    assert np.allclose(np.linalg.norm(resized, axis=-1), 1)
+
+
 def test_canny_finds_a_square():
     image = np.full((40, 40, 3), 60, np.uint8)
     image[10:30, 12:28] = 200

@@ -17,7 +17,10 @@ from conftest import gap, shell, start
 from dataset import Cache
 from distributed import InputError, command_parser
 from images import centre_crop
+from sample import Request
+from samplers import Noise
 from small import SMALL
+from vae import load_encoder
 from weights import DEMO, load_checkpoint
 
 FAMILIES = [name for name in mt.FAMILIES if name != "none"]
@@ -362,6 +365,18 @@ def test_a_masked_image_enters_as_a_new_modality(data, tmp_path):
     assert image.any() and not x.any()
 
 
+def test_rows_without_a_term_have_no_loss_of_it(data):
+    """Plain DDPM has none of X; a row without its target none of the noise."""
+    made = objective(data, "--pair", "label", "--batch-size", 8, "--agg", "none", "--single", 0.5)
+    batch = {**Cache(data).gather(np.arange(8), made.reads), "known": torch.ones(8, 1)}
+    rows, _ = made.prepare(0, batch, slice(0, 8))
+    rows["here"][2] = False
+    eps, x = torch.randn(8, 4, 16, 16, requires_grad=True), torch.randn(8, 12, requires_grad=True)
+    made.loss(lambda *_: (eps, x), rows).sum().backward()
+    assert torch.equal(x.grad.any(1), ~rows["alone"]) and 0 < rows["alone"].sum() < 8
+    assert torch.equal(eps.grad.flatten(1).any(1), rows["here"])
+
+
 @pytest.mark.parametrize("flags", (("label",), ("label", "--head", "output"), ("feature",), ("rgb", "seg")))
 def test_every_parameter_learns_in_bf16(data, flags):
     made = objective(data, "--pair", *flags, "--batch-size", 4, "--agg", "revert")
@@ -408,6 +423,48 @@ def test_a_hidden_x_is_not_seen_and_a_full_mask_is_ddpm(pair):
 
 # ------------------------------------------------------------------------------------------------
 # The commands.
+
+@torch.no_grad()
+def test_guidance_leads_towards_what_is_known():
+    """Away from the network that does not see it, and up the head's log p; of the known rows alone."""
+    model = tiny("label")
+    x, known, z = torch.tensor([3, 3]), torch.tensor([True, False]), torch.randn(2, 4, 16, 16)
+
+    def walk(**options):
+        return mt.Walk(model, None, known, mt.Chain(steps=10, **options))
+
+    def chance(z):
+        return plain.network(z, plain.carries, x, 5, plain.nobody)[1].log_softmax(1)[0, 3]
+
+    plain = walk()
+    eps, free = (plain.network(z, plain.carries, x, 5, seen)[0] for seen in (known, plain.nobody))
+    led, _ = walk(cfg=3.0).guided(z, plain.carries, x, 5)
+    assert torch.allclose(led[0], (free + 3 * (eps - free))[0], atol=1e-5) and torch.equal(led[1], eps[1])
+    step = eps - walk(classifier_scale=1.0).guided(z, plain.carries, x, 5)[0]
+    assert chance(z + step / step.norm()) > chance(z) and not step[1].any()
+    assert walk(x_update="argmax").rule == "argmax"
+
+
+def test_a_walk_begins_at_its_share_and_is_bounded():
+    noise, known = Noise(0, [0], torch.device("cpu")), torch.ones(1, dtype=torch.bool)
+    model, z, looks = tiny("masked"), torch.zeros(1, 4, 16, 16), []
+    model.register_forward_hook(lambda *_: looks.append(1))
+    model.sample(noise, known, z, mt.Chain(steps=8), (z, 0.5))
+    assert len(looks) == 4
+    drawn, _ = tiny("masked", bound=1e-3).sample(noise, known, z, mt.Chain(steps=3, start="standard"))
+    assert drawn.abs().max() < 0.1
+
+
+def test_what_is_hidden_is_not_shown_to_the_network(monkeypatch):
+    model, seen, cpu = tiny("masked"), [], torch.device("cpu")
+    monkeypatch.setattr(model, "sample", lambda noise, known, x, *_: seen.append(x) or (x, None))
+    draw = mt_sample.Restoration(model, load_encoder("toy", cpu), mt.Chain(steps=1), 0, (), None)
+    photo = np.random.default_rng(0).uniform(-1, 1, (3, 64, 64)).astype(np.float32)
+    mask = np.arange(64)[:, None].repeat(64, 1) < 32
+    hidden = mt_sample.Hidden({"rgb": photo}, photo, mask, mask)
+    list(draw.sample([Request(0, "a", 0, {})], [hidden], Noise(0, [0], cpu)))
+    assert not seen[0][:, :, :8].any() and seen[0][:, :, 8:].all()
+
 
 @pytest.fixture(scope="module")
 def trained(data, tmp_path_factory):
@@ -538,10 +595,11 @@ def test_labels_and_vectors(trained, command, tmp_path):
     assert np.abs(a - b).max() <= 1
 
     run = trained("feature")
-    np.save(tmp_path / "f.npy", np.ones((2, 768), np.float32))
+    vectors = np.random.default_rng(0).choice((-1, 1), (2, 768)).astype(np.float32)
+    np.save(tmp_path / "f.npy", vectors)
     command("mt_sample", *generate, "--num", 3, "--features", tmp_path / "f.npy", "--ckpt", run,
             "--out", tmp_path / "v")
-    assert (np.load(tmp_path / "v/feature/000002.npy") == 1).all()
+    assert all((np.load(tmp_path / f"v/feature/00000{i}.npy") == vectors[i % 2]).all() for i in range(3))
     with pytest.raises(InputError, match="needs a checkpoint of --pair label, this one is of feature"):
         command("mt_sample", "--task", "classify", "--image", SCENES, "--ckpt", run, "--out", tmp_path / "c")
 

@@ -1,4 +1,5 @@
 """Muon, the learning rates' schedule, the times, recipes: what makes a step learn more."""
+import copy
 import json
 
 import pytest
@@ -10,7 +11,7 @@ from conftest import TRAIN, gap
 from distributed import InputError, command_parser, with_row
 from mix import draws_of
 from model import build_model
-from optimisers import OPTIMISERS, orthogonal, schedule, set_rates, update
+from optimisers import OPTIMISERS, orthogonal, schedule, set_rates, update, update_ema
 from small import SMALL
 from weights import load_checkpoint
 
@@ -71,6 +72,28 @@ def test_muon_moves_the_blocks_matrices_by_orthogonal_ones():
             size = 0.02 * (2 if "fc1" in name else 1)  # fc1 has four times as many rows as columns
             values = torch.linalg.svdvals(part) / size
             assert 0.6 < values.quantile(0.1) and values.max() < 1.21, name
+
+
+@pytest.mark.parametrize("name", OPTIMISERS)
+def test_a_step_is_of_the_betas_and_the_clipped_gradient(name):
+    model, parameters, _ = stepping(name)
+    optimiser = OPTIMISERS[name](parameters, model.blocks, 0.95, "fp32")
+    group = optimiser.param_groups[0]
+    assert group["betas"] == (0.9, 0.95) and group["weight_decay"] == 0
+    give_gradients(parameters)
+    norm, _ = update(parameters, optimiser)
+    kept = optimiser.state[parameters[0]]["exp_avg"]
+    give_gradients(parameters)
+    assert norm > 10 and torch.allclose(kept, 0.1 * parameters[0].grad / norm, rtol=1e-4)
+
+
+def test_the_averages_rate_ends_at_9999():
+    model = stepping("adamw")[0]
+    ema = copy.deepcopy(model).requires_grad_(False)
+    for p in ema.parameters():
+        p.zero_()
+    update_ema(ema, model, 10 ** 6)
+    assert torch.allclose(ema.heads[0].linear.weight, 1e-4 * model.heads[0].linear.weight, rtol=1e-3)
 
 
 def contents(state):

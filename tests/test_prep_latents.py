@@ -13,6 +13,7 @@ from PIL import Image
 
 import dataset
 import listing
+import prep_latents
 import sample
 import toy_scenes
 from conftest import ROOT, shell
@@ -69,6 +70,16 @@ def test_a_killed_run_continues_to_the_same_cache(cache, tmp_path, command):
     process.wait()
     command("prep_latents", *arguments[1:])
     assert same_cache(cache, out) and not list(out.glob(".*"))
+
+
+def test_a_row_is_done_when_it_is_on_the_disk(cache, tmp_path, monkeypatch):
+    shutil.copytree(cache, tmp_path / "c")
+    np.save(tmp_path / "c/done.npy", np.zeros(24, np.uint8))
+    writer, done = prep_latents.Writer(tmp_path / "c", dataset.read_meta(cache)), []
+    monkeypatch.setattr(np.memmap, "flush", lambda self: done.append(int(writer.done.sum())))
+    writer.write(prep_latents.Block(range(8), {}, {}, [], {}), {})
+    writer.flush()
+    assert done == [0] * len(writer.arrays) + [8]  # the data of all, then the mark
 
 
 def test_two_processes_write_the_same_cache(cache, tmp_path):

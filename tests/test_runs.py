@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 import types
 
 import pytest
@@ -65,16 +64,18 @@ def test_resume_is_bit_exact(cache, trained, half, command):
 
 
 def test_a_killed_run_continues_to_the_same_weights(cache, trained, tmp_path, command):
+    """Killed just after the first checkpoint."""
     folder = tmp_path / "killed"
-    line = [sys.executable, "tests/small.py", "train.py", "--data", str(cache), "--run", str(folder), *TRAIN]
-    for _ in range(6):
-        process = subprocess.Popen(line, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while process.poll() is None and not (folder / "latest.pt").exists():
-            time.sleep(0.02)
-        if process.poll() is None:
-            process.send_signal(signal.SIGKILL)  # just after the first checkpoint
-            process.wait()
-            break
+    code = "\n".join([
+        "import os, sys",
+        "sys.path[:0] = ['.', 'tests']",
+        "import runs, small, train",
+        "save = runs.save_checkpoint",
+        "runs.save_checkpoint = lambda *given: (save(*given), os.kill(os.getpid(), 9))",
+        "train.main()"])
+    line = [sys.executable, "-c", code, "--data", str(cache), "--run", str(folder), *TRAIN]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True)
+    assert done.returncode == -signal.SIGKILL and load_checkpoint(folder)["step"] == 3
     command("train", "--data", cache, "--run", folder, *TRAIN)
     assert gap(trained, folder) == 0
     assert not list(folder.rglob("*.tmp"))

@@ -14,7 +14,7 @@ import produce
 import sample
 import samplers
 from conftest import shell
-from distributed import InputError, whole_file
+from distributed import InputError, command_parser, whole_file
 from mix import tell_untrained
 from modalities import MODALITIES, PLAIN_FACTS, PLAIN_SHOWN, Shown, shown_of
 from sample import Request
@@ -101,6 +101,37 @@ def test_maps_that_do_not_align_are_refused(tmp_path):
 
 # ------------------------------------------------------------------------------------------------
 # Tasks.
+
+def test_the_flags_of_sampling():
+    parser = command_parser("")
+    samplers.add_flags(parser)
+    words = ("--steps 3 --sampler euler --cfg 2 --cfg-interval .1 .7 --precision bf16 --given-time .9 "
+             "--middle-scale 1.2")
+    assert samplers.from_flags(parser.parse_args(words.split())) == samplers.Sampling(
+        "euler", 3, 2.0, (0.1, 0.7), "bf16", 0.9, 1.2)
+
+
+def test_a_translation_is_of_its_own_map(monkeypatch):
+    def sampled(model, y, given, noise, sampling):
+        seen.append({m: x.mean().item() for m, x in given.items()})
+        return torch.arange(4.0).repeat_interleave(4)[None, :, None, None].expand(1, 16, 2, 2)
+
+    seen, four = [], ("rgb", "depth", "normal", "seg")
+    monkeypatch.setattr(samplers, "sample_latents", sampled)
+    model = types.SimpleNamespace(modalities=four, parameters=lambda: iter([torch.zeros(1)]))
+    encoder = types.SimpleNamespace(channels=4)
+    draw = sample.Drawing(model, encoder, None, 0, (), None, (), back=True)
+    monkeypatch.setattr(draw, "decoded", lambda latents, modalities: np.zeros((1, 1, 3, 8, 8)))
+    list(draw.sample([Request(0, "a", 0, {})], [sample.Input({}, {}, None)], None))
+    assert seen[1:] == [{"depth": 1}, {"normal": 2}, {"seg": 3}]
+
+
+def test_flat_colours_stay_flat_at_a_photos_size(tmp_path):
+    row = MODALITIES["seg"]
+    pixels = row.to_pixels(np.uint8([[[0, 0, 0], [200, 30, 90]]]))
+    shown = sample.Maps({"seg": row}).write(tmp_path, Request(0, "a", 0, {}), {"seg": pixels}, (5, 7))["seg"]
+    assert shown.shape == (5, 7, 3) and len(np.unique(shown.reshape(-1, 3), axis=0)) == 2
+
 
 def test_samples_do_not_depend_on_batch_or_processes(command, tmp_path):
     flags = ("--task", "generate", "--num", 5, "--steps", 3, "--ckpt", CKPT)
@@ -303,6 +334,17 @@ def test_an_interrupted_set_continues_to_the_same_file(command, monkeypatch, tmp
     assert "12 samples are replaced" in command("sample", *other, "--overwrite")
     assert len(list((cut / "rgb").iterdir())) == 6
     assert not (np.load(cut / "samples.npz")["arr_0"] == array[:6]).all()
+
+
+def test_a_given_class_and_how_files_are_read_are_part_of_a_folder(command, tmp_path):
+    flags = ("--task", "condition", "--given", "depth", "--image", SCENES, *ONE_STEP, "--out", tmp_path)
+    command("sample", *flags, "--class-id", 3)
+    meta = json.loads((tmp_path / "meta.json").read_text())
+    assert {one["class_id"] for one in meta["samples"]} == {3}
+    for more, said in ((("--class-id", 4), "was of class 3, is of 4"),
+                       (("--class-id", 3, "--depth-space", "depth"), "reading was .*'depth_space': 'depth'")):
+        with pytest.raises(InputError, match=said):
+            command("sample", *flags, *more)
 
 
 def test_an_error_of_a_writing_thread_is_raised(tmp_path):

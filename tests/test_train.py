@@ -14,7 +14,7 @@ import evaluation
 import train
 from conftest import TRAIN, gap, shell
 from distributed import InputError
-from mix import ROLES, draws_of
+from mix import RGB_ONLY, ROLES, TASK_MIX, Role, draws_of
 from model import build_model
 from samplers import Sampling
 from small import SMALL
@@ -62,10 +62,10 @@ def test_objective_equals_the_released_one():
         assert grads[name].double().norm().item() == pytest.approx(norm, rel=1e-5), name
 
 
-def gradient(checkpointing, size, blocks):
+def gradient(checkpointing, blocks):
     """The gradient of a drawn model, and how often its second block was run."""
     torch.manual_seed(0)
-    model, passes = build_model(size, num_classes=12, latent_size=8, blocks=blocks), []
+    model, passes = build_model(SMALL, num_classes=12, latent_size=8, blocks=blocks), []
     for p in model.parameters():
         if p.requires_grad:
             torch.nn.init.normal_(p, std=0.02)
@@ -77,9 +77,9 @@ def gradient(checkpointing, size, blocks):
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]), len(passes)
 
 
-@pytest.mark.parametrize("size, blocks", [("T/2", "sit"), (SMALL, "modern")])
-def test_checkpointing_changes_no_gradient(size, blocks):
-    (plain, once), (again, twice) = gradient(False, size, blocks), gradient(True, size, blocks)
+@pytest.mark.parametrize("blocks", ("sit", "modern"))
+def test_checkpointing_changes_no_gradient(blocks):
+    (plain, once), (again, twice) = gradient(False, blocks), gradient(True, blocks)
     assert torch.equal(plain, again) and (once, twice) == (1, 2)
 
 
@@ -129,6 +129,17 @@ def test_the_middle_heads_have_the_velocities_losses_again(cache):
     assert torch.allclose(sum(objective.loss(objective.model, each[0]) for each in halves), sums, rtol=1e-5)
 
 
+def test_repa_is_the_mean_over_the_rows_that_have_targets(cache, monkeypatch):
+    monkeypatch.setattr(dataset.Cache, "aligned", lambda self, rows: rows % 2 == 0)
+    rows, counts = batch_of(objective_of(cache), cache)
+    assert rows["aligned"].tolist() == (dataset.Cache(cache).order(0, 0, 8) % 2 == 0).tolist()
+    assert counts[4] == rows["aligned"].sum() < 8
+
+
+def test_equal_weights(cache):
+    assert objective_of(cache, equal_weights=True).weights.tolist() == [1, 1, 1, 1, 0.5]
+
+
 def test_a_conv_projectors_targets_are_z_scored_over_the_tokens(cache):
     dino = np.random.default_rng(0).integers(-127, 128, (2, 16, 768)).astype(np.int8)
     unit = dino / np.sqrt((dino.astype(float) ** 2).sum(-1, keepdims=True))
@@ -150,6 +161,24 @@ def draws(mix, rows, seed=0, step=0, modalities=FOUR, present=None):
     """The Draws of a step, four channels a modality, of one pixel."""
     known = torch.tensor(present or (1,) * len(modalities), dtype=torch.float32).expand(rows, -1)
     return draws_of(seed, step, mix, modalities, known, (rows, 4 * len(modalities), 1, 1))
+
+
+def test_the_table_of_mixes():
+    """Sec. 4.1 and Table 4, role by role."""
+    full, given, joint = Role(), Role("random"), Role(drop=0.5)
+    assert TASK_MIX["mmgen"] == (RGB_ONLY, RGB_ONLY, joint, Role("random", drop=0.5))
+    assert TASK_MIX["gen-only"] == (RGB_ONLY, RGB_ONLY, joint, joint)
+    assert TASK_MIX["no-aug"] == (full, full, given, given)
+    assert TASK_MIX["no-drop"] == (RGB_ONLY, RGB_ONLY, full, given)
+    assert all(TASK_MIX[f"{m}2x"] == (Role(m, clean=1.0),) * 4 for m in FOUR)
+    assert TASK_MIX["photo"][1] == Role("rgb", no_class=0.9)
+
+
+def test_dropped_classes_are_the_null_class(cache):
+    y = batch_of(objective_of(cache, mix="photo"), cache)[0]["y"]
+    held = dataset.Cache(cache)
+    null, labels = draws("photo", 8).null, held.labels[held.order(0, 0, 8)]
+    assert null.any() and y.tolist() == np.where(null, 12, labels).tolist()
 
 
 def test_draws_follow_the_mix():
@@ -201,7 +230,14 @@ def test_every_epoch_is_a_permutation(cache):
     order = data.order(0, 0, 72).reshape(3, 24)
     assert all(sorted(epoch) == list(range(24)) for epoch in order) and (order[0] != order[1]).any()
     assert (dataset.Cache(cache).order(0, 30, 10) == data.order(0, 30, 10)).all()
-    assert (order[1, 6:16] == data.order(0, 30, 10)).all()
+    assert (order[1, 6:16] == data.order(0, 30, 10)).all() and (data.order(1, 0, 24) != order[0]).any()
+
+
+def test_a_runs_seed_orders_its_data(cache, tmp_path, command, monkeypatch):
+    seeds, batches = [], dataset.batches
+    monkeypatch.setattr(dataset, "batches", lambda *given: seeds.append(given[3]) or batches(*given))
+    command("train", "--data", cache, "--run", tmp_path, *TRAIN, "--steps", 1, "--seed", 7)
+    assert seeds == [7]
 
 
 def test_a_process_reads_its_rows_of_the_global_batches(cache):
@@ -256,11 +292,12 @@ def scores_of(run):
 
 
 def test_two_processes_train_as_one(cache, tmp_path, command):
-    """Both of Muon's and AdamW's weights."""
+    """Both of Muon's and AdamW's weights; two go on from what one has begun."""
     flags = ("--data", cache, "--model", SMALL, "--steps", 10, "--batch-size", 8, "--micro-batch", 4,
              "--precision", "fp32", "--preview-every", 1000, "--eval-every", 10, "--eval-toy", 2,
              "--optimiser", "muon")
     command("train", *flags, "--run", tmp_path / "1")
+    command("train", *flags, "--steps", 3, "--run", tmp_path / "2")
     result = shell("train.py", *flags, "--run", tmp_path / "2", processes=2, torchrun=True)
     assert result.returncode == 0, result.stderr
     assert gap(tmp_path / "1", tmp_path / "2") < 1e-6

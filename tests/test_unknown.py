@@ -1,5 +1,6 @@
 """Unknown pixels and missing modalities: what the cache keeps of them, what a step makes of them."""
 import argparse
+import functools
 import json
 
 import numpy as np
@@ -137,6 +138,10 @@ def test_unknown_cells_have_no_loss_and_no_gradient(folders):
     poisoned = torch.where(unknown, float("nan"), v4[:, 1])
     again = train.velocity_error(torch.cat([v.detach()[:, :4], poisoned], 1), *truth).sum(0)
     assert torch.allclose(again, sums)
+    v.grad = None
+    objective.loss(functools.partial(answer, (v, None)), rows).sum().backward()
+    scored = (rows["cells"] & rows["supervised"][..., None, None]).repeat_interleave(4, 1)
+    assert ((v.grad != 0) == scored).all()
 
 
 def test_a_row_without_a_map_has_noise_in_its_place(folders):
@@ -160,6 +165,11 @@ def test_a_row_without_a_map_has_noise_in_its_place(folders):
     assert all(torch.isfinite(p.grad).all() for p in objective.model.parameters() if p.grad is not None)
 
 
+def answer(answers, *_, **__):
+    """A network that gives these, whatever it is shown."""
+    return answers
+
+
 def test_mt_diffusion_leaves_unknown_cells_out(folders):
     cache = dataset.Cache(folders["holes"])
     for pair, name in ((["rgb", "depth"], "cells"), (["depth", "rgb"], "x_cells")):
@@ -174,6 +184,19 @@ def test_mt_diffusion_leaves_unknown_cells_out(folders):
         gradient = v.grad.transpose(0, 1)
         assert (gradient[:, ~first] == 0).all() and (gradient[:, first] != 0).all()
         assert torch.isfinite(objective.loss(objective.model, rows)).all()
+        eps, x = (torch.randn(8, 4, 8, 8, requires_grad=True) for _ in range(2))
+        objective.loss(functools.partial(answer, (eps, x)), rows).sum().backward()
+        assert torch.equal((eps if name == "cells" else x).grad.any(1), rows[name])
+
+
+def test_mt_diffusion_is_shown_an_x_that_is_half_known(folders):
+    cache = dataset.Cache(folders["holes"])
+    objective = objective_of(cache, mt_diffusion.Objective, ["--pair", "depth", "rgb", "--hidden", "0"])
+    batch = cache.gather(np.arange(8), objective.reads)
+    batch["known"] = torch.tensor([[1, 0.3], [1, 0.5]] * 4)
+    rows, counts = objective.prepare(0, batch, slice(0, 8))
+    assert rows["seen"].tolist() == [False, True] * 4 and torch.equal(rows["alone"], ~rows["seen"])
+    assert counts[1] == 4
 
 
 # ------------------------------------------------------------------------------------------------
@@ -195,6 +218,20 @@ def test_several_caches_train_as_one(folders, command, tmp_path):
     command("train", *flags, "--steps", 2, "--run", tmp_path / "b")
     command("train", *flags, "--steps", 4, "--run", tmp_path / "b")
     assert gap(tmp_path / "a/latest.pt", tmp_path / "b/latest.pt") == 0
+
+
+def test_a_caches_weight_is_its_number_of_rows(folders):
+    a, b = (dataset.Cache(folders[name]) for name in ("holes", "whole"))
+    a.rows = a.rows[:2]
+    assert mixture.Mixture([a, b]).weights.tolist() == [0.2, 0.8]
+
+
+@pytest.mark.parametrize("key", ("teacher", "palette", "seg_mode"))
+def test_caches_that_speak_otherwise_are_not_united(folders, key):
+    meta = {**dataset.Cache(folders["holes"]).meta, "modalities": ["rgb", "seg"], "teacher": None}
+    a, b = ({**meta, key: value} for value in ("x", "y"))
+    with pytest.raises(InputError, match=f"{key} differs"):
+        mixture._united([a, b], ["a", "b"], ("rgb",))
 
 
 def test_the_classes_of_several_caches_are_united(folders, cache, tmp_path):
