@@ -40,7 +40,7 @@ class Objective:
     """Eq. 6: the noise's mean square, plus x_weight times X's error; for the contract see train.MMGen."""
 
     method, group = METHOD, 1
-    shaping = ("model", "fusion", "pair", "agg", "head", "patch_size", "preset")  # its flags, for it
+    shaping = ("model", "fusion", "pair", "agg", "head", "patch_size", "preset")  # its flags are compared
     options = OPTIONS
 
     @staticmethod
@@ -141,8 +141,8 @@ class Objective:
         table, taken = init_from(self.backbone, self.meta, {**checkpoint, "ema": ema}, path, self.method,
                                  names)
         self.model.load_state_dict(of_x, strict=False)
-        new = {key for key in self.model.state_dict() if not key.startswith(WRAPPER)} - of_x.keys()
-        for said, keys in (("of X", of_x), ("of X, new", new)):
+        left = {key for key in self.model.state_dict() if not key.startswith(WRAPPER)} - of_x.keys()
+        for said, keys in (("of X", of_x), ("of X, new", left)):
             table += f"\n  {said}: {', '.join(sorted(keys))}" if keys else ""
         taken = {f"{WRAPPER}{name}": source for name, source in taken.items()}
         return table, taken | {key: key.removeprefix(WRAPPER) for key in of_x}
@@ -151,7 +151,7 @@ class Objective:
         """The weights of X, {name: tensor}, of an EMA of this method that mean the same here: classes are
         matched by name, vectors have to be of the same teacher.
         """
-        mine, mean_x = self.model.state_dict(), {}
+        mine, same = self.model.state_dict(), {}
         if self.kind == "feature" and theirs["meta"].get("feature") != self.meta["feature"]:
             return {}
         for key, value in ema.items():
@@ -164,8 +164,8 @@ class Objective:
             vectors = self.kind == "feature" and key == f"{WRAPPER}y_embedder.weight"
             own = vectors or not key.startswith(WRAPPER)
             if own and key in mine and mine[key].shape == value.shape:
-                mean_x[key] = value
-        return mean_x
+                same[key] = value
+        return same
 
     def prepare(self, step, batch, part):
         """A step's draws for the whole global batch, those of this process (slice part) beside its data.

@@ -210,7 +210,7 @@ FAST = {  # --fast, by quality against evaluations on the toy world
 
 def checkpoint_flags(parser):
     """The flags of every command that samples a checkpoint, of any method."""
-    parser.add_argument("--ckpt", type=pathlib.Path, help="default: the newest run; of none the demo")
+    parser.add_argument("--ckpt", type=pathlib.Path, help="default: the newest run, else the demo")
     parser.add_argument("--vae", help="where the VAE of the training cache lies, if not where it was; of "
                         "Stable Diffusion's latents any that speaks them: sd-mse, sd-ema, taesd, a file, or "
                         "TAESD's folder")

@@ -26,7 +26,8 @@ row() {  # name, seed, steps, flags
 more() {  # name, seed, the run that it goes on from, flags: a third of the steps
     name=$1 seed=$2 from=$RUNS/$3_$2
     shift 3
-    [ ! -f "$OUT/${from##*/}.json" ] || [ ! -f "$from/latest.pt" ] || row "$name" "$seed" $((STEPS / 3)) --init "$from" "$@"
+    [ -f "$OUT/${from##*/}.json" ] && [ -f "$from/latest.pt" ] || return 0  # not trained to its end
+    row "$name" "$seed" $((STEPS / 3)) --init "$from" "$@"
 }
 
 ALONE="--x-weight 0 --agg none"
