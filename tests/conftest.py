@@ -17,6 +17,7 @@ import torch  # noqa: E402
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+from model import training_flops  # noqa: E402
 from small import SMALL, forked  # noqa: E402
 
 gc.set_threshold(100_000, 50, 50)  # what torch imports is walked through less often: 5 % of the time
@@ -27,14 +28,31 @@ TRAIN = ("--model", SMALL, "--steps", "6", "--batch-size", "8", "--ckpt-every", 
 
 
 @pytest.fixture(autouse=True, scope="session")
-def two_threads():
-    os.environ["OMP_NUM_THREADS"] = "2"
-    torch.set_num_threads(2)
+def one_thread():
+    """A second one has nothing to do in networks so small; it is for the other half of the tests."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def counted_once():
+    """The operations of a configuration are counted once for all runs of it: half a second each."""
+    counted = {}
+
+    def flops(config):
+        key = json.dumps(config, sort_keys=True)
+        if key not in counted:
+            counted[key] = training_flops(config)
+        return counted[key]
+    for script in ("train", "mt_diffusion"):
+        importlib.import_module(script).training_flops = flops
 
 
 @pytest.fixture(scope="session")
 def figure():
-    """figure("what", value) prints a measured figure; FIGURES=FILE in the environment takes them all."""
+    """figure("what", value) prints a measured figure; FIGURES=FILE in the environment takes them all, of a
+    run of the tests in one process.
+    """
     found = {}
 
     def record(what, value):
@@ -86,7 +104,7 @@ def shell(*argv, processes=1, torchrun=False, timeout=150):
     if not torchrun:
         return _processes(argv, processes, timeout)
     argv = ["tests/small.py", *argv] if SMALL in argv else argv
-    environment = {**os.environ, "OMP_NUM_THREADS": str(2 // processes)}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "--"]
     return subprocess.run([sys.executable, *launcher, *argv], cwd=ROOT, capture_output=True, text=True,
                           timeout=timeout, env=environment)

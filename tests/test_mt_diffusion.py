@@ -27,14 +27,6 @@ FAMILIES = [name for name in mt.FAMILIES if name != "none"]
 SCENES = DEMO / "scenes"
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread(two_threads):
-    """A second one has nothing to do there but wait."""
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(2)
-
-
 def chain(schedule, *families):
     """The step factors a (T,), the weights w (I, T) and the MTSchedule of them."""
     a = 1 - mt.make_betas(schedule)

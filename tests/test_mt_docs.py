@@ -54,7 +54,7 @@ class Distance(eval_fid.Lpips):
 
 
 @pytest.fixture(scope="module")
-def page(two_threads, tmp_path_factory):
+def page(one_thread, tmp_path_factory):
     """The folder where the page's commands have run in their order, {command: what it printed}, and
     {command: why it failed}.
 
@@ -63,7 +63,6 @@ def page(two_threads, tmp_path_factory):
     """
     folder, printed, failed = tmp_path_factory.mktemp("page"), {}, {}
     run_docs.bring(folder)
-    torch.set_num_threads(1)  # a second one has nothing to do in so small a network
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setitem(SIZES, "T/2", (2, 48, 2, 1))
@@ -81,7 +80,6 @@ def page(two_threads, tmp_path_factory):
                     failed[command] = error
             printed[command] = out.getvalue()
         yield folder, printed, failed
-    torch.set_num_threads(2)
 
 
 def value_of(command, flag):

@@ -293,11 +293,11 @@ def scores_of(run):
 
 def test_two_processes_train_as_one(cache, tmp_path, command):
     """Both of Muon's and AdamW's weights; two go on from what one has begun."""
-    flags = ("--data", cache, "--model", SMALL, "--steps", 10, "--batch-size", 8, "--micro-batch", 4,
-             "--precision", "fp32", "--preview-every", 1000, "--eval-every", 10, "--eval-toy", 2,
+    flags = ("--data", cache, "--model", SMALL, "--steps", 4, "--batch-size", 8, "--micro-batch", 4,
+             "--precision", "fp32", "--preview-every", 1000, "--eval-every", 4, "--eval-toy", 2,
              "--optimiser", "muon")
     command("train", *flags, "--run", tmp_path / "1")
-    command("train", *flags, "--steps", 3, "--run", tmp_path / "2")
+    command("train", *flags, "--steps", 2, "--run", tmp_path / "2")
     result = shell("train.py", *flags, "--run", tmp_path / "2", processes=2, torchrun=True)
     assert result.returncode == 0, result.stderr
     assert gap(tmp_path / "1", tmp_path / "2") < 1e-6
