@@ -5,6 +5,7 @@ from PIL import Image
 from scipy import ndimage
 
 import mesh
+import sample
 import toy_scenes
 from distributed import InputError
 from weights import DEMO
@@ -145,12 +146,15 @@ def test_which_segment(tmp_path):
         mesh.pick_segment(np.zeros((20, 20), int))
 
 
-def test_the_chain_from_one_depth_map(command, tmp_path):
-    picture = DEMO / "scenes/depth"
+def test_the_chain_from_one_depth_map(command, tmp_path, monkeypatch):
+    asked = []
+    picture, pick = DEMO / "scenes/depth", sample.pick_segment
     first = sorted(picture.rglob("*.png"))[0]
+    monkeypatch.setattr(sample, "pick_segment", lambda index, at: asked.append(at) or pick(index))
     command("sample", "--task", "condition", "--given", "depth", "--image", first, "--mesh",
             "--ckpt", DEMO / "mmgen.pt", "--sampler", "euler", "--steps", 6, "--focal", 1.2,
-            "--out", tmp_path)
+            "--segment", "30,40", "--out", tmp_path)
+    assert asked == [(30, 40)]
     assert (tmp_path / "mesh" / f"{first.stem}.ply").read_bytes().startswith(b"ply\n")
 
 

@@ -413,6 +413,18 @@ def test_a_hidden_x_is_not_seen_and_a_full_mask_is_ddpm(pair):
     assert not torch.equal(eps(z0, True), eps(blank, True))
 
 
+def test_recognition_is_of_latents_noised_to_step_50(monkeypatch):
+    """Sec. 4.3: nothing of X is carried, the head of the label has the word."""
+    model, seen = tiny("label"), []
+    monkeypatch.setattr(model, "forward", lambda *given: seen.append(given) or (None, torch.eye(12)[:2]))
+    z0, noise = torch.randn(2, 4, 16, 16), torch.randn(2, 4, 16, 16)
+    assert torch.equal(model.recognise(z0, lambda shape: noise), torch.eye(12)[:2])
+    [(z, k, x, known)] = seen
+    nothing = torch.zeros_like(z0)
+    assert torch.equal(z, model.schedule.q_sample(z0, [nothing], torch.tensor([50, 50]), noise))
+    assert k.tolist() == [50, 50] and not known.any()
+
+
 # ------------------------------------------------------------------------------------------------
 # The commands.
 
@@ -596,13 +608,15 @@ def test_labels_and_vectors(trained, command, tmp_path):
         command("mt_sample", "--task", "classify", "--image", SCENES, "--ckpt", run, "--out", tmp_path / "c")
 
 
-def test_translation_does_not_depend_on_the_batch(trained, command, tmp_path):
+def test_translation_does_not_depend_on_batch_or_processes(trained, command, tmp_path):
     run = trained("rgb", "seg")
     flags = ("--task", "translate", "--image", SCENES, "--ckpt", run)
     for size in (1, 4):
         command("mt_sample", *flags, "--steps", 3, "--batch-size", size, "--out", tmp_path / str(size))
-    a, b = ([pixels(path) for path in sorted((tmp_path / s / "seg").glob("*.png"))] for s in "14")
-    assert len(a) == 4 and np.abs(np.stack(a) - np.stack(b)).max() <= 1
+    result = shell("mt_sample.py", *flags, "--steps", 3, "--out", tmp_path / "2", processes=2)
+    assert result.returncode == 0, result.stderr
+    a, *others = ([pixels(path) for path in sorted((tmp_path / s / "seg").glob("*.png"))] for s in "142")
+    assert len(a) == 4 and all(np.abs(np.stack(a) - np.stack(b)).max() <= 1 for b in others)
     command("mt_sample", *flags, "--outputs", "seg", "--steps", 2, "--out", tmp_path / "alone")
     assert not (tmp_path / "alone/rgb").exists() and len(list((tmp_path / "alone/seg").iterdir())) == 4
     generate = ("--task", "generate", "--num", 2, "--ckpt", run, "--steps", 3)

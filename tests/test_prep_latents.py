@@ -522,6 +522,17 @@ def test_what_is_no_index_is_named_by_its_line(lines, message, tmp_path, command
     assert str(error.value).startswith(str(index)) and not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("label", (-1, 13))
+def test_a_label_beyond_the_classes_is_named(label, cache, tmp_path):
+    """12 stands for none."""
+    shutil.copytree(cache, tmp_path / "c")
+    labels = np.load(cache / "labels.npy")
+    labels[3] = label
+    np.save(tmp_path / "c/labels.npy", labels)
+    with pytest.raises(InputError, match=f"c/labels.npy: classes .*{label}.*, meta.json has 12"):
+        Cache(tmp_path / "c")
+
+
 def test_a_class_of_null_is_none_whatever_its_number(tmp_path):
     row = {"rgb": "a.png", "class": None, "idx_cat": 5}
     index = write_index(tmp_path / "list.jsonl", [row, {"rgb": "b.png", "idx_cat": 5}])
