@@ -420,8 +420,9 @@ def test_recognition_is_of_latents_noised_to_step_50(monkeypatch):
     z0, noise = torch.randn(2, 4, 16, 16), torch.randn(2, 4, 16, 16)
     assert torch.equal(model.recognise(z0, lambda shape: noise), torch.eye(12)[:2])
     [(z, k, x, known)] = seen
-    nothing = torch.zeros_like(z0)
-    assert torch.equal(z, model.schedule.q_sample(z0, [nothing], torch.tensor([50, 50]), noise))
+    level, schedule = torch.tensor([50, 50]), model.schedule
+    noised = schedule.q_sample(z0, [torch.zeros_like(z0)], level, noise)
+    assert torch.equal(z, schedule.at("scale", level, z0) * noised)
     assert k.tolist() == [50, 50] and not known.any()
 
 
