@@ -17,14 +17,7 @@ from layers import BLOCKS, Head, TimeEmbedder, rotation_of
 # Fusion: how the latents of M modalities become tokens, and which tokens each head reads.
 
 class Fusion(nn.Module):
-    """What a fusion says of its weights, so that --init matches modalities by name.
-
-    joined: {weight: the dimension along which it has a block for each modality}; a new one's columns (1)
-    start at zero, so that the tokens of the others keep their meaning. numbered: names of its ModuleLists
-    with an entry for each modality; a new one's entry starts as it is drawn.
-    """
-
-    joined, numbered = {}, ()
+    """Which of its weights belong to which modality, --init sees for itself (transfer.parts_of)."""
 
     def __init__(self, num_modalities):
         super().__init__()
@@ -33,20 +26,9 @@ class Fusion(nn.Module):
     def initialise(self):
         """Called when all linear layers and convolutions have been drawn anew: what shall be otherwise."""
 
-    def check_said(self):
-        """Raise ValueError where joined and numbered do not name what is there."""
-        lists = {name for name, part in self.named_children()
-                 if isinstance(part, nn.ModuleList) and len(part) == self.num_modalities}
-        lost = (lists ^ set(self.numbered)) | (set(self.joined) - dict(self.named_parameters()).keys())
-        if lost:
-            raise ValueError(f"{type(self).__name__}: joined {self.joined} and numbered {self.numbered} do "
-                             f"not fit its {', '.join(sorted(lost))}; --init would mix modalities up")
-
 
 class LinearFusion(Fusion):
     """The patches of all modalities at one place become one token: T does not grow with M (as released)."""
-
-    joined = {"proj.weight": 1}
 
     def __init__(self, num_modalities, channels, patch, width):
         super().__init__(num_modalities)
@@ -74,8 +56,6 @@ class MlpFusion(LinearFusion):
 
 class SequenceFusion(Fusion):
     """Every modality keeps tokens of its own, M*T in all: the supplement's Fig. 1(b), for its cost."""
-
-    joined, numbered = {"modality": 0}, ("proj",)
 
     def __init__(self, num_modalities, channels, patch, width):
         super().__init__(num_modalities)
@@ -142,7 +122,6 @@ class MMDiT(nn.Module):
         self.encoder_depth = encoder_depth
         self.checkpointing = False  # recompute the blocks in the backward pass
         self.x_embedder = FUSIONS[fusion](M, latent_channels, patch_size, width)
-        self.x_embedder.check_said()
         self.t_embedder = TimeEmbedder(width, M, fused_time)
         self.task_embedder = nn.Embedding(M + 1, width) if task_embedding else None
         self.y_embedder = nn.Embedding(num_classes + 1, width)
@@ -176,17 +155,6 @@ class MMDiT(nn.Module):
             nn.init.zeros_(head.adaLN_modulation[1].weight)
             nn.init.zeros_(head.linear.weight)
         self.pos_embed.data.copy_(sincos_positions(width, *self.grid))
-
-    @property
-    def joined(self):
-        """{weight with a part for each modality: the dimension}; the task table's first row is of none."""
-        fusion = {f"x_embedder.{name}": along for name, along in self.x_embedder.joined.items()}
-        return {**fusion, "t_embedder.mlp_fused.0.weight": 1, "task_embedder.weight": 0}
-
-    @property
-    def numbered(self):
-        """Names of the lists that have a module for each modality."""
-        return "heads", "middle_heads", *(f"x_embedder.{name}" for name in self.x_embedder.numbered)
 
     def positions(self, h, w):
         """The position table for h x w tokens: (1, h*w, D)."""

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from distributed import check
+from model import build_model
 from trees import classes_of
 
 WRAPPER = "backbone."  # what MT-Diffusion's checkpoints put before the network's weights
@@ -36,8 +37,9 @@ def init_from(model, meta, checkpoint, path, method="mmgen", names=None):
     old, new = names or (theirs["model"]["modalities"], list(model.modalities))
     state, fate, used, notes = _unwrapped(checkpoint["ema"]), {}, {}, []
     foreign = theirs["train"].get("method", "mmgen") != method
+    joined, lists = parts_of(model.config)
     for key, target in model.state_dict().items():
-        source = _source(key, model.numbered, old, new)
+        source = _source(key, lists, old, new)
         vectors = key == "y_embedder.weight" and theirs["model"].get("features")  # a layer, not a table
         if source not in state or vectors or (foreign and key.startswith("heads.")):
             fate[key] = "new"
@@ -51,9 +53,8 @@ def init_from(model, meta, checkpoint, path, method="mmgen", names=None):
             notes = [f"  class rows: {len(rows) - rows.count(None)} of {len(rows)} known{how}"]
         elif key == "pos_embed" and value.shape != target.shape:
             fate[key] = _copy_positions(value, target, theirs["model"], model.grid)
-        elif key in model.joined and old != new and value.shape[2:] == target.shape[2:]:
-            first = int(key == "task_embedder.weight")  # its row 0 belongs to no modality
-            fate[key] = _copy_parts(value, target, model.joined[key], first, old, new)
+        elif key in joined and old != new:
+            fate[key] = _copy_parts(value, target, joined[key], old, new)
         elif value.shape == target.shape:
             target.copy_(value)
             fate[key] = "taken"
@@ -108,16 +109,16 @@ def _unwrapped(state):
     return inner or state
 
 
-def _source(key, numbered, old, new):
-    """The file's name of a weight, None for that of a modality which the file does not have; numbered: as of
-    MMDiT.
+def _source(key, lists, old, new):
+    """The file's name of a weight, None for that of a modality which the file does not have; lists: as of
+    parts_of.
     """
-    place = next((name for name in numbered if key.startswith(f"{name}.")), None)
+    place = next((name for name in lists if key.startswith(f"{name}.")), None)
     if place is None or old == new:
         return key
-    index, _, after = key.removeprefix(f"{place}.").partition(".")
+    index, *after = key.removeprefix(f"{place}.").split(".")
     modality = new[int(index)]
-    return f"{place}.{old.index(modality)}.{after}" if modality in old else None
+    return ".".join([place, str(old.index(modality)), *after]) if modality in old else None
 
 
 def class_rows(old, new, count):
@@ -136,6 +137,42 @@ def class_rows(old, new, count):
 # ------------------------------------------------------------------------------------------------
 # Parts of a weight.
 
+def parts_of(config):
+    """What belongs to each modality in the network of a configuration, by comparison with that of one
+    modality more -> {weight that depends on their number: (the dimension along which it has a block for each,
+    what lies before the blocks), None where it has no such blocks}, {names of the lists with an entry for
+    each}.
+    """
+    count = len(config["modalities"])
+    with torch.device("meta"):
+        mine, more = (build_model(**{**config, "modalities": list(map(str, range(n)))}).state_dict()
+                      for n in (count, count + 1))
+    lists = {_list_of(name, count, mine) for name in sorted(more.keys() ^ mine.keys())}
+    joined = {name: _blocks(value.shape, more[name].shape, count)
+              for name, value in mine.items() if value.shape != more[name].shape}
+    return joined, lists
+
+
+def _blocks(shape, larger, count):
+    """(dimension, what lies before the blocks) of a weight's shapes for `count` modalities and one more, or
+    None.
+    """
+    grown = [i for i, (a, b) in enumerate(zip(shape, larger)) if a != b]
+    first = shape[grown[0]] - count * (larger[grown[0]] - shape[grown[0]])
+    return (grown[0], first) if len(grown) == 1 and first >= 0 else None
+
+
+def _list_of(name, count, held):
+    """The list whose entry `count` a weight is of: those of the names `held` have none. ValueError: none."""
+    words = name.split(".")
+    for i, word in enumerate(words):
+        entry = words[:i + 1]
+        if word == str(count) and not any(key.split(".")[:i + 1] == entry for key in held):
+            return ".".join(words[:i])
+    raise ValueError(f"{name}: is not there with any number of modalities, and no entry {count} of a list; "
+                     "--init cannot tell whose it is")
+
+
 def _copy_classes(value, target, rows):
     """Rows of the class table (K + 1, D), the last one, the null class, for None."""
     null = len(value) - 1
@@ -151,10 +188,14 @@ def _copy_positions(value, target, config, grid):
     return "inflated"
 
 
-def _copy_parts(value, target, along, first, old, new):
-    """A tensor with a part for each modality along a dimension, behind the `first` ones, which belong to
-    none: a new one's columns are zero, its rows stay as they are.
+def _copy_parts(value, target, place, old, new):
+    """A tensor with a block for each modality, place as of parts_of: a new one's columns start at zero, so
+    that what the others say keeps its meaning; its rows stay as they are.
     """
+    along, first = place or (0, 0)
+    sizes = [(tensor.shape[along] - first) / len(names) for tensor, names in ((value, old), (target, new))]
+    if not place or sizes[0] != sizes[1] or value.shape[along + 1:] != target.shape[along + 1:]:
+        return "new"
     if along == 1:
         target.zero_()
     else:

@@ -10,6 +10,7 @@ from conftest import ROOT
 from layers import BLOCKS, rotate, rotation_of
 from model import FUSIONS, SIZES, Fusion, build_model, sincos_positions
 from small import SMALL
+from transfer import parts_of
 
 
 def random_model(size="T/2", **options):
@@ -54,15 +55,16 @@ def test_initial_weights_are_distributed_as_the_released_codes():
 
 
 def test_a_fusion_of_ones_own(monkeypatch):
-    """It says which weights are of a modality, or is refused; what it starts with is its own affair."""
+    """What it starts with is its own affair; which weights are of a modality is seen."""
     class Own(Fusion):
-        numbered = ("parts",)
-
         def __init__(self, num_modalities, channels, patch, width):
             super().__init__(num_modalities)
             self.parts = nn.ModuleList(nn.Conv2d(channels, width, patch, patch, bias=False)
                                        for _ in range(num_modalities))
             self.gate = nn.Linear(width, 1)
+            self.rows = nn.Linear(2, num_modalities + 1)
+            self.square = nn.Linear(num_modalities, num_modalities, bias=False)
+            self.four = nn.ModuleList(nn.Linear(2, 2) for _ in range(4))  # whatever their number
 
         def initialise(self):
             nn.init.zeros_(self.gate.weight)
@@ -70,11 +72,20 @@ def test_a_fusion_of_ones_own(monkeypatch):
     monkeypatch.setitem(FUSIONS, "own", Own)
     model = build_model(SMALL, fusion="own")
     assert not model.x_embedder.gate.weight.any() and model.x_embedder.parts[0].weight.any()
-    assert "x_embedder.parts" in model.numbered
-    for names in ({"numbered": ()}, {"joined": {"proj.weight": 1}}, {"numbered": ("parts", "more")}):
-        monkeypatch.setitem(FUSIONS, "own", type("Wrong", (Own,), names))
-        with pytest.raises(ValueError, match="--init would mix modalities up"):
-            build_model(SMALL, fusion="own")
+    joined, lists = parts_of(model.config)
+    assert lists == {"heads", "x_embedder.parts"}
+    assert joined == {"x_embedder.rows.weight": (0, 1), "x_embedder.rows.bias": (0, 1),
+                      "x_embedder.square.weight": None, "task_embedder.weight": (0, 1),
+                      "t_embedder.mlp_fused.0.weight": (1, 0)}
+
+    class Odd(Own):
+        def __init__(self, num_modalities, *sizes):
+            super().__init__(num_modalities, *sizes)
+            setattr(self, f"of{num_modalities}", nn.Linear(2, 2, bias=False))
+
+    monkeypatch.setitem(FUSIONS, "own", Odd)
+    with pytest.raises(ValueError, match="of4.weight: is not there with any"):
+        parts_of(model.config)
 
 
 def test_a_time_mlp_that_is_not_fused_embeds_to_the_width():
