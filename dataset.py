@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from distributed import InputError, check, prefetch, reading, whole_file
+from modalities import shown_of
 
 FORMAT = "mmgen-cache-1"
 DEFAULT = pathlib.Path("data/cache")
@@ -161,18 +162,20 @@ def _reserve(file, dtype, shape):
                 raise
 
 
+def said_of(key, meta, folder):
+    """A value of the folder's meta.json for a line, "shown" as the flags that say so."""
+    return shown_of(meta, f"{folder}/meta.json").flags() if key == "shown" else str(meta.get(key))[:80]
+
+
 def check_same(folder, meta, labels=None):
     """Raise InputError unless the folder's cache has this meta.json, naming the first key that differs, and
     these labels (n,), where they are known beforehand.
     """
     old = {"shown": {}, "space": meta.get("space"), **read_meta(folder)}  # older ones do not say them
     for key, value in {"shown": {}, **meta}.items():
-        remedy = "use another --out"
-        if key == "shown":
-            remedy += (", or the --depth-over, --uncovered, --depth-norm and --depth-target of the cache "
-                       "({}: crop, black, minmax, disparity)")
-        check(old.get(key) == value, f"{folder}/meta.json: {key} is {str(old.get(key))[:80]}, "
-              f"this run has {str(value)[:80]}; {remedy}")
+        was, now = said_of(key, old, folder), said_of(key, {key: value}, folder)
+        check(old.get(key) == value, f"{folder}/meta.json: {key} is {was}, this run has {now}; use another "
+              "--out")
     if labels is not None:
         held = open_array(folder, "labels", meta)
         for row in np.flatnonzero(held != labels)[:1]:

@@ -21,7 +21,7 @@ class Format(NamedTuple):
     depth_unit: float = None   # metres of a level of 16 bits or more; None: there are floats alone, in metres
     focal: float = None        # pixels, of pictures of `width`
     width: int = None          # None: of the depth files' own
-    intrinsics: str = None     # a scene's file beside the depth's folder; the focal length comes first
+    intrinsics: str = None     # the camera's file, seen from the depth's folder: see import_frames.focal_in
     along_ray: bool = False    # depth is the distance from the camera
     within: float = None       # seconds: names are times, and the nearest one is the partner
     palette: tuple = None      # colours of the labels that are written
@@ -50,7 +50,7 @@ FORMATS = {
         "<scene>/{color,depth}/<n>, mm; focal length of <scene>/intrinsic/intrinsic_depth.txt",
         {"rgb": (SCENE + r"color/(?P<name>\d+)\.(?:jpg|png)",),
          "depth": (SCENE + r"depth/(?P<name>\d+)\.png",)},
-        depth_unit=0.001, focal=577.87, width=640, intrinsics="intrinsic/intrinsic_depth.txt"),
+        depth_unit=0.001, focal=577.87, width=640, intrinsics="../intrinsic/intrinsic_depth.txt"),
     "7scenes": Format(
         "<scene>/frame-<n>.{color,depth}.png, mm, 0 and 65535 unknown",
         {"rgb": (SCENE + r"frame-(?P<name>\d+)\.color\.png",),

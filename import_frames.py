@@ -11,6 +11,7 @@ made. What is there is kept: the same command continues an interrupted run, and 
 """
 import filecmp
 import functools
+import os
 import pathlib
 import re
 from typing import NamedTuple
@@ -36,26 +37,46 @@ AGREE = 0.03   # of focal lengths that count as one: a data set's cameras are ca
 # ------------------------------------------------------------------------------------------------
 # Focal lengths.
 
+CAMERA = {1: 0, 4: 1, 9: 4, 16: 5}  # numbers of a camera's file, fx first: where fy stands
+
+
 def own_focal(frame, row):
-    """The focal length (pixels, at the Format's width) that a frame's scene brings, else the Format's.
+    """The focal length (pixels, at the Format's width) that a frame's camera file says, else the Format's.
 
-    Raises InputError for a file that is no matrix of a camera.
+    Raises InputError for a file that is none of a camera.
     """
+    path = camera_file(frame, row)
+    return focal_in(path) if path and path.is_file() else row.focal
+
+
+def camera_file(frame, row):
+    """Where a frame's camera file would be, None for a Format that has none."""
     if row.intrinsics is None or "depth" not in frame.files:
-        return row.focal
-    return _read_focal(frame.files["depth"].parent.parent / row.intrinsics) or row.focal
-
-
-def _read_focal(path):
-    """The focal length of a file, None where there is none."""
-    if not path.is_file():
         return None
-    with reading(path, "give four lines of four numbers, the focal length first; or take it away"):
+    return pathlib.Path(os.path.normpath(frame.files["depth"].parent / row.intrinsics))
+
+
+def focal_in(path):
+    """The focal length of a file of numbers: fx; fx fy cx cy; or the camera's matrix in 3 or 4 rows."""
+    forms = "give fx, or fx fy cx cy, or a matrix of 3x3 or 4x4, in pixels"
+    with reading(path, f"{forms}, nothing else; or take it away"):
         with open(path) as file:
-            focal = float(file.read(4096).split()[0])
-        check(0 < focal < 1e6, f"{path}: the focal length is {focal:g}, must be positive, in pixels; mend "
-              "the file")
-    return focal
+            numbers = [float(word) for word in file.read(4096).split()]
+    check(len(numbers) in CAMERA, f"{path}: holds {len(numbers)} numbers; {forms}")
+    fx, fy = numbers[0], numbers[CAMERA[len(numbers)]]
+    check(0 < fx < 1e6 and abs(fy / fx - 1) < 0.1, f"{path}: the focal lengths are {fx:g} and {fy:g}; they "
+          f"must be positive and alike; {forms}")
+    return fx
+
+
+def _tell_camera(recipe, frames):
+    """Print which scenes have no camera file where the Format knows one, and what is taken instead."""
+    sought = [camera_file(frame, recipe.row) for frame in frames]
+    lost = sorted({path for path in sought if path and not path.is_file()})
+    if lost and recipe.focal is None and recipe.row.focal:
+        others = f", nor are {len(lost) - 1} others" if len(lost) > 1 else ""
+        print(f"{lost[0]}: not there{others}; the focal length is taken for the format's "
+              f"{recipe.row.focal:g} px at a width of {recipe.row.width}")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -241,8 +262,9 @@ def import_frame(recipe, frame):
     rasters = {"rgb": MODALITIES["rgb"].open(frame.files["rgb"])}
     focal, palette, maps = recipe.focal_of(frame), None, {}
     needed = "normal" in there or recipe.row.along_ray
-    check(focal is not None or not needed, f"{frame.files['rgb']}: nobody says its focal length; give "
-          "--focal PIXELS, at the depth files' own width, or --no-normals")
+    sought = f", there is no {camera_file(frame, recipe.row)}" if recipe.row.intrinsics else ""
+    check(focal is not None or not needed, f"{frame.files['rgb']}: nobody says its focal length{sought}; "
+          "give --focal PIXELS, at the depth files' own width, or --no-normals")
     if "depth" in frame.files:
         depth = rasters["depth"] = read_depth(frame.files["depth"], recipe.row.depth_space)
         maps["depth"] = written_depth(depth, recipe, focal and focal * depth.size[0])
@@ -431,6 +453,7 @@ def main():
     shares, kept = [], 0
     with only_writer(args.out):
         check_told(args.out)
+        _tell_camera(recipe, frames)
         write_facts(args.out, **told_of(recipe, frames, args.scene_is_class))
         results = prefetch(functools.partial(import_frame, recipe), frames, ahead=4)
         for share, old in tqdm(results, "import", len(frames), unit="frame"):

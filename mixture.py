@@ -4,7 +4,7 @@ import threading
 import numpy as np
 import torch
 
-from dataset import Cache, masks, schema
+from dataset import Cache, masks, said_of, schema
 from distributed import check
 from modalities import MODALITIES
 
@@ -103,9 +103,9 @@ def _united(metas, folders, modalities):
     for meta, folder in zip(metas, folders):
         for key in ("vae", "vae_sha256", "scale", "latent_channels", "latent_size", "resolution", "feature",
                     "shown"):
-            ours, theirs = first.get(key), meta.get(key)
-            check(ours == theirs, f"{folder}/meta.json: {key} is {str(theirs)[:60]}, {folders[0]} has "
-                  f"{str(ours)[:60]}; caches that train together must be alike")
+            theirs, ours = said_of(key, meta, folder), said_of(key, first, folders[0])
+            check(first.get(key) == meta.get(key), f"{folder}/meta.json: {key} is {theirs}, {folders[0]} has "
+                  f"{ours}; caches that train together must be alike")
     labelled = [meta for meta in metas if "seg" in meta["modalities"]]
     taught = [meta for meta in metas if meta["teacher"]]
     for key, held in (("teacher", taught), ("palette", labelled), ("seg_mode", labelled)):

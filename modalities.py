@@ -287,6 +287,10 @@ class Shown(NamedTuple):
         """What is not the default, for meta.json."""
         return {key: value for key, value in self._asdict().items() if value != Shown._field_defaults[key]}
 
+    def flags(self):
+        """As prep_latents.py takes them."""
+        return " ".join(f"--{key.replace('_', '-')} {value}" for key, value in self._asdict().items())
+
 
 PLAIN_SHOWN = Shown()
 WAYS = {  # the first is the released one

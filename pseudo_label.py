@@ -153,7 +153,8 @@ def _fitting(array, wanted):
     """Raise ValueError unless the array has so many dimensions, of finite numbers."""
     finite = array.dtype.kind in "iu" or (array.dtype.kind == "f" and bool(np.isfinite(array).all()))
     if array.ndim != wanted or not finite:
-        raise ValueError(f"{array.dtype} {array.shape}, finite: {finite}")
+        form = {2: "(h, w)", 3: "(h, w, 3)"}[wanted]
+        raise ValueError(f"{array.dtype} {array.shape}, finite: {finite}; return finite numbers {form}")
 
 
 def depth_picture(array, size, seed=0, space="disparity"):
@@ -197,7 +198,7 @@ def seg_picture(array, size, seed=0, space=None):
     elif array.ndim == 2:
         array = paint(np.stack([array == k for k in np.unique(array)]), seed)
     if array.ndim != 3 or array.dtype != np.uint8:
-        raise ValueError(f"{array.dtype} {array.shape}")
+        raise ValueError(f"{array.dtype} {array.shape}; masks are (K, h, w), labels (h, w), colours uint8")
     return Image.fromarray(array).resize(size, Image.Resampling.NEAREST)
 
 

@@ -22,13 +22,18 @@ JUDGED = 64  # held-out scenes of the printed PSNR
 
 
 def images(start, count, device):
-    """The maps of `count` scenes -> pixels (4 * count, 3, 64, 64), those of a scene one after the other.
+    """The maps of `count` scenes -> pixels (count * len(MAPS), 3, 64, 64), those of a scene together.
 
     In fp16, which holds 8 bits.
     """
     scenes = (toy_scenes.maps(toy_scenes.render(seed)) for seed in range(start, start + count))
     pixels = [MODALITIES[m].to_pixels(array) for scene in scenes for m, array in scene.items()]
     return torch.from_numpy(np.stack(pixels).astype(np.float16)).to(device)
+
+
+def _by_map(x):
+    """{modality: its rows} of what belongs to scenes as in images()."""
+    return {m: x[i::len(toy_scenes.MAPS)] for i, m in enumerate(toy_scenes.MAPS)}
 
 
 @torch.inference_mode()
@@ -65,8 +70,7 @@ def train(vae, learning, data, held_out, steps, batch_size, lr, kl_weight):
         optimiser.step()
         schedule.step()
         if step % 250 == 0 or step == steps:
-            parts = {m: held_out[i::len(toy_scenes.MAPS)] for i, m in enumerate(toy_scenes.MAPS)}
-            quality = {m: round(psnr(vae, part), 1) for m, part in parts.items()}
+            quality = {m: round(psnr(vae, part), 1) for m, part in _by_map(held_out).items()}
             bar.write(f"step {step} loss {loss.item():.5f} kl {kl.item():.2f} held-out PSNR {quality}")
 
 
@@ -76,7 +80,7 @@ def main():
     add = parser.add_argument
     add("--out", type=pathlib.Path, required=True, help="safetensors file to write, fp16")
     add("--steps", type=int, default=3000)
-    add("--scenes", type=int, default=4000, help="training scenes, four images each")
+    add("--scenes", type=int, default=4000, help="training scenes, an image of each map")
     add("--batch-size", type=int, default=32)
     add("--lr", type=float, default=1e-3)
     add("--kl", type=float, default=2e-5, help="weight of the KL term, per latent element")
@@ -105,7 +109,7 @@ def main():
     state = {key: value.to(torch.float16).contiguous().cpu() for key, value in vae.state_dict().items()}
     with whole_file(args.out) as file:
         file.write(save(state, metadata={"config": json.dumps({**vae.config, "scale": scale})}))
-    spread = [round(float(latents[i::4].std()), 3) for i in range(4)]
+    spread = {m: round(float(part.std()), 3) for m, part in _by_map(latents).items()}
     print(f"{args.out}: {args.out.stat().st_size / 1e6:.1f} MB, scale {scale}, "
           f"latent std by modality {spread}")
 

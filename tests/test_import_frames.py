@@ -150,9 +150,16 @@ def test_scannet(tmp_path, done):
     assert facts.depth_space == "depth" and facts.depth_unit == 0.001 and facts.depth_void == 0
     assert (read(out / "depth/scene0001_00/1.png") == ramp(1, 120, 160)).all()
     assert read(out / "rgb/scene0001_00/1.png").shape == (120, 160, 3)
-    (root / "scene0001_00/intrinsic/intrinsic_depth.txt").write_text("nan 0 0 0")
-    refused(done, "intrinsic_depth.txt: the focal length", "--format", "scannet", "--root", root,
-            "--out", tmp_path / "other")
+    (root / "scene0001_00/intrinsic/intrinsic_depth.txt").unlink()
+    said = done("--format", "scannet", "--root", root, "--out", tmp_path / "fallen_back")
+    assert "scene0001_00/intrinsic/intrinsic_depth.txt: not there" in said and "577.87 px at" in said
+    for text, message in (("nan 0 0 0", "the focal lengths are nan and 0"),
+                          ("640 480 577 577 320 240", "holds 6 numbers; give fx, or fx fy cx cy, or a"),
+                          ("640 480 320 240", "the focal lengths are 640 and 480; they must be positive and"),
+                          ("# camera\n577", "not readable.*give fx, or fx fy cx cy")):
+        (root / "scene0001_00/intrinsic/intrinsic_depth.txt").write_text(text)
+        refused(done, f"intrinsic_depth.txt: {message}", "--format", "scannet", "--root", root,
+                "--out", tmp_path / "other")
     (root / "scene0001_00/intrinsic/intrinsic_depth.txt").write_text(matrix.replace("570", "1170"))
     refused(done, "focal lengths of scene0000_00 and scene0001_00", "--format", "scannet", "--root", root,
             "--out", tmp_path / "other")
@@ -302,10 +309,11 @@ def test_a_row_of_ones_own(tmp_path, done, monkeypatch):
     patterns = {"rgb": "images", "depth": "depth_cm", "seg": "labels", "canny": "edges"}
     patterns = {m: (rf"(?P<scene>\w+)/{folder}/(?P<name>\d+)\.png",) for m, folder in patterns.items()}
     row = Format("<scene>/{images,depth_cm,labels}/<n>.png", patterns, depth_unit=0.01,
-                 intrinsics="camera.txt")
+                 intrinsics="../camera.txt")
     monkeypatch.setitem(FORMATS, "mine", row)
     flags = ("--format", "mine", "--root", root)
-    refused(done, "0.png: nobody says its focal length; give --focal", *flags, "--out", tmp_path / "tree")
+    refused(done, "0.png: nobody says its focal length, there is no .*a/camera.txt; give", *flags,
+            "--out", tmp_path / "tree")
     for scene in "ab":
         (root / scene / "camera.txt").write_text("20 20 8 6\n")
     assert "2 frames of rgb, depth, normal, seg, canny" in done(*flags, "--out", tmp_path / "tree")

@@ -107,7 +107,7 @@ def test_a_folder_of_pictures(tree, tmp_path, command):
     flags = ("--data", tree, "--size", 64, "--no-dino", "--out", out, "--seg-mode", "semantic")
     command("prep_latents", *flags, "--vae", "toy")
     meta = json.loads((out / "meta.json").read_text())
-    assert meta["modalities"] == ["rgb", "depth", "normal", "seg"]
+    assert meta["modalities"] == list(toy_scenes.MAPS)
     assert meta["count"] == 4 and meta["teacher"] is None
     names = (out / "names.txt").read_text().split()
     assert names == sorted(names) and all("/" in name for name in names)
@@ -258,7 +258,7 @@ def test_maps_are_shown_as_the_released_weights_have_them(tmp_path, command):
     del meta["shown"]  # an older cache goes on as it was begun
     (tmp_path / "old/meta.json").write_text(json.dumps(meta))
     command("prep_latents", *flags, tmp_path / "old", "--depth-over", "crop", "--uncovered", "black")
-    with pytest.raises(InputError, match="shown is {}, this run has .*use another --out"):
+    with pytest.raises(InputError, match="shown is --depth-over crop .*run has --depth-over picture .*use another --out"):
         command("prep_latents", *flags, tmp_path / "old")
 
 
@@ -288,7 +288,7 @@ def test_depth_is_learned_in_log_and_between_quantiles(tmp_path, command):
             "disparity")
     for name in ("meta.json", "depth.npy"):
         assert (tmp_path / "plain" / name).read_bytes() == (tmp_path / "told" / name).read_bytes()
-    with pytest.raises(InputError, match="--depth-target of the cache"):
+    with pytest.raises(InputError, match="minmax .*, this run has .* --depth-norm quantile"):
         command("prep_latents", *flags, tmp_path / "plain", "--depth-norm", "quantile")
 
 

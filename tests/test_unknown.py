@@ -248,6 +248,10 @@ def test_the_classes_of_several_caches_are_united(folders, cache, tmp_path):
     assert both.known_of(rows, ["rgb", "depth"]).tolist() == [[1, 1], [1, 5 / 8], [1, 4 / 8], *[[1, 0]] * 3]
     with pytest.raises(InputError, match="latent_size is .*; caches that train together must be alike"):
         mixture.Mixture([a, dataset.Cache(cache)])
+    a.meta.pop("shown")  # an older one
+    with pytest.raises(InputError, match="shown is --depth-over picture .*has --depth-over crop"):
+        mixture.Mixture([a, b])
+    b.meta.pop("shown")
     with pytest.raises(InputError, match="--weights: 3 of them, --data has 2 caches"):
         mixture.Mixture([a, b], [1, 2, 3])
     with pytest.raises(InputError, match="--weights: of several caches"):
