@@ -192,9 +192,12 @@ def _copy_parts(value, target, place, old, new):
     """A tensor with a block for each modality, place as of parts_of: a new one's columns start at zero, so
     that what the others say keeps its meaning; its rows stay as they are.
     """
-    along, first = place or (0, 0)
-    sizes = [(tensor.shape[along] - first) / len(names) for tensor, names in ((value, old), (target, new))]
-    if not place or sizes[0] != sizes[1] or value.shape[along + 1:] != target.shape[along + 1:]:
+    if place is None or value.ndim != target.ndim:
+        return "new"
+    along, first = place
+    was, now = list(value.shape), list(target.shape)  # of a block
+    was[along], now[along] = (was[along] - first) / len(old), (now[along] - first) / len(new)
+    if was != now:
         return "new"
     if along == 1:
         target.zero_()

@@ -258,6 +258,17 @@ def test_init_with_other_classes_and_resolution(tmp_path):
     assert (model.pos_embed.amax() - source.pos_embed.amax()).abs() < 0.2
 
 
+@pytest.mark.parametrize("shape", ((48, 32, 2, 2), (24, 12, 2, 2), (48, 12, 4, 4), (48, 2), (48, 13, 2, 2)))
+def test_a_weight_without_the_blocks_of_its_modalities_stays_new(shape, tmp_path):
+    _, meta = ours(tmp_path / "a.pt", modalities=["rgb", "depth", "normal"])
+    checkpoint = load_checkpoint(tmp_path / "a.pt")
+    checkpoint["ema"]["x_embedder.proj.weight"] = torch.ones(shape)
+    model = build_model(SMALL, num_classes=12, latent_size=16)
+    before = model.x_embedder.proj.weight.clone()
+    _, taken = transfer.init_from(model, meta, checkpoint, "a.pt")
+    assert torch.equal(model.x_embedder.proj.weight, before) and "x_embedder.proj.weight" not in taken
+
+
 def rows_taken(folder, old, new):
     """--init of a model of the classes `new` from a file of `old` (names or a number) -> the file's row of
     each class, the last is the null class; the table.
