@@ -19,6 +19,7 @@ from images import fill_unknown
 from modalities import MODALITIES, check_turned, read_mask
 
 MADE = "comment by mesh.py"  # a line of the header: the PNG beside such a PLY shows it
+FOCALS = (0.01, 1000)  # of a camera, in half-widths: 179 degrees to a tenth
 
 
 def integrate(normal, mask, focal=None, sharpness=2.0, iterations=100, tolerance=1e-5):
@@ -232,7 +233,7 @@ def main():
     add("--normal", type=pathlib.Path, required=True, help=".npy (H, W, 3), or a picture")
     add("--rgb", type=pathlib.Path, required=True)
     add("--mask", type=pathlib.Path, help="white is the object; default: where normals are not zero")
-    add("--focal", type=float, help="in half-widths of the picture; default: orthographic")
+    add("--focal", type=float, metavar="HALF-WIDTHS", help="default: orthographic")
     add("--border", type=int, default=2, metavar="PIXELS", help="at the object's edge normals are taken from "
         "further inside, and its rim is rounded; 0 for exact ones")
     add("--out", type=pathlib.Path, required=True)
@@ -247,9 +248,7 @@ def main():
     row = MODALITIES["normal"]
     raster = row.open(args.normal)
     normal = row.array(raster) if raster.top else raster.values
-    check(args.focal is None or args.focal > 0,
-          f"--focal {args.focal}: must be positive, in half-widths of the picture")
-    check_ranges(args, border=(0, 1000))
+    check_ranges(args, focal=FOCALS, border=(0, 1000))
     photo = MODALITIES["rgb"].open(args.rgb)
     masked = read_mask(args.mask) if args.mask else raster._replace(values=raster.where_known)
     check_turned([photo, raster, masked])

@@ -23,7 +23,7 @@ from distributed import (InputError, barrier, check, check_folder, check_ranges,
                          prefetch, run, setup)
 from images import as_it_is, centre_crop, filter_of, nearest_colour, segments
 from locks import only_writer
-from mesh import pick_segment, write_mesh
+from mesh import FOCALS, pick_segment, write_mesh
 from mix import tell_untrained
 from modalities import MODALITIES, PLAIN_SHOWN, check_target, check_turned, shown_of
 from produce import (Maps, finish, folders_read, produce, read_rgb_file, write_grid, write_npz,
@@ -291,12 +291,12 @@ def arguments():
     parser.add_argument("--mesh", action="store_true", help="also OUT/mesh/<stem>.ply, an object's surface")
     parser.add_argument("--segment", type=pixel, metavar="X,Y",
                         help="--mesh: a pixel of the object; default: the largest segment off the border")
-    parser.add_argument("--focal", type=float, help="--mesh: in half-widths; default: orthographic")
+    parser.add_argument("--focal", type=float, metavar="HALF-WIDTHS", help="--mesh; default: orthographic")
     args = parser.parse_args()
     check_read(parser, args, READERS)
     check_flags(args)
     check(args.mesh or not (args.segment or args.focal), "--segment and --focal belong to --mesh")
-    check(args.focal is None or args.focal > 0, f"--focal {args.focal}: must be positive, in half-widths")
+    check_ranges(args, focal=FOCALS)
     check(args.task != "condition" or args.given, "--task condition needs --given MODALITY and --image FILE")
     check(args.task == "condition" or not args.given, f"--given with --task {args.task}: "
           "--given belongs to --task condition")

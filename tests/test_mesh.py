@@ -167,7 +167,12 @@ def test_mesh_command_and_its_errors(command, tmp_path):
     Image.new("RGB", (5, 5)).save(tmp_path / "c.png")
     with pytest.raises(InputError, match="must be of one size"):
         command("mesh", *flags, "--out", tmp_path / "p.ply")
-    assert not (tmp_path / "p.ply").exists()
+    for focal in ("inf", "0", "1e-300", "nan"):
+        with pytest.raises(InputError, match=r"--focal .*: must lie in \[0.01, 1000\]"):
+            command("mesh", *flags, "--focal", focal, "--out", tmp_path / "p.ply")
+        with pytest.raises(InputError, match="--focal .*: must lie in"):
+            command("sample", "--task", "generate", "--mesh", "--focal", focal, "--out", tmp_path / "s")
+    assert not (tmp_path / "p.ply").exists() and not (tmp_path / "s").exists()
 
 
 @pytest.mark.parametrize("kind", ("sphere", "cylinder"))
