@@ -41,7 +41,9 @@ SKIPPED = {  # text of a command: why it is not run
     "SiT-XL-2-256x256.pt": "SiT's weights",
     "fd-dinov2": "DINOv2 from the hub, and a thousand pictures",
     "--nnodes": "two nodes",
-    "import_frames.py": "data sets of others, whose forms its tests draw",
+    **{f"--format {name}": "a data set of others, whose form its tests draw"
+       for name in ("7scenes", "tum", "nyu", "hypersim", "camvid", "cityscapes")},
+    "--color room/color": "the same",
     "run_study.sh": "hours; its commands are run one by one",
     "run_mt.sh": "hours",
     "ten_minutes.sh": "ten minutes; its commands are run one by one",
@@ -68,6 +70,8 @@ BROUGHT = {  # names in the text: the stand-in that has the right files
     "--out demo/": "--out made/",
     "--export demo/": "--export made/",
     "restored truth": "restored truth_pictures",
+    "data/scans --vae taesd": "data/scans --vae toy",
+    "data/camvid-cache": "data/cache",
 }
 
 
@@ -129,8 +133,9 @@ def save_scene(folder, i):
         save(folder / tree / "depth" / f"{name}.png", (disparity / disparity.max() * 255).astype(np.uint8))
     for tree, depth in (("scenes", scene.depth), ("truth", scene.depth), ("predictions", disparity)):
         save(folder / tree / "depth" / f"{name}.npy", depth)
-    save(folder / "scannet/s/color" / f"{i}.jpg", scene.rgb)
-    save(folder / "scannet/s/depth" / f"{i}.png", (scene.depth * 1000).astype(np.uint16))
+    for root in ("scannet", "scans"):
+        save(folder / root / "s/color" / f"{i}.jpg", scene.rgb)
+        save(folder / root / "s/depth" / f"{i}.png", (scene.depth * 1000).astype(np.uint16))
     save(folder / "photos" / f"{i}.jpg", scene.rgb)
     save(folder / "generated/rgb" / f"{i}.png", scene.rgb)
     for tree in ("restored", "truth_pictures"):
