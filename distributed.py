@@ -227,16 +227,10 @@ def alive(pid):
     return True
 
 
-@contextlib.contextmanager
-def whole_file(path):
-    """Open a temporary neighbour of path for writing bytes; it takes the final name only when complete.
-
-    Neighbours that dead processes of this host left of the same file are removed. The temporary's name is
-    short: the file's may be as long as the file system allows.
+def temporary_of(path):
+    """The neighbour of a file under which this process makes it; what dead processes of this host left of the
+    same file is removed. Its name is short: the file's may be as long as the file system allows.
     """
-    path = pathlib.Path(path)
-    check(path.name, f"{str(path)!r}: is no name of a file to write")
-    path.parent.mkdir(parents=True, exist_ok=True)
     who = f"{path.name}/{platform.node()}"
     mark = hashlib.sha256(os.fsencode(who)).hexdigest()[:16]
     leftovers = _leftovers(path.parent)
@@ -244,7 +238,16 @@ def whole_file(path):
         writer = left.name.split(".")[-2]
         if writer.isdecimal() and not alive(int(writer)):
             left.unlink(missing_ok=True)
-    temporary = path.with_name(f".{mark}.{os.getpid()}.tmp")
+    return path.with_name(f".{mark}.{os.getpid()}.tmp")
+
+
+@contextlib.contextmanager
+def whole_file(path):
+    """Open a temporary neighbour of path for writing bytes; it takes the final name only when complete."""
+    path = pathlib.Path(path)
+    check(path.name, f"{str(path)!r}: is no name of a file to write")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_of(path)
     try:
         with open(temporary, "wb") as file:
             yield file

@@ -13,7 +13,7 @@ import time
 
 import torch
 
-from distributed import InputError, all_reduce, check, gather, place, reading, whole_file
+from distributed import InputError, all_reduce, check, gather, place, reading, temporary_of, whole_file
 from weights import FORMAT, load_checkpoint, load_weights, target_of
 
 FREE = ("data", "run", "steps", "lr", "muon_lr", "warmup", "decay_from", "decay_to", "micro_batch",
@@ -101,7 +101,7 @@ def save_checkpoint(folder, model, ema, optimiser, step, config, ages):
     with whole_file(path) as file:
         torch.save({"model": model.state_dict(), "ema": ema.state_dict(), "opt": optimiser.state_dict(),
                     "step": step, "config": config, "ages": ages, "format": FORMAT}, file)
-    name, link = path.relative_to(folder).as_posix(), folder / f".latest.{os.getpid()}"
+    name, link = path.relative_to(folder).as_posix(), temporary_of(folder / "latest.pt")
     link.unlink(missing_ok=True)
     try:
         os.symlink(name, link)

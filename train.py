@@ -279,12 +279,14 @@ def train(args, objective, defaults):
             means, entry = meter.read(terms, args.batch_size, args.run)
             log.write({"step": done, **rates_now, **means, **entry})
             bar.set_postfix({name.removeprefix("loss_"): f"{mean:.3f}" for name, mean in means.items()})
-        if saving:
-            runs.save_checkpoint(args.run, model, ema, optimiser, done, config, ages)
-        scores, seconds = watch.look(ema, done)
-        meter.skip(seconds)
-        if scores:
-            log.write({"step": done, **scores})
+        try:
+            scores, seconds = watch.look(ema, done)
+            meter.skip(seconds)
+            if scores:
+                log.write({"step": done, **scores})
+        finally:  # a look that is killed is taken again; one that fails costs no steps
+            if saving:
+                runs.save_checkpoint(args.run, model, ema, optimiser, done, config, ages)
         bar.update()
     bar.close()
     barrier()

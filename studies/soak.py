@@ -165,6 +165,7 @@ class Soak:
         more = sample.finish_killed(self.dice, self.sampling)
         folders = self.folder / name, self.drawn(name)
         stray = [path for folder in folders for path in folder.rglob(".*")]
+        print(*stray, sep="\n", end="\n" if stray else "")
         differs = not same(self.outcome(name), self.truth)
         for folder in folders:
             shutil.rmtree(folder)

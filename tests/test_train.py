@@ -389,6 +389,19 @@ def test_a_preview_is_drawn_where_the_autoencoder_is(cache, tmp_path, command, m
     assert (tmp_path / "without/latest.pt").exists()
 
 
+def test_a_look_is_taken_before_its_steps_checkpoint(cache, tmp_path, command, monkeypatch):
+    """A run that is killed in it takes it again; one that fails in it has lost no steps."""
+    def look(watch, network, step):
+        there.append((tmp_path / "run/latest.pt").exists())
+        raise InputError("no look")
+
+    there = []
+    monkeypatch.setattr(evaluation.Watch, "look", look)
+    with pytest.raises(InputError, match="no look"):
+        command("train", "--data", cache, "--run", tmp_path / "run", *TRAIN, "--steps", 1)
+    assert there == [False] and load_checkpoint(tmp_path / "run")["step"] == 1
+
+
 @pytest.mark.parametrize("change, message", [
     (("--batch-size", "10"), "--batch-size 10 .* multiple of 4"),
     (("--batch-size", "2147483648"), "at most 65536"),
