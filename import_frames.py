@@ -11,7 +11,6 @@ made. What is there is kept: the same command continues an interrupted run, and 
 """
 import filecmp
 import functools
-import os
 import pathlib
 import re
 from typing import NamedTuple
@@ -37,7 +36,7 @@ AGREE = 0.03   # of focal lengths that count as one: a data set's cameras are ca
 # ------------------------------------------------------------------------------------------------
 # Focal lengths.
 
-CAMERA = {1: 0, 4: 1, 9: 4, 16: 5}  # numbers of a camera's file, fx first: where fy stands
+CAMERA = {1: 0, 4: 1, 9: 4, 12: 5, 16: 5}  # numbers of a camera's file, fx first: where fy stands
 
 
 def own_focal(frame, row):
@@ -53,26 +52,29 @@ def camera_file(frame, row):
     """Where a frame's camera file would be, None for a Format that has none."""
     if row.intrinsics is None or "depth" not in frame.files:
         return None
-    return pathlib.Path(os.path.normpath(frame.files["depth"].parent / row.intrinsics))
+    path = frame.files["depth"].parent
+    for part in pathlib.PurePosixPath(row.intrinsics).parts:
+        path = path.parent if part == ".." else path / part
+    return path
 
 
 def focal_in(path):
-    """The focal length of a file of numbers: fx; fx fy cx cy; or the camera's matrix in 3 or 4 rows."""
-    forms = "give fx, or fx fy cx cy, or a matrix of 3x3 or 4x4, in pixels"
+    """The focal length of a file of numbers: fx; fx fy cx cy; or the camera's matrix, 3x3, 3x4 or 4x4."""
+    forms = "give fx, or fx fy cx cy, or a matrix of 3x3, 3x4 or 4x4, in pixels"
     with reading(path, f"{forms}, nothing else; or take it away"):
-        with open(path) as file:
-            numbers = [float(word) for word in file.read(4096).split()]
+        with open(path, encoding="utf-8-sig") as file:
+            numbers = [float(word) for word in file.read(100_000).split()]
     check(len(numbers) in CAMERA, f"{path}: holds {len(numbers)} numbers; {forms}")
     fx, fy = numbers[0], numbers[CAMERA[len(numbers)]]
-    check(0 < fx < 1e6 and abs(fy / fx - 1) < 0.1, f"{path}: the focal lengths are {fx:g} and {fy:g}; they "
+    check(0.1 < fx < 1e6 and abs(fy / fx - 1) < 0.1, f"{path}: the focal lengths are {fx:g} and {fy:g}; they "
           f"must be positive and alike; {forms}")
     return fx
 
 
 def _tell_camera(recipe, frames):
     """Print which scenes have no camera file where the Format knows one, and what is taken instead."""
-    sought = [camera_file(frame, recipe.row) for frame in frames]
-    lost = sorted({path for path in sought if path and not path.is_file()})
+    sought = {camera_file(frame, recipe.row) for frame in frames} - {None}
+    lost = sorted(path for path in sought if not path.is_file())
     if lost and recipe.focal is None and recipe.row.focal:
         others = f", nor are {len(lost) - 1} others" if len(lost) > 1 else ""
         print(f"{lost[0]}: not there{others}; the focal length is taken for the format's "
@@ -262,8 +264,9 @@ def import_frame(recipe, frame):
     rasters = {"rgb": MODALITIES["rgb"].open(frame.files["rgb"])}
     focal, palette, maps = recipe.focal_of(frame), None, {}
     needed = "normal" in there or recipe.row.along_ray
-    sought = f", there is no {camera_file(frame, recipe.row)}" if recipe.row.intrinsics else ""
-    check(focal is not None or not needed, f"{frame.files['rgb']}: nobody says its focal length{sought}; "
+    sought = camera_file(frame, recipe.row)
+    where = f", there is no {sought}" if sought else ""
+    check(focal is not None or not needed, f"{frame.files['rgb']}: nobody says its focal length{where}; "
           "give --focal PIXELS, at the depth files' own width, or --no-normals")
     if "depth" in frame.files:
         depth = rasters["depth"] = read_depth(frame.files["depth"], recipe.row.depth_space)

@@ -4,7 +4,7 @@ import re
 import torch
 import torch.nn.functional as F
 
-from distributed import check
+from distributed import InputError, check
 from model import build_model
 from trees import classes_of
 
@@ -37,7 +37,7 @@ def init_from(model, meta, checkpoint, path, method="mmgen", names=None):
     old, new = names or (theirs["model"]["modalities"], list(model.modalities))
     state, fate, used, notes = _unwrapped(checkpoint["ema"]), {}, {}, []
     foreign = theirs["train"].get("method", "mmgen") != method
-    joined, lists = parts_of(model.config)
+    joined, lists = parts_of(model.config) if old != new else ({}, ())
     for key, target in model.state_dict().items():
         source = _source(key, lists, old, new)
         vectors = key == "y_embedder.weight" and theirs["model"].get("features")  # a layer, not a table
@@ -53,7 +53,7 @@ def init_from(model, meta, checkpoint, path, method="mmgen", names=None):
             notes = [f"  class rows: {len(rows) - rows.count(None)} of {len(rows)} known{how}"]
         elif key == "pos_embed" and value.shape != target.shape:
             fate[key] = _copy_positions(value, target, theirs["model"], model.grid)
-        elif key in joined and old != new:
+        elif key in joined:
             fate[key] = _copy_parts(value, target, joined[key], old, new)
         elif value.shape == target.shape:
             target.copy_(value)
@@ -113,12 +113,12 @@ def _source(key, lists, old, new):
     """The file's name of a weight, None for that of a modality which the file does not have; lists: as of
     parts_of.
     """
-    place = next((name for name in lists if key.startswith(f"{name}.")), None)
-    if place is None or old == new:
+    inside = next((name for name in lists if key.startswith(f"{name}.")), None)
+    if inside is None:
         return key
-    index, *after = key.removeprefix(f"{place}.").split(".")
+    index, *after = key.removeprefix(f"{inside}.").split(".")
     modality = new[int(index)]
-    return ".".join([place, str(old.index(modality)), *after]) if modality in old else None
+    return ".".join([inside, str(old.index(modality)), *after]) if modality in old else None
 
 
 def class_rows(old, new, count):
@@ -140,37 +140,46 @@ def class_rows(old, new, count):
 def parts_of(config):
     """What belongs to each modality in the network of a configuration, by comparison with that of one
     modality more -> {weight that depends on their number: (the dimension along which it has a block for each,
-    what lies before the blocks), None where it has no such blocks}, {names of the lists with an entry for
-    each}.
+    what lies before the blocks), None where it has no such blocks}, names of the lists with an entry for
+    each. Raises InputError where that cannot be seen.
     """
     count = len(config["modalities"])
-    with torch.device("meta"):
-        mine, more = (build_model(**{**config, "modalities": list(map(str, range(n)))}).state_dict()
-                      for n in (count, count + 1))
-    lists = {_list_of(name, count, mine) for name in sorted(more.keys() ^ mine.keys())}
-    joined = {name: _blocks(value.shape, more[name].shape, count)
+    try:
+        with torch.device("meta"):
+            mine, more = (build_model(**{**config, "modalities": list(map(str, range(n)))}).state_dict()
+                          for n in (count, count + 1))
+    except (AssertionError, IndexError, RuntimeError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"--init: the network cannot be built with {count + 1} modalities ({reason}), so "
+                         "that it is not seen which weights belong to which; keep to the file's") from error
+    lists = sorted({_list_of(name, count, mine) for name in more.keys() ^ mine.keys()})
+    nested = [name for name in lists for outer in lists if name.startswith(f"{outer}.")]
+    check(not nested, f"--init: {', '.join(nested)}: a list of modalities within one, whose entries are not "
+          "told apart")
+    joined = {name: _blocks(name, value.shape, more[name].shape, count)
               for name, value in mine.items() if value.shape != more[name].shape}
     return joined, lists
 
 
-def _blocks(shape, larger, count):
+def _blocks(name, shape, larger, count):
     """(dimension, what lies before the blocks) of a weight's shapes for `count` modalities and one more, or
     None.
     """
+    first = int(name == "task_embedder.weight")  # its row 0 belongs to no modality
     grown = [i for i, (a, b) in enumerate(zip(shape, larger)) if a != b]
-    first = shape[grown[0]] - count * (larger[grown[0]] - shape[grown[0]])
-    return (grown[0], first) if len(grown) == 1 and first >= 0 else None
+    block = larger[grown[0]] - shape[grown[0]]
+    return (grown[0], first) if len(grown) == 1 and shape[grown[0]] - first == count * block else None
 
 
 def _list_of(name, count, held):
-    """The list whose entry `count` a weight is of: those of the names `held` have none. ValueError: none."""
+    """The list whose entry `count` a weight is of: those of the names `held` have none. InputError: none."""
     words = name.split(".")
     for i, word in enumerate(words):
         entry = words[:i + 1]
         if word == str(count) and not any(key.split(".")[:i + 1] == entry for key in held):
             return ".".join(words[:i])
-    raise ValueError(f"{name}: is not there with any number of modalities, and no entry {count} of a list; "
-                     "--init cannot tell whose it is")
+    raise InputError(f"--init: {name} is not there with any number of modalities, and no entry {count} of a "
+                     "list; nobody can tell whose it is")
 
 
 def _copy_classes(value, target, rows):
@@ -188,13 +197,13 @@ def _copy_positions(value, target, config, grid):
     return "inflated"
 
 
-def _copy_parts(value, target, place, old, new):
-    """A tensor with a block for each modality, place as of parts_of: a new one's columns start at zero, so
+def _copy_parts(value, target, blocks, old, new):
+    """A tensor with a block for each modality, blocks as of parts_of: a new one's columns start at zero, so
     that what the others say keeps its meaning; its rows stay as they are.
     """
-    if place is None or value.ndim != target.ndim:
+    if blocks is None or value.ndim != target.ndim:
         return "new"
-    along, first = place
+    along, first = blocks
     was, now = list(value.shape), list(target.shape)  # of a block
     was[along], now[along] = (was[along] - first) / len(old), (now[along] - first) / len(new)
     if was != now:

@@ -306,10 +306,9 @@ def load_vae(name_or_path):
         with utf8_path(path) as name, safe_open(name, "pt") as file:
             config = json.loads((file.metadata() or {}).get("config", "null"))
             state = {key: file.get_tensor(key).float() for key in file.keys()}
-        with torch.device("meta"):  # no initialisation
-            vae = AutoencoderKL(**(config or {**SD_CONFIG, "scale": _scale_beside(path)}))
+        vae = AutoencoderKL(**(config or {**SD_CONFIG, "scale": _scale_beside(path)}))
     try:
-        vae.load_state_dict(_modern(bare(state)), strict=True, assign=True)
+        vae.load_state_dict(_modern(bare(state)), strict=True)
     except RuntimeError as error:
         odd = str(error).splitlines()[1].strip()
         raise InputError(f"--vae {path}: {odd}; not an SD or toy VAE") from error

@@ -7,6 +7,7 @@ import torch
 import torch.nn as nn
 from conftest import ROOT
 
+from distributed import InputError
 from layers import BLOCKS, rotate, rotation_of
 from model import FUSIONS, SIZES, Fusion, build_model, sincos_positions
 from small import SMALL
@@ -62,7 +63,8 @@ def test_a_fusion_of_ones_own(monkeypatch):
             self.parts = nn.ModuleList(nn.Conv2d(channels, width, patch, patch, bias=False)
                                        for _ in range(num_modalities))
             self.gate = nn.Linear(width, 1)
-            self.rows = nn.Linear(2, num_modalities + 1)
+            self.rows = nn.Linear(2, num_modalities + 1)  # the first, or the last, is of none
+            self.down = nn.Linear(2 * num_modalities, 2, bias=False)
             self.square = nn.Linear(num_modalities, num_modalities, bias=False)
             self.four = nn.ModuleList(nn.Linear(2, 2) for _ in range(4))  # whatever their number
 
@@ -73,9 +75,9 @@ def test_a_fusion_of_ones_own(monkeypatch):
     model = build_model(SMALL, fusion="own")
     assert not model.x_embedder.gate.weight.any() and model.x_embedder.parts[0].weight.any()
     joined, lists = parts_of(model.config)
-    assert lists == {"heads", "x_embedder.parts"}
-    assert joined == {"x_embedder.rows.weight": (0, 1), "x_embedder.rows.bias": (0, 1),
-                      "x_embedder.square.weight": None, "task_embedder.weight": (0, 1),
+    assert lists == ["heads", "x_embedder.parts"]
+    unseen = dict.fromkeys(("x_embedder.rows.weight", "x_embedder.rows.bias", "x_embedder.square.weight"))
+    assert joined == {**unseen, "x_embedder.down.weight": (1, 0), "task_embedder.weight": (0, 1),
                       "t_embedder.mlp_fused.0.weight": (1, 0)}
 
     class Odd(Own):
@@ -83,9 +85,23 @@ def test_a_fusion_of_ones_own(monkeypatch):
             super().__init__(num_modalities, *sizes)
             setattr(self, f"of{num_modalities}", nn.Linear(2, 2, bias=False))
 
-    monkeypatch.setitem(FUSIONS, "own", Odd)
-    with pytest.raises(ValueError, match="of4.weight: is not there with any"):
-        parts_of(model.config)
+    class Nested(Own):
+        def __init__(self, num_modalities, *sizes):
+            super().__init__(num_modalities, *sizes)
+            self.pairs = nn.ModuleList(nn.ModuleList(nn.Linear(2, 2) for _ in range(num_modalities))
+                                       for _ in range(num_modalities))
+
+    class Four(Own):
+        def __init__(self, num_modalities, *sizes):
+            if num_modalities != 4:
+                raise ValueError("four")
+            super().__init__(num_modalities, *sizes)
+
+    for fusion, message in ((Odd, r"of\d.weight is not there with any"), (Nested, "pairs.0.*within one"),
+                            (Four, r"cannot be built with 5 modalities \(four\)")):
+        monkeypatch.setitem(FUSIONS, "own", fusion)
+        with pytest.raises(InputError, match=message):
+            parts_of(model.config)
 
 
 def test_a_time_mlp_that_is_not_fused_embeds_to_the_width():
