@@ -17,7 +17,10 @@ from layers import BLOCKS, Head, TimeEmbedder, rotation_of
 # Fusion: how the latents of M modalities become tokens, and which tokens each head reads.
 
 class Fusion(nn.Module):
-    """Which of its weights belong to which modality, --init sees for itself (transfer.parts_of)."""
+    """Which of its weights belong to which modality --init sees for itself, by transfer.parts_of: blocks of
+    equal size along one dimension, or entries of a list, in the modalities' order. What depends on their
+    number otherwise starts anew where the file has others.
+    """
 
     def __init__(self, num_modalities):
         super().__init__()
