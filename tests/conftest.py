@@ -1,7 +1,7 @@
 """Fixtures: a tiny toy cache and a short run, made once; and a way to call a command as its user does."""
 import contextlib
 import gc
-import importlib
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -22,7 +22,7 @@ from small import SMALL, forked  # noqa: E402
 
 gc.set_threshold(100_000, 50, 50)  # what torch imports is walked through less often: 5 % of the time
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["small", "vae", "dataset", "weights", "evaluation", "torch.distributed"])
+FORKS.set_forkserver_preload(["small", "vae", "dataset", "weights", "evaluation", "torch.distributed.run"])
 TRAIN = ("--model", SMALL, "--steps", "6", "--batch-size", "8", "--ckpt-every", "3", "--log-every", "2",
          "--preview-every", "1000", "--repa-weight", "0")
 
@@ -104,10 +104,8 @@ def shell(*argv, processes=1, torchrun=False, timeout=150):
     if not torchrun:
         return _processes(argv, processes, timeout)
     argv = ["tests/small.py", *argv] if SMALL in argv else argv
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "--"]
-    return subprocess.run([sys.executable, *launcher, *argv], cwd=ROOT, capture_output=True, text=True,
-                          timeout=timeout, env=environment)
+    launcher = importlib.util.find_spec("torch.distributed.run").origin
+    return _processes([launcher, "--standalone", f"--nproc_per_node={processes}", "--", *argv], 1, timeout)
 
 
 def _free_port():
