@@ -343,12 +343,13 @@ NETWORKS = {"inception": InceptionNetwork, "dinov2": DinoNetwork, "vae": VaeNetw
 # Metrics of moments, features and scores.
 
 def frechet(mu1, sigma1, mu2, sigma2):
-    """|mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^1/2), float64; the trace from the eigenvalues of
-    S1^1/2 S2 S1^1/2.
+    """|mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^1/2), float64; the trace from the eigenvalues of R^T S2 R, where
+    S1 = R R^T.
     """
     values, vectors = torch.linalg.eigh(sigma1)
-    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
-    shared = torch.linalg.eigvalsh(root @ sigma2 @ root).clamp(min=0).sqrt().sum()
+    kept = values > len(values) * torch.finfo(values.dtype).eps * values[-1]  # the others are rounding
+    root = vectors[:, kept] * values[kept].sqrt()  # (D, rank)
+    shared = torch.linalg.eigvalsh(root.T @ sigma2 @ root).clamp(min=0).sqrt().sum()
     return float((mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * shared)
 
 
