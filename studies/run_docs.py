@@ -72,6 +72,9 @@ BROUGHT = {  # names in the text: the stand-in that has the right files
     "restored truth": "restored truth_pictures",
     "data/scans --vae taesd": "data/scans --vae toy",
     "data/camvid-cache": "data/cache",
+    "data/rooms-cache data/driving-cache data/photos-cache --weights 2 2 1": "data/scans-cache data/cache "
+                                                                             "--weights 2 1",
+    "data/rooms-test --mean-of data/rooms": "data/scans --mean-of data/scans",
 }
 
 
