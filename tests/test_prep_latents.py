@@ -83,7 +83,8 @@ def test_a_row_is_done_when_it_is_on_the_disk(cache, tmp_path, monkeypatch):
 
 
 def test_two_processes_write_the_same_cache(cache, tmp_path):
-    result = shell("prep_latents.py", "--toy", 24, "--out", tmp_path / "two", "--batch-size", 8, processes=2)
+    result = shell("prep_latents.py", "--toy", 24, "--out", tmp_path / "two", "--batch-size", 8, processes=2,
+                   torchrun=True)
     assert result.returncode == 0, result.stderr
     for stem in ("rgb", "depth", "normal", "seg"):
         a, b = (np.load(f / f"{stem}.npy") for f in (cache, tmp_path / "two"))

@@ -298,7 +298,7 @@ def test_two_processes_train_as_one(cache, tmp_path, command):
              "--optimiser", "muon")
     command("train", *flags, "--run", tmp_path / "1")
     command("train", *flags, "--steps", 2, "--run", tmp_path / "2")
-    result = shell("train.py", *flags, "--run", tmp_path / "2", processes=2, torchrun=True)
+    result = shell("train.py", *flags, "--run", tmp_path / "2", processes=2)
     assert result.returncode == 0, result.stderr
     assert gap(tmp_path / "1", tmp_path / "2") < 1e-6
     one, two = scores_of(tmp_path / "1")[0], scores_of(tmp_path / "2")[0]
