@@ -124,7 +124,7 @@ def test_blocks_compile_whole(blocks):
     """As --compile does, without the code generator: no graph breaks, nothing changes, both ways."""
     results = []
     for compiled in (False, True):
-        model = random_model(SMALL if blocks == "modern" else "T/2", blocks=blocks)
+        model = random_model(SMALL, blocks=blocks)
         for block in model.blocks if compiled else ():
             block.compile(fullgraph=True, backend="aot_eager")
         v, z = model(*inputs())
