@@ -41,13 +41,12 @@ for seed in $SEEDS; do
     row label $seed $STEPS --pair label
     row plain $seed $STEPS --pair masked-u $ALONE
     row conditional $seed $STEPS --pair label --single 1 $ALONE
-done
-row masked-u 0 $STEPS --pair masked-u
-row label-m 0 $STEPS --pair label --single 0
-row label-e 0 $STEPS --pair label --head output
-row label-alone 0 $STEPS --pair label --head output --eps-weight 0 --agg none --single 0
-row feature 0 $STEPS --pair feature
-for seed in $SEEDS; do  # Table 3's fine-tuned row, and the single task continued alike
+    row masked-u $seed $STEPS --pair masked-u
+    row label-m $seed $STEPS --pair label --single 0
+    row label-e $seed $STEPS --pair label --head output
+    row label-alone $seed $STEPS --pair label --head output --eps-weight 0 --agg none --single 0
+    row feature $seed $STEPS --pair feature
+    # Table 3's fine-tuned row, and the single task continued alike
     more masked-f $seed masked --pair masked --full-mask 1 --hidden 0 --x-weight 0
     more plain-f $seed plain --pair masked-u $ALONE
 done
