@@ -24,18 +24,9 @@ def init_from(model, meta, checkpoint, path, method="mmgen", names=None):
     when the latents or the blocks are of another kind or nothing fits.
     """
     theirs = checkpoint["config"]
-    for key in ("vae_sha256", "scale", "latent_channels"):
-        check(theirs["meta"][key] in (meta[key], None), f"--init {path}: its {key} is {theirs['meta'][key]}, "
-              f"the cache's is {meta[key]}; the latents would not mean the same")
-    size = theirs["model"]["name"]
-    check(size == model.config["name"], f"--init {path}: is of size {size}; pass --model {size}")
-    kinds = {key: (theirs["model"].get(key, usual), model.config.get(key, usual))
-             for key, usual in (("blocks", "sit"), ("fusion", "linear"))}
-    was, now = kinds["blocks"]
-    check(was == now, f"--init {path}: its blocks are {was}, which compute something else than {now} ones of "
-          f"the same names; pass --blocks {was}")
+    _check_kind(theirs, model.config, meta, path)
     old, new = names or (theirs["model"]["modalities"], list(model.modalities))
-    state, fate, used, notes = _unwrapped(checkpoint["ema"]), {}, {}, []
+    state, fate, used, rows = _unwrapped(checkpoint["ema"]), {}, {}, None
     foreign = theirs["train"].get("method", "mmgen") != method
     joined, lists = parts_of(model.config) if old != new else ({}, ())
     for key, target in model.state_dict().items():
@@ -48,9 +39,6 @@ def init_from(model, meta, checkpoint, path, method="mmgen", names=None):
         if key == "y_embedder.weight":
             rows = class_rows(theirs["meta"]["class_names"], meta["class_names"], len(value) - 1)
             fate[key] = _copy_classes(value, target, rows)
-            nameless = not theirs["meta"]["class_names"] and None not in rows
-            how = ", by their order: the file has no names" if nameless else ""
-            notes = [f"  class rows: {len(rows) - rows.count(None)} of {len(rows)} known{how}"]
         elif key == "pos_embed" and value.shape != target.shape:
             fate[key] = _copy_positions(value, target, theirs["model"], model.grid)
         elif key in joined:
@@ -65,14 +53,41 @@ def init_from(model, meta, checkpoint, path, method="mmgen", names=None):
     check("taken" in fate.values(), f"--init {path}: none of its {len(state)} weights fits; check --model")
     fate.update({f"{key} (file)": "left out" for key in state if key not in used.values()})
     title = f"--init {path} ({checkpoint.get('origin', 'ours')}, step {checkpoint['step']})"
-    was, now = theirs["meta"].get("shown", {}), meta.get("shown", {})
-    maps = len(old) > 1 and len(new) > 1
-    notes += [f"  its maps were shown by {was}, the cache's are by {now}"] if maps and was != now else []
-    if len(set(kinds["fusion"])) > 1:
-        was, now = kinds["fusion"]
-        notes.append(f"  its fusion is {was}, the model's {now}: the blocks read other tokens than they did")
     taken = {key: source for key, source in used.items() if fate[key] == "taken"}
-    return "\n".join([title, *_fate_lines(fate), *notes]), taken
+    return "\n".join([title, *_fate_lines(fate), *_notes(theirs, model.config, meta, rows)]), taken
+
+
+def _kinds(theirs, config, key):
+    """What a file's network and a model are built of."""
+    usual = {"blocks": "sit", "fusion": "linear"}[key]
+    return theirs["model"].get(key, usual), config.get(key, usual)
+
+
+def _check_kind(theirs, config, meta, path):
+    """Raise InputError where a file's weights or latents mean something else than the model's."""
+    for key in ("vae_sha256", "scale", "latent_channels"):
+        check(theirs["meta"][key] in (meta[key], None), f"--init {path}: its {key} is {theirs['meta'][key]}, "
+              f"the cache's is {meta[key]}; the latents would not mean the same")
+    size = theirs["model"]["name"]
+    check(size == config["name"], f"--init {path}: is of size {size}; pass --model {size}")
+    was, now = _kinds(theirs, config, "blocks")
+    check(was == now, f"--init {path}: its blocks are {was}, which compute something else than {now} ones of "
+          f"the same names; pass --blocks {was}")
+
+
+def _notes(theirs, config, meta, rows):
+    """What the table of fates does not say; rows: as of class_rows, None without a table."""
+    if rows is not None:
+        nameless = not theirs["meta"]["class_names"] and None not in rows
+        how = ", by their order: the file has no names" if nameless else ""
+        yield f"  class rows: {len(rows) - rows.count(None)} of {len(rows)} known{how}"
+    was, now = theirs["meta"].get("shown", {}), meta.get("shown", {})
+    maps = len(theirs["model"]["modalities"]) > 1 and len(config["modalities"]) > 1
+    if maps and was != now:
+        yield f"  its maps were shown by {was}, the cache's are by {now}"
+    was, now = _kinds(theirs, config, "fusion")
+    if was != now:
+        yield f"  its fusion is {was}, the model's {now}: the blocks read other tokens than they did"
 
 
 def renamed(checkpoint, renames, mine, path):
